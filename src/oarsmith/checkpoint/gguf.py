@@ -1,0 +1,153 @@
+"""GGUF -> Hugging Face directory: config, weights, tokenizer, chat template. One tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from gguf.constants import GGMLQuantizationType
+
+from oarsmith.checkpoint.atomic import atomic_directory, atomic_write_text
+from oarsmith.checkpoint.gguf_config import build_config, unknown_architecture
+from oarsmith.checkpoint.gguf_metadata import Metadata, ModelSizes, read_sizes
+from oarsmith.checkpoint.gguf_reader import GgufFile
+from oarsmith.checkpoint.gguf_tensors import LAYOUTS, PlannedTensor, has_tied_head, plan_tensors, read_planned
+from oarsmith.checkpoint.gguf_tokenizer import GgufTokenizer, build_tokenizer
+from oarsmith.checkpoint.safetensors_stream import ShardedSafetensorsWriter, TensorInfo
+from oarsmith.errors import CheckpointError
+
+_DTYPES: Mapping[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+}
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did. `tensor_types` counts the source's tensors by type; `notes` are decisions worth a look."""
+
+    source: Path
+    destination: Path
+    architecture: str
+    model_type: str
+    dtype: str
+    num_tensors: int
+    num_parameters: int
+    num_bytes: int
+    tied_head: bool
+    tensor_types: Mapping[str, int]
+    notes: tuple[str, ...]
+
+
+def convert_gguf(src: Path, dst: Path, dtype: str = "auto", progress: Progress | None = None) -> ConvertReport:
+    """Write the Hugging Face directory `dst` from the GGUF file `src`. `dst` appears complete or not at all.
+
+    Args:
+        dtype: dtype of the written weights. ``auto`` keeps a float32 or float16 file's own and takes bfloat16 for
+            bfloat16 and quantized files. Values are dequantized in float32 and then cast.
+        progress: called with (bytes read, bytes in all) after each tensor.
+
+    Raises:
+        CheckpointError: damaged or unsupported file, unknown architecture or tokenizer, `dst` not empty, disk full.
+    """
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise CheckpointError(
+            "the destination exists and is not empty", where=str(dst), fix="remove it or choose another"
+        )
+    file = GgufFile(src)
+    metadata = Metadata(file)
+    if metadata.architecture not in LAYOUTS:
+        raise unknown_architecture(metadata)
+    sizes = read_sizes(metadata)
+    target_dtype = _choose_dtype(file, dtype)
+    tied = has_tied_head(file)
+    planned = plan_tensors(file, LAYOUTS[metadata.architecture], sizes.dims(), sizes.layers, tied=tied)
+    tokenizer = build_tokenizer(file, architecture=metadata.architecture, context=sizes.context)
+    if tokenizer.num_tokens > sizes.vocab:
+        raise CheckpointError(
+            f"{tokenizer.num_tokens} tokens, but the embedding has {sizes.vocab} rows", where=str(src)
+        )
+    config = build_config(metadata, sizes, tied=tied, dtype=target_dtype, special_ids=tokenizer.special_ids)
+    tensors = {item.target: TensorInfo(target_dtype, _target_shape(item)) for item in planned}
+    num_bytes = sum(info.num_bytes for info in tensors.values())
+    with atomic_directory(dst, num_bytes=num_bytes) as directory:
+        atomic_write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
+        atomic_write_text(
+            directory / "generation_config.json", json.dumps(_generation_config(tokenizer), indent=2) + "\n"
+        )
+        for name, text in tokenizer.files.items():
+            atomic_write_text(directory / name, text)
+        _write_weights(directory, file, planned, tensors, sizes, progress)
+    return ConvertReport(
+        source=src,
+        destination=dst,
+        architecture=metadata.architecture,
+        model_type=config["model_type"],
+        dtype=str(target_dtype).removeprefix("torch."),
+        num_tensors=len(tensors),
+        num_parameters=sum(math.prod(info.shape) for info in tensors.values()),
+        num_bytes=num_bytes,
+        tied_head=tied,
+        tensor_types=dict(Counter(tensor.type.name for tensor in file.tensors.values())),
+        notes=tokenizer.notes,
+    )
+
+
+def _choose_dtype(file: GgufFile, dtype: str) -> torch.dtype:
+    if dtype != "auto":
+        if dtype not in _DTYPES:
+            raise CheckpointError(f"unknown dtype {dtype!r}", fix=f"use auto or one of {', '.join(_DTYPES)}")
+        return _DTYPES[dtype]
+    # Norms and biases are float32 in every file: the matrices say what the file is.
+    kinds = {tensor.type for tensor in file.tensors.values() if len(tensor.shape) > 1}
+    if kinds == {GGMLQuantizationType.F32}:
+        return torch.float32
+    if kinds <= {GGMLQuantizationType.F32, GGMLQuantizationType.F16}:
+        return torch.float16
+    return torch.bfloat16
+
+
+def _target_shape(item: PlannedTensor) -> tuple[int, ...]:
+    shape = item.source.shape
+    return tuple(reversed(shape)) if item.change == "transpose" else shape
+
+
+def _write_weights(
+    directory: Path,
+    file: GgufFile,
+    planned: list[PlannedTensor],
+    tensors: Mapping[str, TensorInfo],
+    sizes: ModelSizes,
+    progress: Progress | None,
+) -> None:
+    total = sum(item.source.num_bytes for item in planned)
+    done = 0
+    with ShardedSafetensorsWriter(directory, tensors) as writer:
+        for item in planned:
+            tensor = read_planned(file, item, tensors[item.target].dtype, sizes.heads, sizes.kv_heads)
+            writer.write(item.target, tensor)
+            done += item.source.num_bytes
+            if progress is not None:
+                progress(done, total)
+
+
+def _generation_config(tokenizer: GgufTokenizer) -> dict[str, object]:
+    """Generation stops at the end of a text and, where the file tells them apart, at the end of a turn."""
+    ids = tokenizer.special_ids
+    stops = list(dict.fromkeys(ids[role] for role in ("eos", "eot") if role in ids))
+    values = {
+        "bos_token_id": ids.get("bos"),
+        "eos_token_id": stops if len(stops) > 1 else (stops[0] if stops else None),
+        "pad_token_id": ids.get("pad"),
+    }
+    return {key: value for key, value in values.items() if value is not None}

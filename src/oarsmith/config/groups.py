@@ -1,0 +1,251 @@
+"""Groups of keys that jobs share. The names are the ones PaddleNLP and Hugging Face users already know.
+
+Every description is what ``oarsmith COMMAND --help`` and ``oarsmith explain`` print: unit first, then the rule.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from .base import Bool, Float, Int, JobConfig, NamesOrPattern, Strings
+
+Dtype = Literal["auto", "bf16", "fp32"]
+
+
+class ModelKeys(JobConfig):
+    title: ClassVar[str] = "Model"
+
+    model_name_or_path: str = Field(
+        description="The model: a Hugging Face directory, or a run folder of Oarsmith. Nothing is downloaded."
+    )
+    tokenizer_name_or_path: str | None = Field(
+        None, description="A directory with the tokenizer. Not given: the model's own."
+    )
+    chat_template: str | None = Field(
+        None,
+        description="How a conversation becomes text: a template file (jinja, or PaddleNLP's chat_template.json), "
+        "the name "
+        "of a built-in one, or 'none' for plain text. Not given: the template that comes with the tokenizer.",
+    )
+
+
+class RuntimeKeys(JobConfig):
+    title: ClassVar[str] = "Machine"
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where to compute. auto: the GPU if PyTorch sees one, else the CPU."
+    )
+    dtype: Dtype = Field(
+        "auto",
+        description="Number format of the computation. auto: bf16 where the device computes in it natively, else fp32. "
+        "PaddleNLP's bf16/fp16 switches are accepted and set this key.",
+    )
+    kernels: Literal["auto", "torch", "native"] = Field(
+        "auto",
+        description="Which implementation of the fast operations: native (compiled for this machine), torch (plain "
+        "PyTorch, "
+        "the reference) or auto (native if it can be built, else torch).",
+    )
+    num_threads: Int | None = Field(None, ge=1, description="CPU threads. Not given: what PyTorch chooses.")
+    seed: Int = Field(42, ge=0, description="Everything random follows from this number.")
+
+
+class DataKeys(JobConfig):
+    title: ClassVar[str] = "Data"
+
+    dataset_name_or_path: str = Field(
+        description="Training rows: a file (jsonl, json, csv, parquet), a directory with train.* and optionally "
+        "dev.* files, "
+        "or the name of a dataset in the local Hugging Face cache."
+    )
+    dataset_format: Literal["auto", "src_tgt", "alpaca", "sharegpt", "messages", "text"] = Field(
+        "auto",
+        description="What a row looks like: src_tgt (PaddleNLP), alpaca (instruction/input/output), sharegpt "
+        "(conversations), "
+        "messages (OpenAI) or text. auto: recognised by the first row's fields.",
+    )
+    train_on: Literal["assistant", "last", "all"] = Field(
+        "assistant",
+        description="Which tokens are learned: every assistant turn, only the last one, or all tokens of the row.",
+    )
+    max_length: Int = Field(
+        2048,
+        ge=2,
+        description="Tokens in one row of a batch, and the longest sample. Longer ones are truncated, and counted.",
+    )
+    src_length: Int = Field(
+        1024, ge=1, description="Tokens of the prompt part that are kept when a sample is too long; at most max_length."
+    )
+    on_malformed: Literal["error", "skip"] = Field(
+        "error",
+        description="What to do with a row that cannot be read: stop and name it, or leave it out and count it.",
+    )
+    max_dropped_fraction: Float = Field(
+        0.2, ge=0, le=1, description="Stop if more than this share of the rows had to be left out (0.2 is 20 %)."
+    )
+
+
+class PackingKeys(JobConfig):
+    title: ClassVar[str] = "Batches"
+
+    per_device_train_batch_size: Int = Field(
+        8, ge=1, description="Rows in one forward and backward pass. Lower it first when memory runs out."
+    )
+    gradient_accumulation_steps: Int = Field(
+        1,
+        ge=1,
+        description="Passes added up before one optimizer step. The result equals one pass over all the rows: the "
+        "loss is "
+        "divided by the number of trained tokens of the whole step.",
+    )
+    per_device_eval_batch_size: Int = Field(8, ge=1, description="Rows in one pass of an evaluation.")
+    zero_padding: Bool = Field(
+        True,
+        description="Pack several samples into each row of max_length tokens (best fit), isolated from each other. "
+        "false: one "
+        "sample a row. PaddleNLP's greedy_zero_padding is another name of the same algorithm here.",
+    )
+
+
+class OptimizerKeys(JobConfig):
+    title: ClassVar[str] = "Optimizer and schedule"
+
+    num_train_epochs: Float = Field(3.0, gt=0, description="Passes over the data. max_steps wins where it is given.")
+    max_steps: Int = Field(-1, ge=-1, description="Optimizer steps in total; -1: as many as num_train_epochs needs.")
+    learning_rate: Float | None = Field(
+        None, gt=0, description="Highest learning rate. Not given: 2e-5 for full fine-tuning, 2e-4 for LoRA."
+    )
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear",
+        description="How the learning rate falls after the warmup: along a line or a cosine to min_learning_rate, or "
+        "not.",
+    )
+    warmup_steps: Int = Field(
+        0, ge=0, description="Steps in which the learning rate grows from 0. Wins over warmup_ratio."
+    )
+    warmup_ratio: Float = Field(0.0, ge=0, lt=1, description="The warmup as a share of all steps (0.03 is 3 %).")
+    min_learning_rate: Float = Field(0.0, ge=0, description="Learning rate at the end of a linear or cosine schedule.")
+    optim: Literal["adamw"] = Field("adamw", description="Optimizer: AdamW with decoupled weight decay (fused).")
+    weight_decay: Float = Field(
+        0.0, ge=0, description="Weight decay per step times the learning rate. Biases and norms have none."
+    )
+    adam_beta1: Float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the mean of the gradients.")
+    adam_beta2: Float = Field(0.999, ge=0, lt=1, description="AdamW: decay of the mean of their squares.")
+    adam_epsilon: Float = Field(1e-8, gt=0, description="AdamW: added to the denominator.")
+    max_grad_norm: Float = Field(
+        1.0, ge=0, description="Gradients whose L2 norm over all weights is larger are scaled down to it; 0: never."
+    )
+
+
+class MemoryKeys(JobConfig):
+    title: ClassVar[str] = "Speed and memory"
+
+    recompute: Bool = Field(
+        False,
+        description="Activation checkpointing: keep only each block's input and compute the rest again in the "
+        "backward pass. "
+        "About a third slower, much less memory, the same numbers.",
+    )
+    torch_compile: Bool = Field(
+        False, description="Compile the model with torch.compile: a slow start, then faster steps."
+    )
+
+
+class RunKeys(JobConfig):
+    title: ClassVar[str] = "Run"
+
+    output_dir: str = Field("runs/sft", description="The run folder: checkpoints, reports, resolved configuration.")
+    overwrite_output_dir: Bool = Field(
+        False, description="Start anew although output_dir holds checkpoints. They are not resumed from."
+    )
+    resume_from_checkpoint: str = Field(
+        "auto",
+        description="auto: go on from the last complete checkpoint in output_dir, if any. A path: from that one. "
+        "none: start "
+        "from the beginning.",
+    )
+    do_train: Bool = Field(True, description="Train. false: only evaluate.")
+    do_eval: Bool | None = Field(
+        None, description="Evaluate once more at the end. Not given: whenever there is an evaluation_strategy."
+    )
+
+
+class ProgressKeys(JobConfig):
+    title: ClassVar[str] = "Evaluation, checkpoints and logs"
+
+    eval_dataset_path: str | None = Field(
+        None, description="Rows to evaluate on. Not given: the dev.* file beside the training rows, if there is one."
+    )
+    eval_split_ratio: Float = Field(
+        0.0, ge=0, lt=1, description="Share of the training rows kept out of training to evaluate on (0.05 is 5 %)."
+    )
+    evaluation_strategy: Literal["no", "steps", "epoch"] | None = Field(
+        None,
+        description="When to evaluate. Not given: every epoch where eval data is named by one of the two keys above.",
+    )
+    eval_steps: Int | None = Field(None, ge=1, description="Steps between evaluations. Not given: logging_steps.")
+    logging_steps: Int = Field(10, ge=1, description="Steps between lines of the log.")
+    save_strategy: Literal["no", "steps", "epoch"] = Field(
+        "steps", description="When to write a checkpoint that can be resumed. The final model is written in any case."
+    )
+    save_steps: Int = Field(500, ge=1, description="Steps between checkpoints.")
+    save_total_limit: Int | None = Field(
+        None, ge=1, description="Keep this many checkpoints, the newest ones and the best one. Not given: all."
+    )
+    load_best_model_at_end: Bool = Field(
+        False, description="End with the weights of the best evaluation. Evaluations and checkpoints must coincide."
+    )
+    metric_for_best_model: Literal["loss", "perplexity", "accuracy"] = Field(
+        "loss", description="Which evaluation number says what is best. accuracy: share of trained tokens predicted."
+    )
+    greater_is_better: Bool | None = Field(
+        None, description="Whether a larger number is better. Not given: true for accuracy, false for the others."
+    )
+    report_to: Literal["none", "tensorboard"] = Field("none", description="Further place to send the numbers to.")
+    logging_dir: str | None = Field(None, description="TensorBoard's folder. Not given: output_dir/tensorboard.")
+    disable_tqdm: Bool = Field(False, description="No progress bar; log lines are still printed.")
+
+
+class LoraKeys(JobConfig):
+    title: ClassVar[str] = "LoRA"
+
+    lora: Bool = Field(
+        False, description="Train small matrices beside the frozen weights instead of the weights: far less memory."
+    )
+    lora_rank: Int = Field(8, ge=1, description="Rank r of the matrices: more can be learned, more memory.")
+    lora_alpha: Float | None = Field(
+        None, gt=0, description="Scale: the update is multiplied by alpha/r. Not given: 2 r, or 4 with rslora."
+    )
+    lora_dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the LoRA matrices.")
+    lora_target_modules: NamesOrPattern = Field(
+        "all-linear",
+        description="Which linear layers: all-linear (all but the head), names separated by commas, or a regular "
+        "expression "
+        "that matches a whole module name.",
+    )
+    rslora: Bool = Field(False, description="Scale by alpha/sqrt(r) instead (rank-stabilised LoRA), for high ranks.")
+
+
+class SamplingKeys(JobConfig):
+    title: ClassVar[str] = "Answers"
+
+    max_new_tokens: Int = Field(256, ge=1, description="Longest answer, in tokens.")
+    decode_strategy: Literal["greedy", "sampling"] | None = Field(
+        None,
+        description="greedy: always the likeliest token. sampling: draw. Not given: sampling if temperature, top_k "
+        "or top_p "
+        "asks for it, else greedy.",
+    )
+    temperature: Float | None = Field(
+        None, ge=0, description="Sampling: below 1 sharper, above 1 more random; 0 is greedy. Not given: 0.7."
+    )
+    top_k: Int = Field(0, ge=0, description="Sampling: only among the k likeliest tokens; 0: all.")
+    top_p: Float = Field(
+        1.0, gt=0, le=1, description="Sampling: only among the likeliest tokens that together have this probability."
+    )
+    repetition_penalty: Float = Field(1.0, gt=0, description="Above 1: tokens that occurred already are less likely.")
+    system: str | None = Field(None, description="System message put before the conversation.")
+    raw: Bool = Field(False, description="Continue the text as it is, without a chat template.")
+    stop: Strings = Field((), description="Texts that end an answer. Repeat the key for several, or give a JSON list.")

@@ -1,0 +1,107 @@
+"""Other names of keys and values, and how near a wrong name is to a right one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+# Other name -> our key. An entry counts only for jobs that have the key.
+ALIASES: dict[str, str] = {
+    "model": "model_name_or_path",
+    "model_path": "model_name_or_path",
+    "base_model": "model_name_or_path",
+    "tokenizer": "tokenizer_name_or_path",
+    "dataset": "dataset_name_or_path",
+    "train_dataset_path": "dataset_name_or_path",
+    "dev_dataset_path": "eval_dataset_path",
+    "eval_dataset": "eval_dataset_path",
+    "val_size": "eval_split_ratio",
+    "max_seq_len": "max_length",
+    "max_seq_length": "max_length",
+    "cutoff_len": "max_length",
+    "max_prompt_len": "src_length",
+    "packing": "zero_padding",
+    "eval_strategy": "evaluation_strategy",
+    "gradient_checkpointing": "recompute",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "min_lr": "min_learning_rate",
+    "num_epochs": "num_train_epochs",
+    "epochs": "num_train_epochs",
+    "adam_eps": "adam_epsilon",
+    "use_lora": "lora",
+    "lora_r": "lora_rank",
+    "lora_target": "lora_target_modules",
+    "target_modules": "lora_target_modules",
+    "use_rslora": "rslora",
+    "lora_path": "adapter",
+    "adapter_name_or_path": "adapter",
+    "data_file": "input_file",
+    "max_tokens": "max_new_tokens",
+    "system_prompt": "system",
+    "output_path": "output_dir",
+}
+
+# Names that mean our key only in jobs without a key of that very name: PaddleNLP's predictor calls the longest
+# answer max_length, which in training is the longest row.
+ALIASES_WHERE_FREE: dict[str, str] = {"max_length": "max_new_tokens"}
+
+# (key, other name of a value) -> our value. Only exact renames; what is another thing stays an error.
+VALUE_NAMES: dict[tuple[str, str], str] = {
+    ("device", "gpu"): "cuda",
+    ("dtype", "float32"): "fp32",
+    ("dtype", "float"): "fp32",
+    ("dtype", "bfloat16"): "bf16",
+    ("dtype", "float16"): "fp16",
+    ("optim", "adamw_torch"): "adamw",
+    ("optim", "adamw_torch_fused"): "adamw",
+    ("decode_strategy", "greedy_search"): "greedy",
+    ("metric_for_best_model", "eval_loss"): "loss",
+    ("metric_for_best_model", "ppl"): "perplexity",
+    ("metric_for_best_model", "eval_accuracy"): "accuracy",
+    ("resume_from_checkpoint", "true"): "auto",
+    ("resume_from_checkpoint", "false"): "none",
+    ("report_to", "visualdl"): "tensorboard",
+    ("report_to", "all"): "tensorboard",
+}
+
+# Renames a person should hear about, because what they get is not quite what they named.
+VALUE_NOTES: dict[tuple[str, str], str] = {
+    ("report_to", "visualdl"): "report_to visualdl: written for TensorBoard, which VisualDL's files resemble",
+    ("report_to", "all"): "report_to all: this version knows one place, TensorBoard",
+}
+
+
+def canonical_key(name: str, keys: Iterable[str]) -> str:
+    """Our name of a key among ``keys``; the name itself where there is none. Dashes count as underscores."""
+    known = set(keys)
+    plain = name.replace("-", "_")
+    if plain in known:
+        return plain
+    for table in (ALIASES, ALIASES_WHERE_FREE):
+        if table.get(plain) in known:
+            return table[plain]
+    return plain
+
+
+def aliases_of(key: str, keys: Iterable[str]) -> list[str]:
+    """The other names under which ``key`` can be given to a job with these ``keys``."""
+    known = set(keys)
+    other = [name for name, target in ALIASES.items() if target == key and name not in known]
+    return other + [name for name, target in ALIASES_WHERE_FREE.items() if target == key and name not in known]
+
+
+def canonical_value(key: str, value: object) -> tuple[object, str | None]:
+    """Our spelling of a value and a note for the user, if the rename needs one."""
+    if isinstance(value, list) and len(value) == 1 and key == "report_to":
+        value = value[0]
+    word = str(value).lower() if isinstance(value, (str, bool)) else None
+    if word is None or (key, word) not in VALUE_NAMES:
+        return value, None
+    return VALUE_NAMES[key, word], VALUE_NOTES.get((key, word))
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that looks most like ``name``, or None if none does."""
+    found = difflib.get_close_matches(name.replace("-", "_"), list(candidates), n=1, cutoff=0.6)
+    return found[0] if found else None

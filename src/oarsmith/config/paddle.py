@@ -1,0 +1,193 @@
+"""PaddleNLP keys that Oarsmith does not have: those without a meaning here, those not built yet, those of other jobs.
+
+The first are listed once and ignored, because ignoring them changes no number. The second are accepted at the value
+that asks for nothing and refused at any other: a request that cannot be honoured stops.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_KERNEL = "a Paddle kernel switch; the fast exact operation is always used here (see the key kernels)"
+_FUSED_WEIGHTS = "a weight layout of Paddle; weights keep their Hugging Face layout here, in any case"
+_CHECKPOINT = "a Paddle checkpoint format; checkpoints are always Hugging Face directories here"
+_LOADER = "rows are read and tokenized once, before training; there are no loader processes to set up"
+_CHUNKED = "the head and the loss always run in chunks, on trained tokens only"
+_TUNING = "tunes how Paddle overlaps communication; this version trains in one process"
+_AMP = "a detail of Paddle's mixed precision; here weights and optimizer are kept exactly as the docs of dtype say"
+
+WITHOUT_EFFECT: dict[str, str] = {
+    "use_flash_attention": _KERNEL,
+    "use_fused_rms_norm": _KERNEL,
+    "use_fused_rope": _KERNEL,
+    "use_fused_linear": _KERNEL,
+    "use_fused_dropout_add": _KERNEL,
+    "use_fast_layer_norm": _KERNEL,
+    "use_fused_linear_cross_entropy": _CHUNKED,
+    "use_fused_head_and_loss_fn": _CHUNKED,
+    "use_sparse_head_and_loss_fn": _CHUNKED,
+    "enable_linear_fused_grad_add": _KERNEL,
+    "use_quick_lora": "a Paddle kernel switch; LoRA's backward pass is always the cheap one here",
+    "flash_mask": "packed samples are always isolated from each other here, with any kernel",
+    "fuse_attention_qkv": _FUSED_WEIGHTS,
+    "fuse_attention_ffn": _FUSED_WEIGHTS,
+    "unified_checkpoint": _CHECKPOINT,
+    "unified_checkpoint_config": _CHECKPOINT,
+    "save_sharded_model": _CHECKPOINT,
+    "load_sharded_model": _CHECKPOINT,
+    "save_on_each_node": _CHECKPOINT,
+    "ordered_save_group_size": _CHECKPOINT,
+    "lazy": _LOADER,
+    "lazy_data_processing": _LOADER,
+    "dataloader_num_workers": _LOADER,
+    "dataloader_drop_last": "the last batch is never dropped; the loss counts its tokens",
+    "distributed_dataloader": _LOADER,
+    "remove_unused_columns": _LOADER,
+    "label_names": _LOADER,
+    "pad_to_multiple_of": "batches are never padded",
+    "pad_to_max_length": "batches are never padded",
+    "eval_accumulation_steps": "evaluation adds up sums, never logits; there is nothing to accumulate",
+    "prediction_loss_only": "evaluation always gives loss, perplexity and accuracy",
+    "fp16_opt_level": _AMP,
+    "amp_master_grad": _AMP,
+    "amp_custom_black_list": _AMP,
+    "amp_custom_white_list": _AMP,
+    "scale_loss": _AMP,
+    "bf16_full_eval": _AMP,
+    "fp16_full_eval": _AMP,
+    "tensor_parallel_output": _TUNING,
+    "tensor_parallel_config": _TUNING,
+    "pipeline_parallel_config": _TUNING,
+    "sharding_parallel_config": _TUNING,
+    "data_parallel_config": _TUNING,
+    "sequence_parallel_config": _TUNING,
+    "fuse_sequence_parallel_allreduce": _TUNING,
+    "hybrid_parallel_topo_order": _TUNING,
+    "ddp_find_unused_parameters": _TUNING,
+    "local_rank": _TUNING,
+    "to_static": "Paddle's graph compiler; see the key torch_compile",
+    "run_name": "a run is named by its output_dir",
+    "skip_profile_timer": "the log always shows where the time goes",
+    "skip_memory_metrics": "the log always shows memory",
+    "logging_strategy": "the log is written every logging_steps",
+    "logging_first_step": "the first step is always logged",
+    "task_name": "the dataset's own name says it",
+    "block_attn": _KERNEL,
+    "append_attn": _KERNEL,
+    "inference_model": _KERNEL,
+    "model_prefix": "a name inside Paddle's static graph files",
+    "wandb_api_key": "Weights & Biases is not connected; see the key report_to",
+}
+
+
+@dataclass(frozen=True)
+class NotBuilt:
+    """A feature that this version lacks.
+
+    Args:
+        neutral: spellings (lower case) of the value that does not ask for it.
+        what: the feature, to end the sentence "... is not built yet in this version".
+        fix: an instruction.
+    """
+
+    neutral: frozenset[str]
+    what: str
+    fix: str
+
+
+_OFF = frozenset({"false", "0", "no", "off", "", "none"})
+_ONE = frozenset({"1", "-1", "0", "", "none"})
+
+
+def _switch(what: str, fix: str | None = None) -> NotBuilt:
+    return NotBuilt(_OFF, what, fix or "set it to false")
+
+
+def _degree(what: str) -> NotBuilt:
+    return NotBuilt(_ONE, what, "set it to 1; this version trains in one process")
+
+
+NOT_BUILT: dict[str, NotBuilt] = {
+    "tensor_parallel_degree": _degree("tensor parallelism"),
+    "pipeline_parallel_degree": _degree("pipeline parallelism"),
+    "virtual_pp_degree": _degree("pipeline parallelism"),
+    "sharding_parallel_degree": _degree("sharded data parallelism"),
+    "data_parallel_degree": _degree("data parallelism"),
+    "sep_parallel_degree": _degree("segment parallelism"),
+    "context_parallel_degree": _degree("context parallelism"),
+    "nproc_per_node": _degree("training in several processes"),
+    "nnodes": _degree("training on several machines"),
+    "sharding": NotBuilt(_OFF, "sharded data parallelism", 'set it to "" (on one device it saves nothing)'),
+    "sequence_parallel": _switch("sequence parallelism"),
+    "use_expert_parallel": _switch("expert parallelism"),
+    "enable_auto_parallel": _switch("automatic parallelism"),
+    "offload_optim": _switch("keeping the optimizer state on the CPU"),
+    "release_grads": _switch("releasing gradients between steps"),
+    "recompute_granularity": NotBuilt(
+        frozenset({"full", "none", ""}), "recomputing parts of a block", "set it to full"
+    ),
+    "refined_recompute": NotBuilt(_OFF, "recomputing single operations", "leave it out; recompute true is per block"),
+    "no_recompute_layers": NotBuilt(frozenset({"", "none", "[]"}), "recomputing only some blocks", "leave it out"),
+    "init_lora_weights": NotBuilt(frozenset({"true", "1"}), "another start of the LoRA matrices", "set it to true"),
+    "lora_path": NotBuilt(_OFF, "training an adapter further", "merge it first with oarsmith merge-adapter"),
+    "pissa": _switch("PiSSA"),
+    "lora_use_mixer": _switch("MosLoRA"),
+    "use_mora": _switch("MoRA"),
+    "loraga": _switch("LoRA-GA"),
+    "lorapro": _switch("LoRA-Pro"),
+    "rslora_plus": _switch("rsLoRA+"),
+    "lora_plus_scale": NotBuilt(frozenset({"1", "1.0", "none"}), "LoRA+", "set it to 1.0"),
+    "vera": _switch("VeRA"),
+    "lokr": _switch("LoKr"),
+    "prefix_tuning": _switch("prefix tuning"),
+    "reft": _switch("ReFT"),
+    "neftune": _switch("NEFTune"),
+    "weight_quantize_algo": NotBuilt(_OFF, "training over quantized weights", "leave it out"),
+    "use_long_sequence_strategies": _switch("stretching positions to longer sequences"),
+    "autoregressive": _switch("that switch", "set dataset_format text and train_on all instead"),
+    "use_pose_convert": _switch("PoSE"),
+    "eval_with_do_generation": _switch("evaluation by generation"),
+    "save_generation_output": _switch("evaluation by generation"),
+    "do_predict": _switch("prediction after training", "set it to false and run oarsmith generate afterwards"),
+    "do_export": _switch("exporting after training"),
+    "do_ceval": _switch("C-Eval during training"),
+    "benchmark": _switch("a benchmark mode"),
+    "autotuner_benchmark": _switch("a benchmark mode"),
+    "ignore_data_skip": _switch("resuming at another place of the data"),
+    "ignore_load_lr_and_optim": _switch("resuming without the optimizer"),
+    "ignore_save_lr_and_optim": _switch("checkpoints without the optimizer"),
+    "use_async_save": _switch("saving in the background"),
+    "ckpt_quant_stage": NotBuilt(frozenset({"o0", "none", ""}), "quantized optimizer states", "set it to O0"),
+    "decay_steps": NotBuilt(frozenset({"0", "none"}), "a schedule that ends before the run", "leave it out"),
+    "speculate_method": NotBuilt(_OFF, "speculative decoding", "leave it out"),
+    "quant_type": NotBuilt(_OFF, "quantized inference", 'set it to ""'),
+    "mode": NotBuilt(frozenset({"dynamic"}), "a static graph", "set it to dynamic"),
+}
+
+# Key -> the command of the DESIGN that will own it.
+OTHER_JOBS: dict[str, str] = {
+    "beta": "dpo",
+    "loss_type": "dpo",
+    "label_smoothing": "dpo",
+    "pref_loss_ratio": "dpo",
+    "sft_loss_ratio": "dpo",
+    "simpo_gamma": "dpo",
+    "dpop_lambda": "dpo",
+    "reference_free": "dpo",
+    "ref_model_update_steps": "dpo",
+    "desirable_weight": "kto",
+    "undesirable_weight": "kto",
+    "input_dir": "pretrain",
+    "split": "pretrain",
+    "data_impl": "pretrain",
+    "data_cache": "pretrain",
+    "share_folder": "pretrain",
+    "skip_warmup": "pretrain",
+    "continue_training": "pretrain",
+}
+
+
+def refusal(key: str, value: object) -> NotBuilt | None:
+    """Why this value of a key in ``NOT_BUILT`` cannot be honoured, or None where it asks for nothing."""
+    entry = NOT_BUILT[key]
+    return None if value is None or str(value).strip().lower() in entry.neutral else entry

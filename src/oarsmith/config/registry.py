@@ -1,0 +1,28 @@
+"""Which configuration class belongs to which job. Classes are imported when asked for: a help page needs only one."""
+
+from __future__ import annotations
+
+import importlib
+
+from .base import JobConfig
+
+CONFIG_CLASSES: dict[str, tuple[str, str]] = {
+    "quickstart": ("tools", "QuickstartConfig"),
+    "sft": ("sft", "SftConfig"),
+    "generate": ("inference", "GenerateConfig"),
+    "chat": ("inference", "ChatConfig"),
+    "convert": ("checkpoints", "ConvertConfig"),
+    "merge-adapter": ("checkpoints", "MergeAdapterConfig"),
+    "preview": ("tools", "PreviewConfig"),
+    "explain": ("tools", "ExplainConfig"),
+    "models": ("tools", "ModelsConfig"),
+    "doctor": ("tools", "DoctorConfig"),
+}
+
+
+def config_class(job: str) -> type[JobConfig]:
+    """The configuration class of a job that exists."""
+    module, name = CONFIG_CLASSES[job]
+    found = vars(importlib.import_module(f"{__package__}.{module}"))[name]
+    assert isinstance(found, type) and issubclass(found, JobConfig), name
+    return found

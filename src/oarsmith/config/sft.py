@@ -1,0 +1,27 @@
+"""Configuration of ``oarsmith sft``: supervised fine-tuning, of all weights or with LoRA."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from .groups import (
+    DataKeys,
+    LoraKeys,
+    MemoryKeys,
+    ModelKeys,
+    OptimizerKeys,
+    PackingKeys,
+    ProgressKeys,
+    RunKeys,
+    RuntimeKeys,
+)
+
+
+class SftConfig(
+    ModelKeys, DataKeys, LoraKeys, RunKeys, PackingKeys, OptimizerKeys, ProgressKeys, MemoryKeys, RuntimeKeys
+):
+    """All keys of a supervised fine-tuning run."""
+
+    title: ClassVar[str] = "Fine-tuning"
+    command: ClassVar[str] = "sft"
+    positional: ClassVar[tuple[str, ...]] = ("model_name_or_path", "dataset_name_or_path")

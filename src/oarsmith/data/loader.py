@@ -1,0 +1,170 @@
+"""Batches of an epoch in an order that (seed, epoch) alone decide, and a place in it that is two numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from oarsmith.data.batch import Batch, make_batch
+from oarsmith.data.packs import best_fit_packs
+from oarsmith.data.samples import Sample
+from oarsmith.errors import ConfigError, DataError, TrainingError
+
+
+class Loader:
+    """Micro-batches of samples.
+
+    A row is one sample, or with packing a pack of samples of at most `capacity` tokens; a batch is `rows_per_batch`
+    rows end to end. The last batch of an epoch may have fewer rows (`drop_last` leaves it out).
+
+    Args:
+        samples: what to train on.
+        capacity: tokens of a packed row; needed with packing, unused without.
+        fingerprint: of the samples (`SampleSet.fingerprint`); a saved state is refused over other data. Computed
+            where not given.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        *,
+        rows_per_batch: int,
+        capacity: int | None = None,
+        packing: bool = False,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        fingerprint: str | None = None,
+    ) -> None:
+        if rows_per_batch < 1:
+            raise ConfigError(
+                f"rows per batch is {rows_per_batch}, at least 1 is needed", where="per_device_train_batch_size"
+            )
+        if packing:
+            self._check_capacity(samples, capacity)
+        self._samples = samples
+        self._lengths = [len(sample) for sample in samples]
+        self._capacity = capacity if packing else None
+        self._rows_per_batch = rows_per_batch
+        self._seed = seed
+        self._shuffle = shuffle
+        self._drop_last = drop_last
+        self._fingerprint = fingerprint or samples_fingerprint(samples)
+        self._plan: tuple[int, list[list[int]]] | None = None
+        self._epoch = 0
+        self._position = 0
+        if self.batches_per_epoch(0) == 0:
+            what = f"{len(samples)} samples give no batch of {rows_per_batch} rows"
+            raise TrainingError(what, fix="give more data" + (", or set drop_last to false" if drop_last else ""))
+
+    @staticmethod
+    def _check_capacity(samples: Sequence[Sample], capacity: int | None) -> None:
+        if capacity is None:
+            raise ConfigError("packing needs the length of a row", where="max_length", fix="set max_length")
+        too_long = next((sample for sample in samples if len(sample) > capacity), None)
+        if too_long is not None:
+            what = f"the sample has {len(too_long)} tokens, a packed row {capacity}"
+            raise DataError(what, where=too_long.where, fix="encode with the same max_length as the rows have")
+
+    def batches_per_epoch(self, epoch: int) -> int:
+        """Number of batches of an epoch; with packing it can differ a little between epochs."""
+        num_rows = len(self._rows(epoch))
+        return num_rows // self._rows_per_batch if self._drop_last else -(-num_rows // self._rows_per_batch)
+
+    def batch_at(self, epoch: int, index: int) -> Batch:
+        """Batch `index` of an epoch; a pure function of the arguments."""
+        if not 0 <= index < self.batches_per_epoch(epoch):
+            raise IndexError(f"batch {index} of {self.batches_per_epoch(epoch)}")
+        rows = self._rows(epoch)[index * self._rows_per_batch : (index + 1) * self._rows_per_batch]
+        return make_batch([self._samples[sample] for row in rows for sample in row])
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from the present place to the end of its epoch; the place moves on before a batch is handed out."""
+        epoch = self._epoch
+        while self._epoch == epoch:
+            batch = self.batch_at(epoch, self._position)
+            self._position += 1
+            if self._position == self.batches_per_epoch(epoch):
+                self._epoch, self._position = epoch + 1, 0
+            yield batch
+
+    def state(self) -> dict[str, Any]:
+        """The place of the next batch, and what the plan depends on."""
+        return {"epoch": self._epoch, "position": self._position, "fingerprint": self._fingerprint, **self._settings()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes to a saved place.
+
+        Raises:
+            DataError: the state belongs to other data.
+            ConfigError: the state belongs to another plan of the same data.
+        """
+        if state["fingerprint"] != self._fingerprint:
+            now, then = self._fingerprint[:12], state["fingerprint"][:12]
+            what = f"the data has changed since the checkpoint (fingerprint {now}, then {then})"
+            fix = "resume with the same data, tokenizer and template, or start a new run from the checkpoint's weights"
+            raise DataError(what, fix=fix)
+        for name, value in self._settings().items():
+            if state[name] != value:
+                what = f"{name} is {value}, but the checkpoint's place in the data was counted with {state[name]}"
+                raise ConfigError(what, where=name, fix=f"resume with {name} {state[name]}, or start a new run")
+        epoch, position = state["epoch"], state["position"]
+        if epoch < 0 or not 0 <= position < self.batches_per_epoch(epoch):
+            what = f"the checkpoint's place (epoch {epoch}, batch {position}) is outside the data"
+            raise DataError(what, fix="the checkpoint's state is damaged; resume from another one")
+        self._epoch, self._position = epoch, position
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "rows_per_batch": self._rows_per_batch,
+            "capacity": self._capacity,
+            "drop_last": self._drop_last,
+        }
+
+    def _rows(self, epoch: int) -> list[list[int]]:
+        """The plan of an epoch: rows of sample indices, in order. One epoch's is kept."""
+        if self._plan is None or self._plan[0] != epoch:
+            self._plan = (epoch, self._make_rows(epoch))
+        return self._plan[1]
+
+    def _make_rows(self, epoch: int) -> list[list[int]]:
+        order = list(range(len(self._samples)))
+        if self._shuffle:
+            order = _permutation(len(order), self._seed, "shuffle", epoch).tolist()
+        if self._capacity is None:
+            return [[index] for index in order]
+        # Best fit takes equal lengths in the given order, so the shuffle also changes who shares a row.
+        packs = best_fit_packs([self._lengths[index] for index in order], self._capacity)
+        if self._shuffle:
+            packs = [packs[n] for n in _permutation(len(packs), self._seed, "packs", epoch)]
+        else:
+            packs.sort(key=min)
+        return [[order[n] for n in (pack if self._shuffle else sorted(pack))] for pack in packs]
+
+
+def _permutation(size: int, seed: int, purpose: str, epoch: int) -> npt.NDArray[np.int64]:
+    """A random order of `size` things keyed by (seed, purpose, epoch).
+
+    Sorts raw counter-based draws: unlike `Generator.permutation`, whose stream numpy may change, these never differ
+    between versions.
+    """
+    key = np.random.SeedSequence([seed & (2**64 - 1), zlib.crc32(purpose.encode()), epoch])
+    draws = np.random.Philox(key).random_raw(size)
+    return np.argsort(draws, kind="stable")
+
+
+def samples_fingerprint(samples: Sequence[Sample]) -> str:
+    """sha256 (hexadecimal) over ids and weights of the samples in order."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(len(sample).to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(sample.ids, dtype="<i4").tobytes())
+        digest.update(np.ascontiguousarray(sample.weights, dtype="<f4").tobytes())
+    return digest.hexdigest()

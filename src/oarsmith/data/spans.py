@@ -1,0 +1,219 @@
+"""Which tokens of a conversation are the model's own: found by rendering prefixes with the model's template.
+
+For an assistant message `i` the generation prompt is `render(messages[:i], add_generation_prompt=True)`. What it
+supplies the model never has to say; the rest of `render(messages[:i + 1])`, up to the token that ends the turn, it
+does. Nothing here knows any template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from oarsmith.errors import DataError
+
+if TYPE_CHECKING:
+    from oarsmith.text import Tokenizer
+
+Message = dict[str, Any]
+
+REFUSED_BY_TEMPLATE = "the chat template refuses the conversation"
+PROMPT_NOT_A_PREFIX = "the template renders the answer differently from its generation prompt"
+NO_TEMPLATE_FOR_ROLES = "the model has no chat template, and the row has more than questions and answers"
+NOT_JOINABLE = "the answer has no tokens that follow the prompt's tokens"
+
+
+class RefusedError(Exception):
+    """A turn or conversation that cannot become a sample; always caught here and counted, with its reason.
+
+    Args:
+        reason: one of a few fixed sentences, by which the report counts.
+        detail: what it was in this row.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(slots=True)
+class Span:
+    """Tokens and loss weights of one sample to be, and the assistant messages trained in it (indices into the
+    messages)."""
+
+    ids: list[int]
+    weights: list[float]
+    trained: list[int]
+    eos_added: int = 0
+
+
+@dataclass(slots=True)
+class Spans:
+    """The samples of one conversation, and the turns that could not be trained."""
+
+    spans: list[Span] = field(default_factory=list)
+    refused: list[RefusedError] = field(default_factory=list)
+
+
+class SpanEncoder:
+    """Encodes conversations with one tokenizer and its template.
+
+    Args:
+        tokenizer: its chat template decides; without one a question and its answer are joined as they are
+            and eos ends the answer (PaddleNLP's rule).
+        variables: template variables for every render, such as `enable_thinking`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, variables: Mapping[str, Any]) -> None:
+        self.tokenizer = tokenizer
+        self.variables = dict(variables)
+        self._kinds: dict[int, str] = {}
+        self._stop_ids = frozenset(tokenizer.stop_ids)
+
+    def with_variables(self, variables: Mapping[str, Any]) -> SpanEncoder:
+        """The same encoder with further template variables (a row's own); what it learned about tokens is shared."""
+        other = SpanEncoder(self.tokenizer, {**self.variables, **variables})
+        other._kinds = self._kinds
+        return other
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the tokenizer brings a chat template."""
+        return self.tokenizer.chat_template is not None
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Any] | None, *, prompt: bool) -> str:
+        """The conversation as text; with `prompt` up to where the model begins to speak.
+
+        Raises:
+            RefusedError: the template (or the lack of one) does not take these messages.
+        """
+        shown = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
+        if not self.has_template:
+            return self._join(shown, tools)
+        try:
+            return self.tokenizer.apply_chat_template(
+                shown, tools=list(tools) if tools else None, add_generation_prompt=prompt, **self.variables
+            )
+        except DataError as error:
+            raise RefusedError(REFUSED_BY_TEMPLATE, error.what) from error
+
+    def _join(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> str:
+        other = {message["role"] for message in messages} - {"user", "assistant"}
+        if other or tools or any("tool_calls" in message for message in messages):
+            raise RefusedError(NO_TEMPLATE_FOR_ROLES, ", ".join(sorted(other)) or "tools")
+        return "".join(message["content"] for message in messages)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a rendered text, as inference encodes it: a template spells its own special tokens."""
+        ids = self.tokenizer.encode(text, add_special_tokens=not self.has_template)
+        if not self.has_template and len(ids) > 1 and ids[-1] == self.tokenizer.eos_id:
+            return ids[:-1]  # a tokenizer that ends every text with eos; here the text goes on
+        return ids
+
+    def answer(self, prompt: str, prompt_ids: list[int], full: str) -> tuple[list[int], bool]:
+        """Ids the model has to produce after `prompt_ids` so that the text becomes `full`, up to the end of its turn.
+
+        Returns:
+            the ids, and whether they end with an end-of-turn token of the template's own.
+        """
+        if not full.startswith(prompt):
+            at = next(
+                (n for n, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), min(len(prompt), len(full))
+            )
+            shown = f"{prompt[at : at + 30]!r}, the training text with {full[at : at + 30]!r}"
+            detail = f"the generation prompt goes on with {shown}"
+            raise RefusedError(PROMPT_NOT_A_PREFIX, detail)
+        ids = self._continuation(prompt, prompt_ids, full)
+        end = self._end_of_turn(ids)
+        if end is not None:
+            return ids[: end + 1], True
+        if self.has_template:  # line breaks the template puts between turns are not the model's to say
+            while ids and self._kind(ids[-1]) == "space":
+                ids.pop()
+        return ids, False
+
+    def _continuation(self, prompt: str, prompt_ids: list[int], full: str) -> list[int]:
+        """Ids of `full` after the prompt, with the prompt's own ids untouched: generation has no others."""
+        whole = self.encode(full)
+        if whole[: len(prompt_ids)] == prompt_ids:
+            return whole[len(prompt_ids) :]
+        # A token of the whole text crosses the border. The rest is encoded alone; behind an anchor where
+        # a tokenizer would put a space in front of a text's beginning.
+        rest = full[len(prompt) :]
+        wanted = self.tokenizer.decode(whole)
+        for anchor in ("", "\n", "a"):
+            anchor_ids = self.tokenizer.encode(anchor, add_special_tokens=False) if anchor else []
+            joined = self.tokenizer.encode(anchor + rest, add_special_tokens=False)
+            ids = joined[len(anchor_ids) :]
+            if joined[: len(anchor_ids)] == anchor_ids and self.tokenizer.decode(prompt_ids + ids) == wanted:
+                return ids
+        raise RefusedError(NOT_JOINABLE, f"at {rest[:30]!r}")
+
+    def _end_of_turn(self, ids: list[int]) -> int | None:
+        """Index of the token that ends the turn: in the control tokens after the last word, the first stop token.
+
+        Templates may put more behind it (phi-3: a line break and eos after the last message), which no model has to
+        say.
+        """
+        start = len(ids)
+        while start > 0 and self._kind(ids[start - 1]) != "word":
+            start -= 1
+        while start < len(ids) and self._kind(ids[start]) == "space":
+            start += 1
+        end = start
+        while end < len(ids) and self._kind(ids[end]) == "control":
+            if ids[end] in self._stop_ids:
+                return end
+            end += 1
+        return end - 1 if end > start else None
+
+    def _kind(self, token_id: int) -> str:
+        kind = self._kinds.get(token_id)
+        if kind is None:
+            shown = self.tokenizer.decode([token_id])
+            if token_id in self._stop_ids or (
+                shown and not self.tokenizer.decode([token_id], skip_special_tokens=True)
+            ):
+                kind = "control"
+            else:
+                kind = "word" if shown.strip() else "space"
+            self._kinds[token_id] = kind
+        return kind
+
+    def encode_turns(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, trained: Mapping[int, float]
+    ) -> Spans:
+        """Samples that train the given assistant messages, each token with its loss weight.
+
+        Turns share a sample as long as the later prompt begins with the very ids that the earlier turns ended with.
+        Where it does not (the template rewrites history, as Qwen3 does with thinking), the later turn gets
+        its own sample with its own history, as inference would see it.
+
+        Args:
+            trained: index of an assistant message -> loss weight > 0.
+        """
+        result = Spans()
+        current: Span | None = None
+        for index in sorted(trained):
+            try:
+                prompt = self.render(messages[:index], tools, prompt=True)
+                prompt_ids = self.encode(prompt)
+                ids, ended = self.answer(prompt, prompt_ids, self.render(messages[: index + 1], tools, prompt=False))
+            except RefusedError as refused:
+                result.refused.append(refused)
+                continue
+            if current is None or prompt_ids[: len(current.ids)] != current.ids:
+                current = Span([], [], [])
+                result.spans.append(current)
+            new_context = prompt_ids[len(current.ids) :]
+            eos_id = self.tokenizer.eos_id
+            if not ended and eos_id is not None:
+                ids = [*ids, eos_id]
+                current.eos_added += 1
+            current.ids += new_context + ids
+            current.weights += [0.0] * len(new_context) + [trained[index]] * len(ids)
+            current.trained.append(index)
+            assert current.ids[: len(prompt_ids)] == prompt_ids, "the sample must begin with what generation is given"
+        return result

@@ -1,0 +1,24 @@
+"""Fast operations, each with a plain PyTorch twin: C++ on the CPU where a compiler is at hand, PyTorch elsewhere."""
+
+from oarsmith.kernels.activation import activation, gated_activation
+from oarsmith.kernels.adamw import AdamWRule, adamw_step
+from oarsmith.kernels.attention import attention
+from oarsmith.kernels.cross_entropy import HeadResult, head_loss, token_logprobs
+from oarsmith.kernels.norm import rms_norm
+from oarsmith.kernels.rope import rope
+from oarsmith.kernels.select import describe, using
+
+__all__ = [
+    "AdamWRule",
+    "HeadResult",
+    "activation",
+    "adamw_step",
+    "attention",
+    "describe",
+    "gated_activation",
+    "head_loss",
+    "rms_norm",
+    "rope",
+    "token_logprobs",
+    "using",
+]

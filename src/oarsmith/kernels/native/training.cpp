@@ -1,0 +1,79 @@
+// Cross-entropy with its gradient, and one-pass AdamW on fp32 parameters or on bf16 parameters with exact fp32 masters.
+#include "common.h"
+
+// logits[rows, vocab] -> logits become d(sum_r coef[r] * -logp[r]) / d logits when want_grad, else stay.
+// logp[r] = log-probability of targets[r]; correct[r] = 1 where the target has the largest logit.
+template <class T>
+static void cross_entropy(T* logits, const int64_t* targets, const float* coef, float* logp, uint8_t* correct,
+                          int64_t rows, int64_t vocab, int want_grad) {
+#pragma omp parallel for schedule(static)
+  for (int64_t r = 0; r < rows; ++r) {
+    T* x = logits + r * vocab;
+    float top = -INFINITY;
+#pragma omp simd reduction(max : top)
+    for (int64_t j = 0; j < vocab; ++j) top = std::max(top, load(x + j));
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < vocab; ++j) sum += fast_exp(load(x + j) - top);
+    float lse = top + std::log(sum), target = load(x + targets[r]);
+    logp[r] = target - lse;
+    correct[r] = target >= top;
+    if (!want_grad) continue;
+    float c = coef[r];
+#pragma omp simd
+    for (int64_t j = 0; j < vocab; ++j) store(x + j, c * fast_exp(load(x + j) - lse));
+    store(x + targets[r], c * (fast_exp(target - lse) - 1.0f));
+  }
+}
+
+struct Rule { float lr, beta1, beta2, eps, decay, correction1, correction2, grad_scale; };
+
+static inline float adamw(float p, float g, float* m, float* v, const Rule& k) {
+  g *= k.grad_scale;
+  float m1 = *m + (g - *m) * (1.0f - k.beta1);
+  float v1 = *v * k.beta2 + g * g * (1.0f - k.beta2);
+  *m = m1;
+  *v = v1;
+  p -= p * k.lr * k.decay;
+  return p - k.lr * (m1 / k.correction1) / (std::sqrt(v1 / k.correction2) + k.eps);
+}
+
+extern "C" void adamw_f32(float* p, const float* g, float* m, float* v, int64_t n, float lr, float beta1, float beta2,
+                          float eps, float decay, float correction1, float correction2, float grad_scale) {
+  Rule k{lr, beta1, beta2, eps, decay, correction1, correction2, grad_scale};
+#pragma omp parallel for simd schedule(static)
+  for (int64_t i = 0; i < n; ++i) p[i] = adamw(p[i], g[i], m + i, v + i, k);
+}
+
+// The fp32 master is (parameter bits << 16) + low, with low a signed 16-bit remainder: 2 bytes instead of 4, and exact.
+template <class G>
+static void adamw_split(bf16* p, int16_t* low, const G* g, float* m, float* v, int64_t n, const Rule& k) {
+#pragma omp parallel for simd schedule(static)
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits = (static_cast<uint32_t>(p[i].bits) << 16) + static_cast<uint32_t>(static_cast<int32_t>(low[i]));
+    float master;
+    std::memcpy(&master, &bits, 4);
+    master = adamw(master, load(g + i), m + i, v + i, k);
+    std::memcpy(&bits, &master, 4);
+    uint32_t high = (bits + 0x8000u) >> 16;
+    p[i].bits = static_cast<uint16_t>(high);
+    low[i] = static_cast<int16_t>(static_cast<uint16_t>(bits));  // bits - (high << 16) as a signed remainder
+  }
+}
+
+#define SPLIT(G, suffix)                                                                                                 \
+  extern "C" void adamw_split_##suffix(bf16* p, int16_t* low, const G* g, float* m, float* v, int64_t n, float lr,       \
+                                       float beta1, float beta2, float eps, float decay, float correction1,             \
+                                       float correction2, float grad_scale) {                                           \
+    adamw_split<G>(p, low, g, m, v, n, Rule{lr, beta1, beta2, eps, decay, correction1, correction2, grad_scale});        \
+  }
+SPLIT(float, f32)
+SPLIT(bf16, bf16)
+
+#define EXPORT(T, suffix)                                                                                                \
+  extern "C" void cross_entropy_##suffix(T* logits, const int64_t* targets, const float* coef, float* logp,              \
+                                         uint8_t* correct, int64_t rows, int64_t vocab, int want_grad) {                 \
+    cross_entropy<T>(logits, targets, coef, logp, correct, rows, vocab, want_grad);                                      \
+  }
+EXPORT(float, f32)
+EXPORT(bf16, bf16)

@@ -1,0 +1,111 @@
+"""Which implementation of the fast operations runs: the compiled kernels or their PyTorch twins."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from oarsmith.errors import ConfigError
+from oarsmith.kernels.build import BuildError, load_library
+
+Backend = Literal["auto", "native", "torch"]
+
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
+_SIGNATURES = {
+    "rms_forward": "pppplllfi",
+    "rms_backward": "pppppplllii",
+    "rope": "ppppllllllf",
+    "gated_forward": "pplli",
+    "gated_backward": "ppplli",
+    "softmax_forward": "pplllllllf",
+    "softmax_again": "pplllllllf",
+    "softmax_backward": "ppllf",
+    "cross_entropy": "ppppplli",
+    "adamw_split": "ppppplffffffff",
+}
+
+
+class Library:
+    """The compiled kernels with their argument types set; tensors are passed by address."""
+
+    def __init__(self, handle: ctypes.CDLL) -> None:
+        self._functions = {}
+        for name, signature in _SIGNATURES.items():
+            for suffix in _SUFFIX.values():
+                self._functions[name, suffix] = self._bind(handle, f"{name}_{suffix}", signature)
+        self._functions["adamw", "f32"] = self._bind(handle, "adamw_f32", "pppplffffffff")
+
+    @staticmethod
+    def _bind(handle: ctypes.CDLL, name: str, signature: str) -> ctypes._NamedFuncPointer:
+        function = handle[name]
+        function.argtypes = [_TYPES[letter] for letter in signature]
+        function.restype = None
+        return function
+
+    def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | float | int | None) -> None:
+        """Run a kernel for tensors of ``dtype``. Contiguity is the caller's duty."""
+        values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+        self._functions[name, _SUFFIX[dtype]](*values)
+
+
+@dataclass
+class _Choice:
+    backend: Backend = "auto"
+    library: Library | None = None
+    tried: bool = False
+    reason: str = ""
+
+
+_choice = _Choice()
+
+
+def native_for(*tensors: Tensor) -> Library | None:
+    """The compiled kernels when they can work on these tensors (CPU, one dtype of fp32 or bf16), else None."""
+    if _choice.backend == "torch" or torch.compiler.is_compiling():
+        return None
+    first = tensors[0]
+    if first.dtype not in _SUFFIX or any(t.device.type != "cpu" or t.dtype != first.dtype for t in tensors):
+        return None
+    return library()
+
+
+def library() -> Library | None:
+    """The compiled kernels, built on first use; None when they cannot be had and ``auto`` allows doing without."""
+    if _choice.backend == "torch":
+        return None
+    if not _choice.tried:
+        _choice.tried = True
+        try:
+            _choice.library = Library(load_library())
+        except BuildError as error:
+            _choice.reason = str(error)
+    if _choice.library is None and _choice.backend == "native":
+        raise ConfigError(_choice.reason, where="kernels=native", fix="install g++, or set kernels to auto or torch")
+    return _choice.library
+
+
+@contextmanager
+def using(backend: Backend) -> Iterator[None]:
+    """Choose the implementation inside a ``with`` block."""
+    before, _choice.backend = _choice.backend, backend
+    try:
+        library()
+        yield
+    finally:
+        _choice.backend = before
+
+
+def describe() -> str:
+    """One line for the log: which implementation is in use, and why if it is not the fast one."""
+    if _choice.backend == "torch":
+        return "PyTorch operations (as chosen)"
+    if library() is not None:
+        return "compiled C++ kernels on the CPU"
+    return f"PyTorch operations: {_choice.reason}"

@@ -1,0 +1,123 @@
+"""The decoder: embedding, blocks, final norm, head. One class for every family.
+
+Shapes: B rows, T tokens (of a row or of the stream), D hidden, V vocabulary, N chosen tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from oarsmith.errors import ModelError
+from oarsmith.models.block import Block
+from oarsmith.models.layout import KVCache, Layout
+from oarsmith.models.norm import build_norm
+from oarsmith.models.position import rope_tables
+from oarsmith.models.spec import DecoderSpec
+
+
+class Decoder(nn.Module):
+    """Built from a spec; weights are not initialised here (see ``init.py`` and ``checkpoint``).
+
+    Attributes:
+        spec: what was built.
+        config: the ``config.json`` the spec came from, kept so that saving writes back what was read.
+        file_names: family name -> name in the file it was read from, where the file omits a prefix.
+        recompute: store only each block's input in training and run the block again in backward.
+    """
+
+    def __init__(self, spec: DecoderSpec, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.config = dict(config)
+        self.file_names: dict[str, str] = {}
+        self.recompute = False
+        self.embedding = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        if spec.learned_positions is not None:
+            self.position_embedding = nn.Embedding(spec.learned_positions, spec.hidden_size)
+        self.layers = nn.ModuleList(Block(layer, index) for index, layer in enumerate(spec.layers))
+        self.final_norm = build_norm(spec.final_norm)
+        if not spec.tied:
+            self.head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output matrix [V, D]: the head's own, or the embedding table where they are tied."""
+        return self.embedding.weight if self.spec.tied else self.head.weight
+
+    def hidden(self, input_ids_T: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
+        """Hidden states [T, D] of a token stream before the final norm."""
+        x_TD = self.embedding(input_ids_T)
+        if self.spec.embedding_scale is not None:
+            # Rounded to the stream's dtype first, as the authors do: in bf16 the rounding is part of the model.
+            x_TD = x_TD * torch.tensor(self.spec.embedding_scale, dtype=x_TD.dtype, device=x_TD.device)
+        if self.spec.learned_positions is not None:
+            self._check_learned_positions(layout)
+            x_TD = x_TD + self.position_embedding(layout.positions_T)
+        ropes = {layer.attention.rope for layer in self.spec.layers} - {None}
+        tables = {rope: rope_tables(rope, layout.positions_T, layout.lengths_T) for rope in ropes if rope is not None}
+        for block in self.layers:
+            if self.recompute and torch.is_grad_enabled():
+                x_TD = checkpoint(block, x_TD, layout, tables, cache, use_reentrant=False)
+            else:
+                x_TD = block(x_TD, layout, tables, cache)
+        return x_TD
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Logits [N, V] of chosen hidden states (final norm and head)."""
+        return functional.linear(self.final_norm(hidden_ND), self.head_weight)
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor | None = None, documents: Sequence[int] | None = None
+    ) -> Tensor:
+        """Logits [B, T, V] of token ids [B, T], every row causal and on its own.
+
+        Args:
+            positions: [B, T]; by default each row (or document) counts from 0.
+            documents: borders of documents within each row (``[0, ..., T]``), which then cannot see each other.
+
+        Raises:
+            ModelError: ids outside the vocabulary, or more tokens than a learned position table holds.
+        """
+        if input_ids.dim() != 2:
+            raise ModelError(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}", fix="add a batch axis")
+        rows, length = input_ids.shape
+        self._check_ids(input_ids)
+        borders = [0, length] if documents is None else list(documents)
+        bounds = [0] + [row * length + border for row in range(rows) for border in borders[1:]]
+        if positions is None:
+            sizes = [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+            positions = torch.cat([torch.arange(size, device=input_ids.device) for size in sizes])
+        hidden_TD = self.hidden(input_ids.flatten(), Layout.documents(bounds, positions.flatten()))
+        return self.logits(hidden_TD).unflatten(0, (rows, length))
+
+    def new_cache(self, num_sequences: int, capacity: int) -> KVCache:
+        """An empty key/value cache that fits this decoder."""
+        shapes = [(layer.attention.num_kv_heads, layer.attention.head_dim) for layer in self.spec.layers]
+        weight = self.embedding.weight
+        return KVCache(
+            shapes, num_sequences=num_sequences, capacity=capacity, dtype=weight.dtype, device=weight.device
+        )
+
+    def _check_ids(self, input_ids: Tensor) -> None:
+        if input_ids.numel() == 0:
+            raise ModelError("input_ids is empty", fix="pass at least one token")
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= self.spec.vocab_size:
+            raise ModelError(
+                f"token id {low if low < 0 else high} is outside the vocabulary of {self.spec.vocab_size}",
+                fix="use the tokenizer that belongs to this model",
+            )
+
+    def _check_learned_positions(self, layout: Layout) -> None:
+        highest = int(layout.positions_T.max())
+        if highest >= (self.spec.learned_positions or 0):
+            raise ModelError(
+                f"position {highest} is outside the model's table of {self.spec.learned_positions} positions",
+                fix=f"shorten the input to at most {self.spec.learned_positions} tokens",
+            )

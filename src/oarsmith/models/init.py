@@ -1,0 +1,36 @@
+"""Fresh weights for a model built from its config alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from oarsmith.models.decoder import Decoder
+from oarsmith.models.norm import LayerNorm, RMSNorm
+
+
+@torch.no_grad()
+def init_weights(model: Decoder, seed: int) -> None:
+    """Normal(0, ``spec.init_std``) for matrices, zero for biases, identity for norms.
+
+    The same seed gives the same weights on any machine: values are drawn on the CPU in module order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.weight.fill_(0.0 if module.spec.unit_offset else 1.0)
+        elif isinstance(module, LayerNorm):
+            module.weight.fill_(1.0)
+            if module.bias is not None:
+                module.bias.zero_()
+        else:
+            for name, parameter in module.named_parameters(recurse=False):
+                _fill(parameter, name, model.spec.init_std, generator)
+
+
+def _fill(parameter: nn.Parameter, name: str, std: float, generator: torch.Generator) -> None:
+    if name == "bias":
+        parameter.zero_()
+    else:
+        values = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
+        parameter.copy_(values)

@@ -1,0 +1,100 @@
+"""Invertible name operators: where each tensor of a checkpoint file lies in the decoder's parameters.
+
+An operator names a *view* of a parameter. Loading copies the file's tensor into the view, saving copies the view out, so
+one description serves both directions, a round trip is bit for bit, and loading streams: no second copy of the weights.
+The list of a family must consume every tensor of the file and fill every element of every parameter (checked).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from oarsmith.models.spec import LayerNormSpec, LinearSpec, NormSpec
+
+
+@dataclass(frozen=True)
+class Place:
+    """File tensor ``file`` is ``view(parameter)``. ``segment`` names the projection inside a fused linear map."""
+
+    file: str
+    parameter: str
+    view: Callable[[Tensor], Tensor]
+    segment: str | None = None
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """File tensors matching ``pattern`` (regex, full match) carry no weights: buffers older libraries stored."""
+
+    pattern: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """File tensor ``file`` may repeat parameter ``parameter`` (a tied head stored twice). Read nothing, write nothing."""
+
+    file: str
+    parameter: str
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """All operators of a model, under the names its family writes.
+
+    ``optional_prefix``: a leading path that some files omit (they were saved from the model without its head).
+    """
+
+    operators: tuple[Place | Ignored | Duplicate, ...]
+    optional_prefix: str = ""
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        return tuple(operator for operator in self.operators if isinstance(operator, Place))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The parameter as it is."""
+    return tensor
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """The matrix transposed (Conv1D files store [in, out])."""
+    return tensor.t()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows [start, stop) of the parameter."""
+
+    start: int
+    stop: int
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor[self.start : self.stop]
+
+
+def linear(file: str, parameter: str, spec: LinearSpec) -> Iterator[Place]:
+    """One file tensor per segment, ``{file}.{segment}.weight`` and ``.bias``, stacked in the fused parameter."""
+    for segment, start, stop in spec.bounds():
+        view = whole if len(spec.segments) == 1 else Rows(start, stop)
+        for kind in ("weight", "bias") if spec.bias else ("weight",):
+            yield Place(f"{file}.{segment.name}.{kind}", f"{parameter}.{kind}", view, segment.name)
+
+
+def conv1d(file: str, parameter: str, spec: LinearSpec) -> Iterator[Place]:
+    """As :func:`linear` for one segment whose weight is stored transposed (GPT-2)."""
+    (segment,) = spec.segments
+    yield Place(f"{file}.{segment.name}.weight", f"{parameter}.weight", transposed, segment.name)
+    if spec.bias:
+        yield Place(f"{file}.{segment.name}.bias", f"{parameter}.bias", whole, segment.name)
+
+
+def norm(file: str, parameter: str, spec: NormSpec) -> Iterator[Place]:
+    """Weight, and bias where the norm has one."""
+    yield Place(f"{file}.weight", f"{parameter}.weight", whole)
+    if isinstance(spec, LayerNormSpec) and spec.bias:
+        yield Place(f"{file}.bias", f"{parameter}.bias", whole)

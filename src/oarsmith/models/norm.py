@@ -1,0 +1,39 @@
+"""Normalisation layers. Shapes: T tokens, D features of the normalised axis (always the last)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from oarsmith import kernels
+from oarsmith.models.spec import LayerNormSpec, NormSpec, RMSNormSpec
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, spec: RMSNormSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(torch.empty(spec.size))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return kernels.rms_norm(x_TD, self.weight, self.spec.eps, self.spec.unit_offset)
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, spec: LayerNormSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(torch.empty(spec.size))
+        self.bias = nn.Parameter(torch.empty(spec.size)) if spec.bias else None
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return functional.layer_norm(x_TD, (self.spec.size,), self.weight, self.bias, self.spec.eps)
+
+
+def build_norm(spec: NormSpec) -> RMSNorm | LayerNorm:
+    match spec:
+        case RMSNormSpec():
+            return RMSNorm(spec)
+        case LayerNormSpec():
+            return LayerNorm(spec)
