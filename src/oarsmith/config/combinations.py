@@ -69,8 +69,8 @@ IMPOSSIBLE: tuple[Impossible[Any], ...] = (
     ),
     Impossible(
         DataKeys,
-        lambda c: c.src_length > c.max_length,
-        "src_length {src_length} is more than max_length {max_length}: the answer would have no room",
+        lambda c: c.src_length is not None and c.src_length >= c.max_length,
+        "src_length {src_length} leaves no room for an answer in max_length {max_length}",
         "lower src_length or raise max_length",
     ),
     Impossible(OptimizerKeys, lambda c: c.max_steps == 0, "max_steps is 0", "give -1 (by epochs) or at least 1"),

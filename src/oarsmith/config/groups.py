@@ -75,8 +75,12 @@ class DataKeys(JobConfig):
         ge=2,
         description="Tokens in one row of a batch, and the longest sample. Longer ones are truncated, and counted.",
     )
-    src_length: Int = Field(
-        1024, ge=1, description="Tokens of the prompt part that are kept when a sample is too long; at most max_length."
+    src_length: Int | None = Field(
+        None,
+        ge=1,
+        description="Tokens the prompt keeps where prompt and answer together are longer than max_length. Not given: "
+        "half of "
+        "max_length.",
     )
     on_malformed: Literal["error", "skip"] = Field(
         "error",

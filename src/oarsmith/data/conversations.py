@@ -58,9 +58,10 @@ def detect_format(record: Record) -> DatasetFormat:
         raise DataError(
             what, where=record.where, fix="train on it with a preference method, or give question-answer rows"
         )
-    for present in (lambda name: value.get(name) is not None, lambda name: name in value):
+    filled = {name for name, item in value.items() if item is not None}
+    for present in (filled, set(value)):  # a null field tells the format only where no other does
         for name, found_format in _MARKS:
-            if present(name):
+            if name in present:
                 return found_format
     raise DataError(
         f"the row's fields ({', '.join(map(str, list(value)[:8])) or 'none'}) fit no known format",

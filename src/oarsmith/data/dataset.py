@@ -68,9 +68,9 @@ def encode_rows(
             report.drop(encoded.dropped.reason, record.where, encoded.dropped.detail)
         yield record, encoded
     report.blank = log.blank
-    for error in log.malformed:
+    for left_out in log.malformed:
         report.rows += 1
-        report.malformed.add(str(error).partition("\n")[0])
+        report.malformed.add(str(left_out).partition("\n")[0])
 
 
 def build_samples(

@@ -7,6 +7,7 @@ does. Nothing here knows any template.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -112,27 +113,48 @@ class SpanEncoder:
             return ids[:-1]  # a tokenizer that ends every text with eos; here the text goes on
         return ids
 
-    def answer(self, prompt: str, prompt_ids: list[int], full: str) -> tuple[list[int], bool]:
-        """Ids the model has to produce after `prompt_ids` so that the text becomes `full`, up to the end of its turn.
+    def turn(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[list[int], list[int], bool]:
+        """What the model is given and what it has to say for the last message, an assistant's.
 
         Returns:
-            the ids, and whether they end with an end-of-turn token of the template's own.
+            prompt ids (exactly those that generation starts from); answer ids up to the end of the turn; whether these
+            end with an end-of-turn token of the template's own.
+
+        Raises:
+            RefusedError: the template does not take the messages, or its training text contradicts its prompt.
         """
+        prompt = self.render(messages[:-1], tools, prompt=True)
+        full = self.render(messages, tools, prompt=False)
         if not full.startswith(prompt):
-            at = next(
-                (n for n, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), min(len(prompt), len(full))
-            )
-            shown = f"{prompt[at : at + 30]!r}, the training text with {full[at : at + 30]!r}"
-            detail = f"the generation prompt goes on with {shown}"
-            raise RefusedError(PROMPT_NOT_A_PREFIX, detail)
+            full = prompt + self._answer_after_other_history(messages, tools, prompt, full)
+        prompt_ids = self.encode(prompt)
         ids = self._continuation(prompt, prompt_ids, full)
         end = self._end_of_turn(ids)
         if end is not None:
-            return ids[: end + 1], True
+            return prompt_ids, ids[: end + 1], True
         if self.has_template:  # line breaks the template puts between turns are not the model's to say
             while ids and self._kind(ids[-1]) == "space":
                 ids.pop()
-        return ids, False
+        return prompt_ids, ids, False
+
+    def _answer_after_other_history(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, prompt: str, full: str
+    ) -> str:
+        """The answer's text where the template renders what is before it differently once it is answered.
+
+        Mistral's shows the system message only while the question is the last message. What generation is given is
+        the prompt, so the answer follows that; allowed only where everything from the question to the prompt's end is
+        the same.
+        """
+        probes = [self.render([*messages[:-1], {"role": "assistant", "content": c}], tools, prompt=False) for c in "AB"]
+        header = _common_beginning(*probes)
+        question = messages[-2]["content"].strip()
+        tails = [text[text.rfind(question) :] for text in (prompt, header) if question and question in text]
+        if len(tails) == 2 and tails[1].startswith(tails[0]) and full.startswith(header):
+            return full[len(header) - len(tails[1]) + len(tails[0]) :]
+        at = len(_common_beginning(prompt, full))
+        shown = f"{prompt[at : at + 30]!r}, the training text with {full[at : at + 30]!r}"
+        raise RefusedError(PROMPT_NOT_A_PREFIX, f"the generation prompt goes on with {shown}")
 
     def _continuation(self, prompt: str, prompt_ids: list[int], full: str) -> list[int]:
         """Ids of `full` after the prompt, with the prompt's own ids untouched: generation has no others."""
@@ -198,9 +220,7 @@ class SpanEncoder:
         current: Span | None = None
         for index in sorted(trained):
             try:
-                prompt = self.render(messages[:index], tools, prompt=True)
-                prompt_ids = self.encode(prompt)
-                ids, ended = self.answer(prompt, prompt_ids, self.render(messages[: index + 1], tools, prompt=False))
+                prompt_ids, ids, ended = self.turn(messages[: index + 1], tools)
             except RefusedError as refused:
                 result.refused.append(refused)
                 continue
@@ -217,3 +237,8 @@ class SpanEncoder:
             current.trained.append(index)
             assert current.ids[: len(prompt_ids)] == prompt_ids, "the sample must begin with what generation is given"
         return result
+
+
+def _common_beginning(first: str, second: str) -> str:
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    return "".join(a for a, _ in same)

@@ -143,9 +143,7 @@ class Fitter:
 
     def _turn(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[list[int], list[int]]:
         """Prompt ids and answer ids (with the end of the turn) of the last message."""
-        prompt = self.encoder.render(messages[:-1], tools, prompt=True)
-        prompt_ids = self.encoder.encode(prompt)
-        ids, ended = self.encoder.answer(prompt, prompt_ids, self.encoder.render(messages, tools, prompt=False))
+        prompt_ids, ids, ended = self.encoder.turn(messages, tools)
         eos_id = self.encoder.tokenizer.eos_id
         return prompt_ids, ids if ended or eos_id is None else [*ids, eos_id]
 

@@ -11,8 +11,8 @@ def run(resolved: Resolved[ModelsConfig]) -> None:
     """Print a line per family: its name, the ``model_type`` values of config.json it reads, what it is."""
     families = sorted(known(), key=lambda family: family.name)
     types = {family.name: ", ".join(family.model_types) for family in families}
-    name_width = max(map(len, types))
-    type_width = max(map(len, types.values()))
-    print(f"{'family':<{name_width}}  {'model_type':<{type_width}}")
+    name_width = max(map(len, ["family", *types]))
+    type_width = max(map(len, ["model_type", *types.values()]))
+    print(f"{'family':<{name_width}}  {'model_type':<{type_width}}  what it is")
     for family in families:
         print(f"{family.name:<{name_width}}  {types[family.name]:<{type_width}}  {family.description}")

@@ -1,0 +1,141 @@
+"""LoRA: y = x W^T + scale * x A^T B^T on chosen projections (Hu et al. 2021); rsLoRA's scale (Kalajdzievski 2023).
+
+Shapes: T tokens, I in features, O out features, R the ranks of all segments of a fused map together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from oarsmith.models.decoder import Decoder
+from oarsmith.models.linear import Linear
+from oarsmith.models.spec import LinearSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSegment:
+    """The adapter of one segment: rank and the factor on its product."""
+
+    name: str
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Rewrites a linear map: each listed segment gets its own A and B, all computed as one pair of products."""
+
+    segments: tuple[LoraSegment, ...]
+    dropout: float = 0.0
+
+    def build(self, spec: LinearSpec) -> LoraLinear:
+        return LoraLinear(spec, self)
+
+
+def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
+    """alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+class LoraLinear(Linear):
+    """A linear map with low-rank additions on some of its segments.
+
+    ``lora_A[name]`` [r, I] and ``lora_B[name]`` [segment size, r] are fp32 and trainable whatever the base's dtype: they
+    are small, and updates are not lost to rounding. Products run in the base's dtype.
+    """
+
+    def __init__(self, spec: LinearSpec, lora: Lora) -> None:
+        super().__init__(spec)
+        self.lora = lora
+        sizes = {segment.name: segment.size for segment in spec.segments}
+        self.lora_A = nn.ParameterDict({s.name: torch.empty(s.rank, spec.in_features) for s in lora.segments})
+        self.lora_B = nn.ParameterDict({s.name: torch.empty(sizes[s.name], s.rank) for s in lora.segments})
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        a_RI, b_OR = self._stacked(x_TI.dtype)
+        if self.lora.dropout > 0 and self.training:
+            base = functional.linear(x_TI, self.weight, self.bias)
+            dropped_TI = functional.dropout(x_TI, self.lora.dropout)
+            return base + functional.linear(functional.linear(dropped_TI, a_RI), b_OR)
+        return _LoraProduct.apply(x_TI, self.weight, self.bias, a_RI, b_OR)
+
+    def _stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A of all segments stacked, and B with its scale as a block-diagonal matrix."""
+        by_name = {segment.name: segment for segment in self.lora.segments}
+        blocks = [
+            self.lora_B[s.name] * by_name[s.name].scale
+            if s.name in by_name
+            else torch.zeros(s.size, 0, device=self.weight.device)
+            for s in self.spec.segments
+        ]
+        rows = [self.lora_A[s.name] for s in self.spec.segments if s.name in by_name]
+        return torch.cat(rows).to(dtype), torch.block_diag(*blocks).to(dtype)
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """A from U(-1/sqrt(I), 1/sqrt(I)), B zero: training starts at the base model, as in the paper's code."""
+        bound = 1 / math.sqrt(self.spec.in_features)
+        for name in self.lora_A:
+            shape = self.lora_A[name].shape
+            self.lora_A[name].copy_(torch.empty(shape).uniform_(-bound, bound, generator=generator))
+            self.lora_B[name].zero_()
+
+    @torch.no_grad()
+    def deltas(self) -> Iterator[tuple[str, slice, Tensor]]:
+        """(segment, its rows, scale * B A in fp32) for each adapted segment."""
+        by_name = {segment.name: segment for segment in self.lora.segments}
+        for segment, start, stop in self.spec.bounds():
+            if segment.name in by_name:
+                product = self.lora_B[segment.name].float() @ self.lora_A[segment.name].float()
+                yield segment.name, slice(start, stop), product * by_name[segment.name].scale
+
+
+class _LoraProduct(torch.autograd.Function):
+    """x W^T + b + (x A^T) B^T with the additions fused into the products and no gradient for a frozen W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        xa = flat @ a.t()
+        y = functional.linear(flat, weight, bias)
+        y.addmm_(xa, b.t())
+        ctx.save_for_backward(flat, xa, weight, a, b)
+        ctx.has_bias = bias is not None
+        return y.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, xa, weight, a, b = ctx.saved_tensors
+        flat = dy.reshape(-1, dy.shape[-1])
+        dxa = flat @ b
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (flat @ weight).addmm_(dxa, a).unflatten(0, dy.shape[:-1])
+        d_weight = flat.t() @ x if ctx.needs_input_grad[1] else None
+        d_bias = flat.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        return dx, d_weight, d_bias, dxa.t() @ x, flat.t() @ xa
+
+
+def lora_modules(model: Decoder) -> Iterator[tuple[str, LoraLinear]]:
+    """The adapted linear maps with their module paths."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            yield path, module
+
+
+def attach(model: Decoder, seed: int) -> None:
+    """Freeze the base and give every adapter fresh fp32 weights; the same seed gives the same adapter anywhere."""
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for _, module in lora_modules(model):
+        for table in (module.lora_A, module.lora_B):
+            for name in table:
+                table[name] = nn.Parameter(torch.empty(table[name].shape, device=table[name].device))
+        module.reset(generator)

@@ -1,0 +1,174 @@
+"""LoRA adapters in PEFT's layout: adapter_config.json + adapter_model.safetensors, read and written.
+
+Keys are ``base_model.model.{module}.lora_A.weight`` [r, in] and ``.lora_B.weight`` [out, r], with the module names of the
+base checkpoint; for Conv1D bases (GPT-2) the shapes are the same and ``fan_in_fan_out`` is true.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oarsmith.adapters.lora import LoraSegment, lora_modules, lora_scale
+from oarsmith.adapters.targets import lora_rewrite
+from oarsmith.checkpoint.atomic import atomic_write_text
+from oarsmith.checkpoint.hf import projection_places
+from oarsmith.checkpoint.safetensors_stream import SafetensorsWriter, TensorInfo, check_safetensors
+from oarsmith.errors import CheckpointError
+from oarsmith.models import families
+from oarsmith.models.decoder import Decoder
+from oarsmith.models.families import Family
+from oarsmith.models.names import transposed
+from oarsmith.models.spec import DecoderSpec
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# Options that change the arithmetic and belong to other methods: refusing beats computing something else.
+_MUST_BE_EMPTY = ("use_dora", "modules_to_save", "trainable_token_indices", "layer_replication", "lora_bias", "use_qalora")
+
+
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    """``adapter_config.json``, refused unless it describes plain LoRA.
+
+    Raises:
+        CheckpointError: missing file, another method, or an option this version does not compute.
+    """
+    path = directory / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"no {CONFIG} in the directory", where=str(directory), fix="check the adapter's path")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"not valid JSON: {error}", where=str(path)) from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise CheckpointError(f"adapters of type {kind!r} cannot be read", where=str(path), fix="known: LORA")
+    used = [key for key in _MUST_BE_EMPTY if config.get(key)]
+    if used:
+        raise CheckpointError(f"LoRA with {', '.join(used)} cannot be read by this version", where=str(path))
+    return config
+
+
+def adapter_rewrite(directory: Path) -> Callable[[Family, DecoderSpec], DecoderSpec]:
+    """The spec rewrite that gives a decoder the adapter's shape; which modules and ranks, the weights themselves say."""
+    config = read_adapter_config(directory)
+    ranks = {}
+    for name, info in check_safetensors(directory / WEIGHTS).items():
+        if name.endswith(".lora_A.weight"):
+            ranks[name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")] = info.shape[0]
+
+    def choose(modules: list[str]) -> Mapping[str, LoraSegment]:
+        unknown = sorted(set(ranks) - set(modules))
+        if unknown or not ranks:
+            raise CheckpointError(
+                f"the adapter sits on {unknown[0] if unknown else 'nothing'}, which the base model does not have",
+                where=str(directory / WEIGHTS),
+                fix=f"use the adapter's own base model ({config.get('base_model_name_or_path')})",
+            )
+        rslora = bool(config.get("use_rslora"))
+        return {
+            module: LoraSegment(name="", rank=rank, scale=lora_scale(_alpha(config, module), rank, rslora))
+            for module, rank in ranks.items()
+        }
+
+    return lora_rewrite(choose, float(config.get("lora_dropout") or 0.0))
+
+
+def _alpha(config: Mapping[str, Any], module: str) -> float:
+    """lora_alpha, or the value of the first ``alpha_pattern`` key that ends the module's name (PEFT's rule)."""
+    for key, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return float(value)
+    return float(config["lora_alpha"])
+
+
+@torch.no_grad()
+def load_adapter_weights(model: Decoder, directory: Path) -> None:
+    """Copy an adapter's tensors into a decoder built with :func:`adapter_rewrite`."""
+    from safetensors import safe_open
+
+    slots = adapter_tensors(model)
+    biases = _bias_slots(model)
+    with safe_open(directory / WEIGHTS, framework="pt") as file:
+        names = set(file.keys())
+        unknown = sorted(names - set(slots) - set(biases))
+        missing = sorted(set(slots) - names)
+        if unknown or missing:
+            raise CheckpointError(
+                f"tensor {(unknown or missing)[0]} {'has no place in this model' if unknown else 'is missing'}",
+                where=str(directory / WEIGHTS),
+            )
+        for name in names:
+            target, tensor = slots.get(name, biases.get(name)), file.get_tensor(name)
+            assert target is not None
+            if target.shape != tensor.shape:
+                raise CheckpointError(
+                    f"tensor {name} has shape {tuple(tensor.shape)}, the base model asks for {tuple(target.shape)}",
+                    where=str(directory / WEIGHTS),
+                    fix="use the adapter's own base model",
+                )
+            target.copy_(tensor)
+
+
+def adapter_tensors(model: Decoder) -> dict[str, Tensor]:
+    """PEFT key -> the adapter parameter itself."""
+    modules = dict(lora_modules(model))
+    found = {}
+    for module, place in projection_places(families.find(model.config).names(model.spec)).items():
+        linear = modules.get(place.parameter.removesuffix(".weight"))
+        if linear is not None and place.segment in linear.lora_A:
+            found[f"{_PREFIX}{module}.lora_A.weight"] = linear.lora_A[place.segment]
+            found[f"{_PREFIX}{module}.lora_B.weight"] = linear.lora_B[place.segment]
+    return found
+
+
+def _bias_slots(model: Decoder) -> dict[str, Tensor]:
+    """Biases that PEFT stores beside an adapter trained with ``bias`` = all or lora_only (a base_layer in newer files)."""
+    parameters, found = dict(model.named_parameters()), {}
+    for place in families.find(model.config).names(model.spec).places:
+        if place.file.endswith(".bias"):
+            target = place.view(parameters[place.parameter].data)
+            found[f"{_PREFIX}{place.file}"] = target
+            found[f"{_PREFIX}{place.file.removesuffix('bias')}base_layer.bias"] = target
+    return found
+
+
+def write_adapter(model: Decoder, directory: Path, *, base: str, settings: Mapping[str, Any]) -> None:
+    """Write the adapter into an existing directory (inside ``atomic_directory``).
+
+    Args:
+        base: what ``base_model_name_or_path`` shall say.
+        settings: r, lora_alpha, lora_dropout, use_rslora as the run was configured.
+    """
+    tensors = {name: tensor.detach() for name, tensor in adapter_tensors(model).items()}
+    infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with SafetensorsWriter(directory / WEIGHTS, infos) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    modules = sorted({name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for name in tensors})
+    places = projection_places(families.find(model.config).names(model.spec))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": any(places[module].view is transposed for module in modules),
+        "inference_mode": True,
+        "target_modules": _shortest(modules, list(places)),
+        **settings,
+    }
+    atomic_write_text(directory / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def _shortest(chosen: list[str], everything: list[str]) -> list[str]:
+    """Leaf names where they select exactly the chosen modules, else the full names."""
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in chosen})
+    selected = {name for name in everything if name.rsplit(".", 1)[-1] in leaves}
+    return leaves if selected == set(chosen) else chosen

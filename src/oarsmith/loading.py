@@ -1,0 +1,121 @@
+"""Models by path: the one place that knows model directories, adapter directories and run folders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from oarsmith.adapters.lora import attach
+from oarsmith.adapters.peft_layout import CONFIG as ADAPTER_CONFIG
+from oarsmith.adapters.peft_layout import adapter_rewrite, load_adapter_weights, read_adapter_config
+from oarsmith.checkpoint.atomic import atomic_directory
+from oarsmith.checkpoint.hf import DTYPES, load_decoder, write_decoder
+from oarsmith.errors import CheckpointError, ConfigError
+from oarsmith.models.decoder import Decoder
+from oarsmith.text import Tokenizer
+
+
+@dataclass(frozen=True)
+class ModelPath:
+    """Where a model's parts lie: ``base`` holds config, weights and tokenizer, ``adapter`` an adapter on top of it."""
+
+    base: Path
+    adapter: Path | None = None
+
+
+def resolve(path: str | Path, adapter: str | Path | None = None) -> ModelPath:
+    """What a path the user typed refers to.
+
+    A run folder stands for its ``merged`` or ``model`` folder, or its ``adapter``; an adapter directory for itself on the
+    base it names (relative names are looked up from the adapter's directory, then from here).
+
+    Raises:
+        CheckpointError: an adapter whose base cannot be found.
+    """
+    where = Path(path)
+    if (where / "run.json").is_file():
+        parts = [where / name for name in ("merged", "model", "adapter") if (where / name).is_dir()]
+        if not parts:
+            raise CheckpointError("this run has not finished: no model yet", where=str(where), fix="resume the run")
+        where = parts[0]
+    if (where / ADAPTER_CONFIG).is_file() and not (where / "config.json").is_file():
+        base = read_adapter_config(where).get("base_model_name_or_path")
+        candidates = [where / str(base), Path(str(base))]
+        found = next((candidate for candidate in candidates if (candidate / "config.json").is_file()), None)
+        if base is None or found is None:
+            raise CheckpointError(
+                f"the adapter's base model {base!r} is not there",
+                where=str(where),
+                fix="name the base model and pass the adapter with --adapter",
+            )
+        if adapter is not None:
+            raise CheckpointError("the path is an adapter already", where=str(where), fix="name the base model instead")
+        return ModelPath(found, where)
+    return ModelPath(where, None if adapter is None else _adapter_directory(Path(adapter)))
+
+
+def _adapter_directory(path: Path) -> Path:
+    return path / "adapter" if (path / "run.json").is_file() else path
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("no CUDA device is available", where="device", fix="use device cpu or auto")
+    return torch.device(name)
+
+
+def pick_dtype(name: str) -> torch.dtype | None:
+    """``fp32``, ``bf16``, ``fp16`` (or torch's names); ``auto`` is what the files hold."""
+    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(name, name)
+    if short == "auto":
+        return None
+    if short not in DTYPES:
+        raise ConfigError(f"unknown dtype {name!r}", where="dtype", fix=f"use auto or one of {', '.join(DTYPES)}")
+    return DTYPES[short]
+
+
+def load_model(
+    path: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    adapter: str | Path | None = None,
+) -> Decoder:
+    """A decoder from a model directory, an adapter directory or a run folder, in eval mode.
+
+    Args:
+        dtype: ``auto`` keeps what the files hold; or ``fp32``, ``bf16``, ``fp16`` or a torch dtype.
+        device: ``auto`` is the GPU where there is one, else the CPU.
+        adapter: a LoRA adapter in PEFT's layout to put on top.
+
+    Raises:
+        OarsmithError: the path, the files or the architecture cannot be used; says what to do.
+    """
+    where = resolve(path, adapter)
+    rewrite = adapter_rewrite(where.adapter) if where.adapter else None
+    model = load_decoder(
+        where.base,
+        dtype=dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype),
+        device=device if isinstance(device, torch.device) else pick_device(device),
+        rewrite=rewrite,
+    )
+    if where.adapter:
+        attach(model, seed=0)
+        load_adapter_weights(model, where.adapter)
+    return model.eval()
+
+
+def save_model(model: Decoder, path: str | Path, tokenizer: Tokenizer | None = None) -> None:
+    """Write a Hugging Face directory: complete under ``path``, or not there at all.
+
+    Raises:
+        OarsmithError: the model carries an adapter, or the disk is full.
+    """
+    with atomic_directory(Path(path)) as folder:
+        write_decoder(model, folder)
+        if tokenizer is not None:
+            tokenizer.save(folder)
