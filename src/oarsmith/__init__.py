@@ -12,8 +12,8 @@ from oarsmith._version import __version__
 from oarsmith.errors import OarsmithError
 
 if TYPE_CHECKING:
-    from oarsmith.checkpoint.hf import load_model, save_model
     from oarsmith.engine import Engine, Sampling
+    from oarsmith.loading import load_model, save_model
     from oarsmith.text import load_tokenizer
 
 __all__ = [
@@ -29,9 +29,9 @@ __all__ = [
 _HOME = {
     "Engine": "oarsmith.engine",
     "Sampling": "oarsmith.engine",
-    "load_model": "oarsmith.checkpoint.hf",
+    "load_model": "oarsmith.loading",
     "load_tokenizer": "oarsmith.text",
-    "save_model": "oarsmith.checkpoint.hf",
+    "save_model": "oarsmith.loading",
 }
 
 

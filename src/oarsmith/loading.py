@@ -79,6 +79,11 @@ def pick_dtype(name: str) -> torch.dtype | None:
     return DTYPES[short]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The config's name of a torch dtype."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
 def load_model(
     path: str | Path,
     dtype: str | torch.dtype = "auto",

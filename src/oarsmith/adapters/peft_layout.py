@@ -31,7 +31,14 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # Options that change the arithmetic and belong to other methods: refusing beats computing something else.
-_MUST_BE_EMPTY = ("use_dora", "modules_to_save", "trainable_token_indices", "layer_replication", "lora_bias", "use_qalora")
+_MUST_BE_EMPTY = (
+    "use_dora",
+    "modules_to_save",
+    "trainable_token_indices",
+    "layer_replication",
+    "lora_bias",
+    "use_qalora",
+)
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:

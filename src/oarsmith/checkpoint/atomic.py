@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -20,11 +21,11 @@ from oarsmith.errors import CheckpointError
 
 TEMPORARY_PREFIX = ".tmp-"
 _BACKUP_SUFFIX = ".old"
-_NONCE_CHARS = 8
+_OURS = re.compile(r"\.tmp-(?P<name>.+)\.[0-9a-f]{8}(?P<backup>\.old)?", re.DOTALL)
 
 
 def _temporary_for(final: Path, suffix: str = "") -> Path:
-    return final.with_name(f"{TEMPORARY_PREFIX}{final.name}.{secrets.token_hex(_NONCE_CHARS // 2)}{suffix}")
+    return final.with_name(f"{TEMPORARY_PREFIX}{final.name}.{secrets.token_hex(4)}{suffix}")
 
 
 def _destination(path: Path) -> Path:
@@ -127,7 +128,7 @@ def _sync_tree(root: Path) -> None:
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:
-    """Rename; an old directory, which POSIX cannot rename over, steps aside under a name `remove_leftovers` restores."""
+    """POSIX cannot rename over a non-empty directory: the old one steps aside, where `_restore_backups` finds it."""
     if not final.exists():
         temporary.rename(final)
         _sync(final.parent)
@@ -140,7 +141,8 @@ def _put_in_place(temporary: Path, final: Path) -> None:
         backup.rename(final)
         raise
     _sync(final.parent)
-    shutil.rmtree(backup)
+    # Half removed it must never be taken for a complete backup: it loses that name first.
+    shutil.rmtree(backup.rename(_temporary_for(final)))
 
 
 @contextmanager
@@ -180,11 +182,16 @@ def atomic_directory(final: Path, *, num_bytes: int | None = None) -> Iterator[P
             shutil.rmtree(temporary)
 
 
+def _temporaries(parent: Path) -> list[tuple[Path, re.Match[str]]]:
+    found = ((path, _OURS.fullmatch(path.name)) for path in sorted(parent.iterdir()))
+    return [(path, match) for path, match in found if match is not None]
+
+
 def _restore_backups(parent: Path, only: str | None = None) -> None:
-    for backup in sorted(parent.glob(f"{TEMPORARY_PREFIX}*{_BACKUP_SUFFIX}")):
-        name = backup.name[len(TEMPORARY_PREFIX) : -len(_BACKUP_SUFFIX) - _NONCE_CHARS - 1]
-        if (only is None or name == only) and name and not (parent / name).exists():
-            backup.rename(parent / name)
+    for path, match in _temporaries(parent):
+        name = match["name"]
+        if match["backup"] and only in (None, name) and not (parent / name).exists():
+            path.rename(parent / name)
 
 
 def remove_leftovers(parent: Path) -> list[Path]:
@@ -200,7 +207,7 @@ def remove_leftovers(parent: Path) -> list[Path]:
         return []
     _restore_backups(parent)
     removed = []
-    for path in sorted(parent.glob(f"{TEMPORARY_PREFIX}*")):
+    for path, _ in _temporaries(parent):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

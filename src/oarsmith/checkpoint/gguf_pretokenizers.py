@@ -1,6 +1,6 @@
 """What a byte-level BPE cuts text into before merging, by the names GGUF files use (``tokenizer.ggml.pre``).
 
-The expressions are those of the models' own tokenizer.json files; llama.cpp's src/llama-vocab.cpp has the list of names.
+The expressions are those of the models' own tokenizer.json files; llama.cpp's src/llama-vocab.cpp lists the names.
 """
 
 from __future__ import annotations

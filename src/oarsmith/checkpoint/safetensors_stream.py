@@ -240,7 +240,7 @@ def _stored_tensor(where: str, entry: object, data_start: int) -> StoredTensor:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise CheckpointError("the header entry lacks dtype, shape or data_offsets", where=where, fix=_REFETCH)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in _BITS:
         raise CheckpointError(f"unknown dtype {dtype!r}; known are {', '.join(_BITS)}", where=where)
     if not _whole_numbers(shape):
         raise CheckpointError(f"shape {shape!r} is not a list of non-negative whole numbers", where=where, fix=_REFETCH)

@@ -101,6 +101,17 @@ class JobConfig(BaseModel):
     also_accepts: ClassVar[tuple[str, ...]] = ()
 
 
+def groups_of(config_class: type[JobConfig]) -> dict[str, list[str]]:
+    """The keys under the title of the class that defines them, in the order of definition."""
+    groups: dict[str, list[str]] = {}
+    for owner in config_class.__mro__:
+        if issubclass(owner, JobConfig):
+            own = [key for key in config_class.model_fields if key in vars(owner).get("__annotations__", {})]
+            if own:
+                groups[owner.title] = own
+    return groups
+
+
 def value_types(config_class: type[JobConfig], key: str) -> set[type]:
     """The Python types a key's values have, without None: ``{bool}`` for a switch, ``{tuple, str}`` for names."""
     return _flat(config_class.model_fields[key].annotation) - {NoneType}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 
-from .base import JobConfig, value_choices, value_types
+from .base import JobConfig, groups_of, value_choices, value_types
 from .names import aliases_of
 
 _KINDS = {bool: "true|false", int: "whole number", float: "number", str: "text", tuple: "list"}
@@ -33,17 +33,6 @@ def default_of(config_class: type[JobConfig], key: str) -> str:
     """The default of a key in words."""
     field = config_class.model_fields[key]
     return "required" if field.is_required() else shown(field.default)
-
-
-def groups_of(config_class: type[JobConfig]) -> dict[str, list[str]]:
-    """The keys under the title of the class that defines them, in the order of definition."""
-    groups: dict[str, list[str]] = {}
-    for owner in config_class.__mro__:
-        if issubclass(owner, JobConfig):
-            own = [key for key in config_class.model_fields if key in vars(owner).get("__annotations__", {})]
-            if own:
-                groups[owner.title] = own
-    return groups
 
 
 def keys_help(config_class: type[JobConfig], width: int = 100) -> str:

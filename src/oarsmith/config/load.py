@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from oarsmith.errors import ConfigError
 
-from .base import JobConfig, value_choices
+from .base import JobConfig, groups_of, value_choices
 from .combinations import check_combinations
 from .derive import derive
 from .entries import COMMAND_LINE, Entry, FileLayer, read_file
@@ -155,7 +155,8 @@ def _validate(config_class: type[C], entries: Mapping[str, Entry]) -> C:
 def _as_config_error(
     config_class: type[JobConfig], entries: Mapping[str, Entry], error: ValidationError
 ) -> ConfigError:
-    missing = [str(one["loc"][0]) for one in error.errors() if one["type"] == "missing"]
+    absent = {str(one["loc"][0]) for one in error.errors() if one["type"] == "missing"}
+    missing = [key for keys in groups_of(config_class).values() for key in keys if key in absent]
     if missing:
         usage = " ".join(f"--{key} ..." for key in missing)
         return ConfigError(

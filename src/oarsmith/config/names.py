@@ -63,6 +63,9 @@ VALUE_NAMES: dict[tuple[str, str], str] = {
     ("resume_from_checkpoint", "false"): "none",
     ("report_to", "visualdl"): "tensorboard",
     ("report_to", "all"): "tensorboard",
+    # YAML reads a bare no as false.
+    ("evaluation_strategy", "false"): "no",
+    ("save_strategy", "false"): "no",
 }
 
 # Renames a person should hear about, because what they get is not quite what they named.

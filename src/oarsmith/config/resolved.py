@@ -12,12 +12,12 @@ from typing import Any, Generic, TypeVar
 
 from oarsmith._version import __version__
 
-from .base import JobConfig
+from .base import JobConfig, groups_of
 from .entries import META_KEY
 
 C = TypeVar("C", bound=JobConfig)
 
-RESOLVED_NAME = "resolved_config.json"
+RESOLVED_NAME = "run.json"
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,12 @@ class Resolved(Generic[C]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the configuration as JSON (atomically: the file is complete or the old one)."""
         meta = {"job": self.config.command, "version": __version__, "provenance": dict(self.provenance)}
-        text = json.dumps({**self.config.model_dump(mode="json"), META_KEY: meta}, indent=2, ensure_ascii=False) + "\n"
+        dumped = self.config.model_dump(mode="json")
+        values = {key: dumped[key] for keys in groups_of(type(self.config)).values() for key in keys}
+        text = json.dumps({**values, META_KEY: meta}, indent=2, ensure_ascii=False) + "\n"
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=".tmp-")
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(text)

@@ -81,8 +81,7 @@ def _refuse_fp16_training(given: dict[str, Entry], keys: Collection[str]) -> Non
     entry = given.get("dtype")
     if entry is not None and entry.value == "fp16" and "learning_rate" in keys:
         raise ConfigError(
-            "training in fp16 is not possible: it needs loss scaling, which this version lacks, and CPUs are slow at "
-            "it",
+            "training in fp16 is not possible: it needs loss scaling, which this version does not have",
             where=entry.where,
-            fix="--dtype bf16 (same speed, wider range) or --dtype fp32",
+            fix="--dtype bf16 where the hardware has it, else --dtype fp32 (--dtype auto chooses)",
         )

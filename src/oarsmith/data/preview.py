@@ -13,16 +13,15 @@ from rich.text import Text
 from oarsmith.data.dataset import encode_rows
 from oarsmith.data.report import DataReport
 from oarsmith.data.samples import Sample, SampleOptions
+from oarsmith.text import StreamDecoder
 
 if TYPE_CHECKING:
     from oarsmith.text import Tokenizer
 
 _CONTEXT = Style(dim=True)
 # Two shades in turn, so that borders between tokens show.
-_TRAINED = (Style(color="black", bgcolor="green3"), Style(color="black", bgcolor="pale_green3"))
-_PARTLY = (Style(color="black", bgcolor="khaki1"), Style(color="black", bgcolor="light_goldenrod2"))
-_REPLACEMENT = "\ufffd"
-_MAX_TOKENS_A_CHARACTER = 8
+_TRAINED = (Style(color="black", bgcolor="green"), Style(color="black", bgcolor="bright_green"))
+_PARTLY = (Style(color="black", bgcolor="yellow"), Style(color="black", bgcolor="bright_yellow"))
 
 
 def preview(source: str | Path, tokenizer: Tokenizer, options: SampleOptions, count: int, console: Console) -> None:
@@ -55,23 +54,11 @@ def render_preview(sample: Sample, tokenizer: Tokenizer, console: Console) -> No
 
 
 def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """What each token adds to the text; where several make one character, the last of them has it and the others "".
-
-    A token is decoded behind the ones before it: alone, some tokenizers leave out its space.
-    """
-    texts: list[str] = []
-    before: list[int] = []
-    pending: list[int] = []
-    for token_id in ids:
-        pending.append(token_id)
-        text = tokenizer.decode([*before, *pending])[len(tokenizer.decode(before)) :]
-        if text.endswith(_REPLACEMENT) and len(pending) < _MAX_TOKENS_A_CHARACTER:
-            texts.append("")
-        else:
-            texts.append(text)
-            before, pending = pending, []
-    if pending:
-        texts[-1] = tokenizer.decode(pending)
+    """What each token adds to the text; where several make one character, the last of them has it and the others ""."""
+    decoder = StreamDecoder(tokenizer, skip_special_tokens=False)
+    texts = [decoder.push(token_id) for token_id in ids]
+    if texts:
+        texts[-1] += decoder.finish()
     return texts
 
 

@@ -96,9 +96,8 @@ def _object(value: Any, where: str) -> Record | DataError:
     if isinstance(value, dict):
         return Record(value, where)
     fix = 'write each row as a JSON object, such as {"src": "question", "tgt": "answer"}'
-    return DataError(
-        f"the row is a {type(value).__name__} ({_beginning(str(value))}), not an object", where=where, fix=fix
-    )
+    found = "null" if value is None else f"a {type(value).__name__} ({_beginning(str(value))})"
+    return DataError(f"the row is {found}, not an object", where=where, fix=fix)
 
 
 def _read_json_lines(path: Path, log: ReadLog) -> Iterator[Record | DataError]:
@@ -109,7 +108,7 @@ def _read_json_lines(path: Path, log: ReadLog) -> Iterator[Record | DataError]:
             if not text.strip():
                 log.blank += 1
                 continue
-            yield _parse_line(text, where)
+            yield _parse_line(text.rstrip(b"\r\n"), where)
 
 
 def _parse_line(line: bytes, where: str) -> Record | DataError:
@@ -119,7 +118,8 @@ def _parse_line(line: bytes, where: str) -> Record | DataError:
         what = f"the line is not UTF-8 (byte {error.start}: 0x{line[error.start]:02x})"
         return DataError(what, where=where, fix="save the file as UTF-8")
     except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError, and integers of over 4300 digits
-        what = f"the line is not JSON: {error}; it begins with {_beginning(line.decode('utf-8', 'replace'))}"
+        why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        what = f"the line is not JSON: {why}; it begins with {_beginning(line.decode('utf-8', 'replace'))}"
         return DataError(what, where=where, fix="put one complete JSON object on each line")
 
 

@@ -22,6 +22,8 @@ Message = dict[str, Any]
 REFUSED_BY_TEMPLATE = "the chat template refuses the conversation"
 PROMPT_NOT_A_PREFIX = "the template renders the answer differently from its generation prompt"
 NO_TEMPLATE_FOR_ROLES = "the model has no chat template, and the row has more than questions and answers"
+NOT_SHOWN = "the chat template leaves out part of the conversation"
+NO_END_OF_TURN = "nothing would teach the model to stop: the template ends no turn and the tokenizer has no eos"
 NOT_JOINABLE = "the answer has no tokens that follow the prompt's tokens"
 
 
@@ -117,8 +119,8 @@ class SpanEncoder:
         """What the model is given and what it has to say for the last message, an assistant's.
 
         Returns:
-            prompt ids (exactly those that generation starts from); answer ids up to the end of the turn; whether these
-            end with an end-of-turn token of the template's own.
+            prompt ids (exactly those that generation starts from); answer ids with the token that ends the turn;
+            whether that is an eos put there because the template has no such token.
 
         Raises:
             RefusedError: the template does not take the messages, or its training text contradicts its prompt.
@@ -127,15 +129,19 @@ class SpanEncoder:
         full = self.render(messages, tools, prompt=False)
         if not full.startswith(prompt):
             full = prompt + self._answer_after_other_history(messages, tools, prompt, full)
+        _check_all_shown(messages[-1], tools, prompt, full[len(prompt) :])
         prompt_ids = self.encode(prompt)
         ids = self._continuation(prompt, prompt_ids, full)
         end = self._end_of_turn(ids)
         if end is not None:
-            return prompt_ids, ids[: end + 1], True
+            return prompt_ids, ids[: end + 1], False
         if self.has_template:  # line breaks the template puts between turns are not the model's to say
             while ids and self._kind(ids[-1]) == "space":
                 ids.pop()
-        return prompt_ids, ids, False
+        eos_id = self.tokenizer.eos_id
+        if eos_id is None:
+            raise RefusedError(NO_END_OF_TURN)
+        return prompt_ids, [*ids, eos_id], True
 
     def _answer_after_other_history(
         self, messages: Sequence[Message], tools: Sequence[Any] | None, prompt: str, full: str
@@ -192,15 +198,14 @@ class SpanEncoder:
         return end - 1 if end > start else None
 
     def _kind(self, token_id: int) -> str:
+        """What a token is at the end of a turn: "control" (special or stop token), "space" (shows nothing) or
+        "word"."""
         kind = self._kinds.get(token_id)
         if kind is None:
-            shown = self.tokenizer.decode([token_id])
-            if token_id in self._stop_ids or (
-                shown and not self.tokenizer.decode([token_id], skip_special_tokens=True)
-            ):
+            if token_id in self._stop_ids or token_id in self.tokenizer.special_ids:
                 kind = "control"
             else:
-                kind = "word" if shown.strip() else "space"
+                kind = "word" if self.tokenizer.decode([token_id]).strip() else "space"
             self._kinds[token_id] = kind
         return kind
 
@@ -220,7 +225,7 @@ class SpanEncoder:
         current: Span | None = None
         for index in sorted(trained):
             try:
-                prompt_ids, ids, ended = self.turn(messages[: index + 1], tools)
+                prompt_ids, ids, eos_added = self.turn(messages[: index + 1], tools)
             except RefusedError as refused:
                 result.refused.append(refused)
                 continue
@@ -228,15 +233,25 @@ class SpanEncoder:
                 current = Span([], [], [])
                 result.spans.append(current)
             new_context = prompt_ids[len(current.ids) :]
-            eos_id = self.tokenizer.eos_id
-            if not ended and eos_id is not None:
-                ids = [*ids, eos_id]
-                current.eos_added += 1
+            current.eos_added += eos_added
             current.ids += new_context + ids
             current.weights += [0.0] * len(new_context) + [trained[index]] * len(ids)
             current.trained.append(index)
             assert current.ids[: len(prompt_ids)] == prompt_ids, "the sample must begin with what generation is given"
         return result
+
+
+def _check_all_shown(answer: Message, tools: Sequence[Any] | None, prompt: str, said: str) -> None:
+    """A template that leaves out what it does not know (tools, thoughts, a text beside a call) does so in silence."""
+    parts = [(f"the tool {tool['function']['name']}", tool["function"]["name"], prompt) for tool in tools or ()]
+    calls = answer.get("tool_calls") or ()
+    parts += [(f"the call of {call['function']['name']}", call["function"]["name"], said) for call in calls]
+    parts.append(("reasoning_content", answer.get("reasoning_content", "").strip(), said))
+    # Thoughts inside the content may be set in another way.
+    parts.append(("the answer's text", answer["content"].rpartition("</think>")[2].strip(), said))
+    missing = [name for name, wanted, text in parts if wanted not in text]
+    if missing:
+        raise RefusedError(NOT_SHOWN, ", ".join(missing))
 
 
 def _common_beginning(first: str, second: str) -> str:

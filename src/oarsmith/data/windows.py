@@ -143,9 +143,8 @@ class Fitter:
 
     def _turn(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[list[int], list[int]]:
         """Prompt ids and answer ids (with the end of the turn) of the last message."""
-        prompt_ids, ids, ended = self.encoder.turn(messages, tools)
-        eos_id = self.encoder.tokenizer.eos_id
-        return prompt_ids, ids if ended or eos_id is None else [*ids, eos_id]
+        prompt_ids, answer_ids, _ = self.encoder.turn(messages, tools)
+        return prompt_ids, answer_ids
 
     def _length(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> int:
         return sum(map(len, self._turn(messages, tools)))
@@ -189,8 +188,9 @@ class Fitter:
             prompt_ids, answer_ids = self._turn([*messages[:-2], asked, messages[-1]], tools)
             if len(prompt_ids) <= budget:
                 return prompt_ids, answer_ids
+            others = len(prompt_ids) - keep
             keep -= len(prompt_ids) - budget
             if keep <= 0 or asked["role"] not in ("user", "tool"):
-                raise RefusedError(PROMPT_TOO_LONG, f"{len(prompt_ids) - len(ids)} tokens, limit {budget}")
+                raise RefusedError(PROMPT_TOO_LONG, f"{others} tokens, limit {budget}")
             # Cutting within a character leaves replacement marks in front.
             asked = {**asked, "content": tokenizer.decode(ids[-keep:]).lstrip("\ufffd")}

@@ -1,1 +1,1 @@
-"""."""
+"""One file a command: reads a config, wires the parts, runs."""

@@ -82,16 +82,19 @@ def _threads() -> list[Finding]:
 
 
 def _cpu() -> list[Finding]:
+    import torch
+
+    from oarsmith.training.precision import has_fast_bf16
+
     flags = cpu_flags()
     if flags is None:
         return [Finding("warn", f"CPU {platform.machine()}: its features cannot be read here", "compare bf16 and fp32")]
     wide = next((name for flag, name in WIDE_VECTORS.items() if flag in flags), None)
-    bf16 = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
     vectors = Finding("ok", f"CPU vectors: {wide}")
     if wide is None:
         kind = "AVX2" if "avx2" in flags else "none wider than SSE"
         vectors = Finding("warn", f"CPU vectors: {kind}", "everything works, more slowly than with AVX-512")
-    if bf16:
+    if has_fast_bf16(torch.device("cpu")):
         return [vectors, Finding("ok", "CPU computes in bf16 natively")]
     return [
         vectors,

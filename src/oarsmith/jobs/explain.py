@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from oarsmith.config.base import JobConfig
+from oarsmith.config.base import JobConfig, groups_of
 from oarsmith.config.derive import rule_for
 from oarsmith.config.entries import read_file
-from oarsmith.config.help import default_of, groups_of, kind_of, shown
+from oarsmith.config.help import default_of, kind_of, shown
 from oarsmith.config.load import load_config
 from oarsmith.config.names import aliases_of, canonical_key, nearest
 from oarsmith.config.paddle import NOT_BUILT, WITHOUT_EFFECT

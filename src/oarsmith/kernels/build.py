@@ -19,10 +19,7 @@ import torch
 
 SOURCES = Path(__file__).parent / "native"
 # No -ffast-math: NaN and infinity must survive so that a broken run is noticed. The other flags let sums vectorise.
-FLAGS = (
-    "-O3 -march=native -std=c++17 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros "
-    "-fassociative-math -freciprocal-math"
-).split()
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"]
 
 
 class BuildError(RuntimeError):

@@ -113,9 +113,7 @@ def _chunk(logits: Tensor, targets: Tensor, coef: Tensor, want_grad: bool) -> tu
     rows, vocab = logits.shape
     logprobs, correct = torch.empty(rows), torch.empty(rows, dtype=torch.bool)
     targets, coef = targets.contiguous(), coef.contiguous()
-    library.call(
-        "cross_entropy", logits.dtype, logits, targets, coef, logprobs, correct, rows, vocab, int(want_grad)
-    )
+    library.call("cross_entropy", logits.dtype, logits, targets, coef, logprobs, correct, rows, vocab, int(want_grad))
     return logprobs, correct, logits
 
 

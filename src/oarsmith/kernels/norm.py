@@ -61,6 +61,18 @@ class _RMSNorm(torch.autograd.Function):
         library = native_for(dy, weight)
         assert library is not None
         library.call(
-            "rms_backward", x.dtype, dy, x, weight, rstd, dx, partial, rows, dim, ctx.stride, int(ctx.unit_offset), threads
+            "rms_backward",
+            x.dtype,
+            dy,
+            x,
+            weight,
+            rstd,
+            dx,
+            partial,
+            rows,
+            dim,
+            ctx.stride,
+            int(ctx.unit_offset),
+            threads,
         )
         return dx, None if partial is None else partial.sum(0).to(weight.dtype), None, None

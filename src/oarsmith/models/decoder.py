@@ -100,9 +100,7 @@ class Decoder(nn.Module):
         """An empty key/value cache that fits this decoder."""
         shapes = [(layer.attention.num_kv_heads, layer.attention.head_dim) for layer in self.spec.layers]
         weight = self.embedding.weight
-        return KVCache(
-            shapes, num_sequences=num_sequences, capacity=capacity, dtype=weight.dtype, device=weight.device
-        )
+        return KVCache(shapes, num_sequences=num_sequences, capacity=capacity, dtype=weight.dtype, device=weight.device)
 
     def _check_ids(self, input_ids: Tensor) -> None:
         if input_ids.numel() == 0:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from oarsmith.errors import CheckpointError, DataError
+from oarsmith.errors import CheckpointError, DataError, OarsmithError
+from oarsmith.text.meter import TemplateLimitError
 from oarsmith.text.paddle_template import PaddleBody
 from oarsmith.text.sandbox import TEMPLATE_FAILURES, Rendering, compile_template, failure, run_template
 
@@ -85,7 +86,7 @@ class ChatTemplate:
             raise CheckpointError(
                 f"there is no built-in chat template '{name}'", fix=f"choose one of {', '.join(BUILTIN_TEMPLATES)}"
             )
-        source = resources.files("oarsmith.text").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+        source = (resources.files("oarsmith.text") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
         return cls.from_jinja(source, origin=f"built-in template {name}")
 
     def render(
@@ -124,8 +125,10 @@ class ChatTemplate:
 
         try:
             return attempt(len(messages))
-        except DataError:
+        except OarsmithError:
             raise
+        except TemplateLimitError as error:
+            raise failure(error, where=self.origin) from error
         except TEMPLATE_FAILURES as error:
             index = _first_refused(attempt, len(messages), error)
             raise failure(error, where=f"{self.origin}, {_describe(messages, index)}") from error

@@ -21,17 +21,17 @@ _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _SENTENCEPIECE_CLASSES = ("LlamaTokenizer", "GemmaTokenizer")
 _KNOWN = (
-    "tokenizer.json (Hugging Face tokenizers); tokenizer.model (sentencepiece, classes LlamaTokenizer and GemmaTokenizer); "
-    "vocab.json with merges.txt (classes GPT2Tokenizer and Qwen2Tokenizer)"
+    "tokenizer.json (Hugging Face tokenizers); tokenizer.model (sentencepiece, classes LlamaTokenizer and "
+    "GemmaTokenizer); vocab.json with merges.txt (classes GPT2Tokenizer and Qwen2Tokenizer)"
 )
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Load the tokenizer of a Hugging Face directory.
 
-    tokenizer.json is preferred, then tokenizer.model, then vocab.json with merges.txt. The chat template is the first of
-    chat_template.jinja, `chat_template` in tokenizer_config.json, and PaddleNLP's chat_template.json. No code of the
-    directory is run.
+    tokenizer.json is preferred, then tokenizer.model, then vocab.json with merges.txt. The chat template is the first
+    of chat_template.jinja, `chat_template` in tokenizer_config.json, and PaddleNLP's chat_template.json. No code of
+    the directory is run.
 
     Raises CheckpointError for a missing directory, missing or damaged files, and a layout that is not known.
     """
@@ -52,6 +52,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         config,
         _json_object(files, "special_tokens_map.json", directory),
         _json_object(files, "added_tokens.json", directory),
+        _json_object(files, "tokenizer.json", directory).get("added_tokens") or [],
         rule,
     )
     return Tokenizer(
@@ -143,26 +144,44 @@ def _json_object(files: Mapping[str, bytes], name: str, directory: Path) -> dict
 
 def _chat_template(files: Mapping[str, bytes], config: Mapping[str, Any], directory: Path) -> ChatTemplate | None:
     named = {
-        Path(name).stem: data.decode("utf-8")
+        "default" if name == "chat_template.jinja" else Path(name).stem: _text(data, directory / name)
         for name, data in files.items()
-        if name.startswith(f"{ADDITIONAL_TEMPLATES}/")
+        if name == "chat_template.jinja" or name.startswith(f"{ADDITIONAL_TEMPLATES}/")
     }
-    if "chat_template.jinja" in files:
-        named["default"] = files["chat_template.jinja"].decode("utf-8")
     if named:
         return ChatTemplate.from_jinja(named, origin=str(directory / "chat_template.jinja"))
     origin = str(directory / "tokenizer_config.json")
     in_config = config.get("chat_template")
     if isinstance(in_config, str):
         return ChatTemplate.from_jinja(in_config, origin=origin)
-    if isinstance(in_config, list):
-        return ChatTemplate.from_jinja({entry["name"]: entry["template"] for entry in in_config}, origin=origin)
+    if in_config is not None:
+        return ChatTemplate.from_jinja(_named_templates(in_config, origin), origin=origin)
     content = _json_object(files, "chat_template.json", directory)
     origin = str(directory / "chat_template.json")
     if isinstance(content.get("chat_template"), str):
         # Hugging Face processors keep their jinja template under the same file name.
         return ChatTemplate.from_jinja(content["chat_template"], origin=origin)
     return ChatTemplate.from_paddle(content, origin=origin) if content else None
+
+
+def _text(data: bytes, file: Path) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"not UTF-8 text: {error}", where=str(file)) from error
+
+
+def _named_templates(entries: Any, origin: str) -> dict[str, str]:
+    """A list of {"name": ..., "template": ...}, or an object from name to template, as an object."""
+    if isinstance(entries, list):
+        entries = {entry.get("name"): entry.get("template") for entry in entries if isinstance(entry, dict)}
+    if not isinstance(entries, dict) or not all(isinstance(text, str) for pair in entries.items() for text in pair):
+        raise CheckpointError(
+            "chat_template is neither a text nor a list of named ones",
+            where=origin,
+            fix='write a text, or [{"name": "default", "template": "..."}, ...]',
+        )
+    return entries
 
 
 def _generation_eos(directory: Path) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""PaddleNLP's `chat_template.json`: a system text, a (user part, bot part) pair and a query, each a small jinja text."""
+"""PaddleNLP's `chat_template.json`: a system text, a (user part, bot part) pair and a query, each in jinja."""
 
 from __future__ import annotations
 

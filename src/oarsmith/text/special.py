@@ -1,13 +1,13 @@
 """Special tokens and flags of a tokenizer directory, read as transformers 4.57 reads them.
 
-Sources, later ones filling what earlier ones leave out: tokenizer_config.json; without `added_tokens_decoder` there, also
-special_tokens_map.json and added_tokens.json; last the defaults of the tokenizer class. A key that is present with null
-means "none", not "default".
+Sources, later ones filling what earlier ones leave out: tokenizer_config.json; without `added_tokens_decoder` there,
+also special_tokens_map.json, added_tokens.json and the added tokens of tokenizer.json; last the defaults of the
+tokenizer class. A key that is present with null means "none", not "default".
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,9 +84,7 @@ _CLASS_OF_MODEL_TYPE = {
     ),
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text", "recurrent_gemma"), "GemmaTokenizer"),
     **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), "Qwen2Tokenizer"),
-    **dict.fromkeys(
-        ("gpt2", "gpt_neo", "gptj", "gpt_bigcode", "opt", "starcoder2", "dbrx", "olmo3"), "GPT2Tokenizer"
-    ),
+    **dict.fromkeys(("gpt2", "gpt_neo", "gptj", "gpt_bigcode", "opt", "starcoder2", "dbrx", "olmo3"), "GPT2Tokenizer"),
     **dict.fromkeys(
         ("gpt_neox", "olmo", "olmo2", "olmoe", "mamba", "mamba2", "stablelm", "mpt", "rwkv"), "GPTNeoXTokenizer"
     ),
@@ -150,7 +148,11 @@ def parse_token(value: Any, *, where: str, special: bool | None = None) -> Token
 
 
 def read_special_tokens(
-    config: Mapping[str, Any], special_map: Mapping[str, Any], added_file: Mapping[str, int], rule: ClassRule
+    config: Mapping[str, Any],
+    special_map: Mapping[str, Any],
+    added_file: Mapping[str, int],
+    json_tokens: Sequence[Mapping[str, Any]],
+    rule: ClassRule,
 ) -> SpecialTokens:
     """Put the sources together; see the file's docstring.
 
@@ -158,25 +160,20 @@ def read_special_tokens(
         config: tokenizer_config.json.
         special_map: special_tokens_map.json ({} when absent).
         added_file: added_tokens.json, text to id ({} when absent).
+        json_tokens: `added_tokens` of tokenizer.json ([] when absent).
         rule: of the tokenizer class.
     """
     where = "tokenizer_config.json"
     has_decoder = "added_tokens_decoder" in config
-    added = {
-        int(index): parse_token(value, where=f"{where}, added_tokens_decoder {index}")
-        for index, value in (config.get("added_tokens_decoder") or {}).items()
-    }
     values: dict[str, Any] = dict(config) if has_decoder else {**config, **special_map}
     extra = values.get("extra_special_tokens") or {}
-    by_content = {token.content: token for token in added.values()}
-    named = {}
     candidates = {name: values.get(name, rule.defaults.get(name)) for name in NAMES}
-    if isinstance(extra, Mapping):
-        candidates |= extra
-    for name, value in candidates.items():
-        if value is not None and value != "":
-            token = parse_token(value, where=f"{where}, {name}", special=True)
-            named[name] = by_content.get(token.content, token)
+    candidates |= extra if isinstance(extra, Mapping) else {}
+    named = {
+        name: parse_token(value, where=f"{where}, {name}", special=True)
+        for name, value in candidates.items()
+        if value not in (None, "")
+    }
     listed = [*(values.get("additional_special_tokens") or []), *(extra if isinstance(extra, list) else [])]
     if not has_decoder:
         listed = [*(config.get("additional_special_tokens") or []), *listed]
@@ -184,8 +181,21 @@ def read_special_tokens(
     for value in (*listed, *rule.additional):
         token = parse_token(value, where=f"{where}, additional_special_tokens", special=True)
         additional.setdefault(token.content, token)
-    if not has_decoder:
+    if has_decoder:
+        added = {
+            int(index): parse_token(value, where=f"{where}, added_tokens_decoder {index}")
+            for index, value in (config["added_tokens_decoder"] or {}).items()
+        }
+    else:
         names = {token.content for token in (*named.values(), *additional.values())}
-        for text, index in added_file.items():
-            added[index] = Token(text, normalized=text not in names, special=text in names, bare=False)
+        added = {
+            index: Token(text, normalized=text not in names, special=text in names, bare=False)
+            for text, index in added_file.items()
+        }
+        for entry in json_tokens:
+            if not isinstance(entry, Mapping) or not isinstance(entry.get("id"), int):
+                raise CheckpointError(f"{entry!r} is not an added token", where="tokenizer.json, added_tokens")
+            added[entry["id"]] = parse_token(entry, where="tokenizer.json, added_tokens")
+    by_content = {token.content: token for token in added.values()}
+    named = {name: by_content.get(token.content, token) for name, token in named.items()}
     return SpecialTokens(named=named, additional=tuple(additional.values()), added=added)

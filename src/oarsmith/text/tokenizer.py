@@ -62,11 +62,11 @@ class Tokenizer:
         """Ids of each text. Raises DataError for a text with a lone surrogate, which no tokenizer can encode."""
         try:
             return self.backend.encode_batch(texts, add_special_tokens) if texts else []
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"the text holds a lone surrogate, {error.object[error.start : error.end]!r}, at character {error.start}",
-                fix="it is half of a character: repair or drop the row",
-            ) from error
+        except (TypeError, RuntimeError):
+            # How the two libraries refuse a text that is no Unicode; anything else they mean stays as it is.
+            for text in texts:
+                _refuse_surrogates(text)
+            raise
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of ids. Ids beyond the vocabulary (padded embeddings) give nothing; broken UTF-8 gives U+FFFD."""
@@ -107,8 +107,8 @@ class Tokenizer:
         mask = [any(start < end and a < end and b > start for start, end in rendering.generated) for a, b in offsets]
         return ids, mask
 
-    def with_chat_template(self, template: ChatTemplate) -> Tokenizer:
-        """The same tokenizer with another chat template; `save` writes it."""
+    def with_chat_template(self, template: ChatTemplate | None) -> Tokenizer:
+        """The same tokenizer with another chat template, or none; `save` writes it so."""
         kept = {name: data for name, data in self._files.items() if not _is_template_file(name)}
         if "tokenizer_config.json" in kept:
             config = json.loads(kept["tokenizer_config.json"])
@@ -120,7 +120,7 @@ class Tokenizer:
             chat_template=template,
             eos_ids=self._eos_ids,
             cleans_spaces=self.cleans_spaces,
-            files={**kept, **_template_files(template)},
+            files={**kept, **(_template_files(template) if template is not None else {})},
             name_or_path=self.name_or_path,
         )
 
@@ -212,6 +212,16 @@ class Tokenizer:
                 _write_atomically(target, data)
             except OSError as error:
                 raise CheckpointError(f"cannot write the file: {error.strerror}", where=str(target)) from error
+
+
+def _refuse_surrogates(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the text holds a lone surrogate, {text[error.start]!r}, at character {error.start}",
+            fix="it is half of a character: repair or drop the row",
+        ) from error
 
 
 def _is_template_file(name: str) -> bool:

@@ -81,7 +81,9 @@ class ConfigReader:
             "relu": "relu",
         }
         if value not in known:
-            raise ModelError(f"unknown activation {value!r} in {keys[0]}", where="config.json", fix=f"known: {list(known)}")
+            raise ModelError(
+                f"unknown activation {value!r} in {keys[0]}", where="config.json", fix=f"known: {list(known)}"
+            )
         return known[value]
 
 

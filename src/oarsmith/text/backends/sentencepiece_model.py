@@ -144,11 +144,19 @@ class SentencePieceBackend:
 
     def _text_tokens(self, text: str) -> list[str]:
         if self._rules.style is not Style.LLAMA or not text.startswith((_UNDERLINE, " ")):
-            return self._processor.encode(text, out_type=str)
+            return self._pieces_of(text)
         # sentencepiece drops leading spaces without the dummy prefix; behind the unknown token's text they stay.
-        prefix_length = len(self._processor.encode(self._unk))
-        tokens = self._processor.encode(self._unk + text, out_type=str)
+        prefix_length = len(self._pieces_of(self._unk))
+        tokens = self._pieces_of(self._unk + text)
         return tokens[prefix_length:] if len(tokens) >= prefix_length else tokens
+
+    def _pieces_of(self, text: str) -> list[str]:
+        pieces: list[str] = self._processor.encode(text, out_type=str)
+        return pieces
+
+    def _join(self, pieces: list[str]) -> str:
+        text: str = self._processor.decode(pieces)
+        return text
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         tokens = [self._pieces[i] for i in ids if i in self._pieces]
@@ -159,7 +167,7 @@ class SentencePieceBackend:
     def _decode_gemma(self, tokens: Sequence[str]) -> str:
         texts: list[str] = []
         for is_added, run in _runs(tokens, frozenset(self._by_content)):
-            texts.extend(run if is_added else [self._processor.decode(run)])
+            texts.extend(run if is_added else [self._join(run)])
         return "".join(texts).replace(_UNDERLINE, " ")
 
     def _decode_llama(self, tokens: Sequence[str]) -> str:
@@ -183,7 +191,7 @@ class SentencePieceBackend:
             if token in self._special_texts:
                 if not after_special and i != 0 and self._rules.style is Style.LLAMA_LEGACY:
                     text += " "
-                text += self._processor.decode(pending) + token
+                text += self._join(pending) + token
                 pending, after_special = [], True
             else:
                 bare = not token.startswith(_UNDERLINE)
@@ -191,7 +199,7 @@ class SentencePieceBackend:
                     text += " "
                 pending.append(token)
                 after_special = False
-        return text + self._processor.decode(pending)
+        return text + self._join(pending)
 
     def token_to_id(self, token: str) -> int | None:
         return self._ids.get(token)
@@ -225,7 +233,9 @@ def load_sentencepiece(
     for key, role, default in (("add_bos_token", "bos_token", rule.adds_bos), ("add_eos_token", "eos_token", False)):
         named[role] = special.named.get(role) if config.get(key, default) else None
         if config.get(key, default) and named[role] is None:
-            raise CheckpointError(f"{key} is true but there is no {role}", where=where, fix=f"set {role} or {key} false")
+            raise CheckpointError(
+                f"{key} is true but there is no {role}", where=where, fix=f"set {role} or {key} false"
+            )
     bos, eos = named["bos_token"], named["eos_token"]
     prefix_space = config.get("add_prefix_space")
     rules = SentencePieceRules(

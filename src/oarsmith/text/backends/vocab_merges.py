@@ -16,7 +16,8 @@ from oarsmith.text.special import ClassRule, SpecialTokens
 SPLIT_PATTERNS: Mapping[str, str | None] = {
     "GPT2Tokenizer": None,
     "Qwen2Tokenizer": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
 }
 """How each class cuts text into words before BPE; None is GPT-2's own pattern, built into the library."""
@@ -62,7 +63,11 @@ def _model(vocab: bytes, merges: bytes, *, where: str) -> models.BPE:
     except ValueError as error:
         raise CheckpointError(f"vocab.json is not valid JSON: {error}", where=where) from error
     pairs = []
-    for number, line in enumerate(merges.decode("utf-8").split("\n"), start=1):
+    try:
+        lines = merges.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"not UTF-8 text: {error}", where=f"{where}/merges.txt") from error
+    for number, line in enumerate(lines.split("\n"), start=1):
         if not line.strip() or (number == 1 and line.startswith("#version")):
             continue
         pair = line.split()

@@ -1,0 +1,74 @@
+"""Tokens to the text that may be shown: whole characters, and nothing of a stop text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from oarsmith.text import StreamDecoder, Tokenizer
+
+
+class StopFilter:
+    """Passes text on, holding back what could be the beginning of a stop text."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stopped = False
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, piece: str) -> str:
+        """The text that is certain to stand before any stop text. Sets ``stopped`` once one is complete."""
+        if self.stopped:
+            return ""
+        text = self._held + piece
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = self._open(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """The text still held back; nothing follows it."""
+        rest, self._held = self._held, ""
+        return rest
+
+    def _open(self, text: str) -> int:
+        """Length of the longest end of ``text`` that begins a stop text."""
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        for size in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self._stops):
+                return size
+        return 0
+
+
+class TextReader:
+    """The text of one answer as its tokens arrive.
+
+    Attributes:
+        text: all that was given out so far.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self.text = ""
+        self._decoder = StreamDecoder(tokenizer)
+        self._filter = StopFilter(stops)
+        self._taken = 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text was met."""
+        return self._filter.stopped
+
+    def push(self, token: int) -> None:
+        self.text += self._filter.push(self._decoder.push(token))
+
+    def finish(self) -> None:
+        """The answer is over: what was held back belongs to it, unless it completes a stop text."""
+        self.text += self._filter.push(self._decoder.finish())
+        self.text += self._filter.finish()
+
+    def take(self) -> str:
+        """The text that came since the last call."""
+        new, self._taken = self.text[self._taken :], len(self.text)
+        return new

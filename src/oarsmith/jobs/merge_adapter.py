@@ -1,0 +1,101 @@
+"""``oarsmith merge-adapter``: fold a LoRA adapter into its base and prove that nothing else changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from oarsmith.adapters.merge import MergeProof, base_logits, merge_lora, prompt_logits, prove
+from oarsmith.checkpoint.atomic import atomic_directory, atomic_write_text
+from oarsmith.checkpoint.hf import write_decoder
+from oarsmith.config.checkpoints import MergeAdapterConfig
+from oarsmith.config.resolved import Resolved
+from oarsmith.errors import CheckpointError, ModelError
+from oarsmith.jobs.convert import make_room
+from oarsmith.loading import load_model, resolve
+from oarsmith.text import Tokenizer, load_tokenizer
+
+# General prompts for the proof where the caller has none of its own.
+PROMPTS = (
+    "Who are you, and what can you do?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a short poem about a river at dawn.",
+    "List three prime numbers larger than 10 and add them up.",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+    "Translate to French: The boat is old, but it still floats.",
+)
+
+
+def run(resolved: Resolved[MergeAdapterConfig]) -> int:
+    """The command."""
+    config = resolved.config
+    console = Console(highlight=False)
+    adapter = Path(config.adapter)
+    if (adapter / "run.json").is_file() and (adapter / "adapter").is_dir():
+        adapter = adapter / "adapter"
+    where = resolve(config.model_name_or_path, adapter) if config.model_name_or_path else resolve(adapter)
+    if where.adapter is None:
+        raise CheckpointError("there is no adapter here", where=config.adapter, fix="name an adapter or a LoRA run")
+    output_dir = Path(config.output_dir) if config.output_dir else Path(config.adapter) / "merged"
+    make_room(output_dir, config.overwrite)
+    tokenizer = load_tokenizer(where.adapter if _has_tokenizer(where.adapter) else where.base)
+    proof = merge(where.base, where.adapter, output_dir, tokenizer, PROMPTS, config.kl_budget, config.dtype)
+    print_proof(proof, console)
+    console.print(f"merged model: {output_dir}\nnext: oarsmith chat {output_dir}")
+    return 0
+
+
+def merge(
+    base: Path,
+    adapter: Path,
+    output_dir: Path,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    kl_budget: float,
+    dtype: str = "auto",
+) -> MergeProof:
+    """Merge, compare on the prompts, and write only a merge that is the adapter within the budget.
+
+    Raises:
+        ModelError: the merged model differs from base plus adapter by more than ``kl_budget`` nats per token.
+    """
+    model = load_model(base, dtype=dtype, adapter=adapter)
+    ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
+    adapted, plain = prompt_logits(model, ids), base_logits(model, ids)
+    merged = merge_lora(model)
+    proof = prove(adapted, prompt_logits(merged, ids), plain)
+    if not proof.mean_kl <= kl_budget:
+        raise ModelError(
+            f"the merged model differs from base plus adapter by {proof.mean_kl:.2e} nats per token, the budget is "
+            f"{kl_budget:.2e}; nothing was written",
+            where=str(adapter),
+            fix="merge with --dtype fp32 (less rounding), or raise kl_budget if the difference is acceptable",
+        )
+    with atomic_directory(output_dir) as folder:
+        write_decoder(merged, folder)
+        tokenizer.save(folder)
+        atomic_write_text(folder / "merge_proof.json", json.dumps(asdict(proof), indent=1) + "\n")
+    return proof
+
+
+def print_proof(proof: MergeProof, console: Console) -> None:
+    """The proof in words."""
+    console.print(
+        f"merge proof over {proof.num_positions} positions: largest logit difference {proof.max_logit_diff:.3g}, "
+        f"KL(adapter || merged) {proof.mean_kl:.2e} nats per token (worst {proof.max_kl:.2e}), "
+        f"same first choice {proof.top1_agreement:.1%}; the adapter itself moves the model by {proof.effect_kl:.2e}"
+    )
+
+
+def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    if tokenizer.chat_template is None:
+        return tokenizer.encode(prompt)
+    return tokenizer.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
+
+
+def _has_tokenizer(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))

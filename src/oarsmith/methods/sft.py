@@ -1,0 +1,124 @@
+"""Supervised fine-tuning: conversations or documents to packed batches, cross-entropy on the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from oarsmith.config.sft import SftConfig
+from oarsmith.data.batch import Batch
+from oarsmith.data.dataset import Progress as DataProgress
+from oarsmith.data.dataset import SampleSet, build_samples
+from oarsmith.data.loader import Loader, samples_fingerprint
+from oarsmith.data.samples import Sample, SampleOptions
+from oarsmith.errors import DataError
+from oarsmith.losses.token import token_cross_entropy
+from oarsmith.text import Tokenizer
+from oarsmith.training.objective import Objective
+
+OBJECTIVE: Objective = token_cross_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftData:
+    """What a run trains and evaluates on, and the account of every row."""
+
+    train: Loader
+    evaluation: Loader | None
+    reports: dict[str, object]
+    lines: list[str]
+    num_samples: int
+    num_tokens: int
+
+
+def sample_options(config: SftConfig, limit: int) -> SampleOptions:
+    """Encoding options; ``limit`` is the model's context, which no sample may exceed."""
+    return SampleOptions(
+        max_length=min(config.max_length, limit),
+        src_length=config.src_length,
+        train_on=config.train_on,
+        dataset_format=None if config.dataset_format == "auto" else config.dataset_format,
+        on_malformed=config.on_malformed,
+        max_dropped_fraction=config.max_dropped_fraction,
+    )
+
+
+def build_data(config: SftConfig, tokenizer: Tokenizer, limit: int, progress: DataProgress | None = None) -> SftData:
+    """Read, encode and pack the training and evaluation rows.
+
+    Raises:
+        DataError: a malformed row, nothing to train on, or too many rows left out.
+    """
+    options = sample_options(config, limit)
+    source = config.dataset_name_or_path
+    split = "train" if Path(source).is_dir() else None
+    train = build_samples(source, tokenizer, replace(options, split=split), progress)
+    evaluation = _evaluation_samples(config, tokenizer, options, progress)
+    samples, held_out = train.samples, () if evaluation is None else evaluation.samples
+    if evaluation is None and config.eval_split_ratio > 0:
+        samples, held_out = _split(train.samples, config.eval_split_ratio, config.seed)
+    reports: dict[str, object] = {"train": train.report.to_dict()}
+    lines = list(train.report.lines())
+    if evaluation is not None:
+        reports["eval"] = evaluation.report.to_dict()
+    if held_out:
+        lines.append(f"evaluation: {len(held_out)} samples")
+    return SftData(
+        train=Loader(
+            samples,
+            rows_per_batch=config.per_device_train_batch_size,
+            capacity=options.max_length,
+            packing=config.zero_padding,
+            seed=config.seed,
+            fingerprint=samples_fingerprint(samples),
+        ),
+        evaluation=None if not held_out else _evaluation_loader(held_out, config, options.max_length),
+        reports=reports,
+        lines=lines,
+        num_samples=len(samples),
+        num_tokens=sum(len(sample) for sample in samples),
+    )
+
+
+def epoch_batches(loader: Loader) -> Callable[[], Iterator[Batch]]:
+    """The batches of a loader's first epoch, each time it is called."""
+    return lambda: (loader.batch_at(0, index) for index in range(loader.batches_per_epoch(0)))
+
+
+def _evaluation_samples(
+    config: SftConfig, tokenizer: Tokenizer, options: SampleOptions, progress: DataProgress | None
+) -> SampleSet | None:
+    if config.eval_dataset_path is not None:
+        return build_samples(config.eval_dataset_path, tokenizer, options, progress)
+    source = config.dataset_name_or_path
+    if not Path(source).is_dir() or config.evaluation_strategy == "no" or config.eval_split_ratio > 0:
+        return None
+    return build_samples(source, tokenizer, replace(options, split="dev"), progress)
+
+
+def _split(samples: tuple[Sample, ...], ratio: float, seed: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """Hold out a share, by rows: samples cut from one row never end up on both sides."""
+    rows = sorted({sample.where for sample in samples})
+    count = max(1, round(len(rows) * ratio))
+    if count >= len(rows):
+        raise DataError(f"eval_split_ratio {ratio} leaves nothing of {len(rows)} rows to train on")
+    draws = np.random.Philox(np.random.SeedSequence([seed, 0xE7A1])).random_raw(len(rows))
+    chosen = {rows[index] for index in np.argsort(draws, kind="stable")[:count]}
+    return (
+        tuple(sample for sample in samples if sample.where not in chosen),
+        tuple(sample for sample in samples if sample.where in chosen),
+    )
+
+
+def _evaluation_loader(samples: tuple[Sample, ...], config: SftConfig, capacity: int) -> Loader:
+    return Loader(
+        samples,
+        rows_per_batch=config.per_device_eval_batch_size,
+        capacity=capacity,
+        packing=config.zero_padding,
+        seed=config.seed,
+        shuffle=False,
+    )

@@ -1,0 +1,108 @@
+"""Training checkpoints: ``checkpoint-N`` directories that are complete or invisible, with all that a resume needs.
+
+``checkpoint-N/`` holds the model (or adapter) in its Hugging Face layout, ``trainer/optimizer.safetensors``,
+``trainer/state.json`` and ``manifest.json`` with the size and SHA-256 of every file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from oarsmith.checkpoint.atomic import atomic_directory, atomic_write_text, remove_leftovers
+from oarsmith.checkpoint.safetensors_stream import SafetensorsWriter, TensorInfo
+from oarsmith.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+_OPTIMIZER = "trainer/optimizer.safetensors"
+_STATE = "trainer/state.json"
+
+
+class CheckpointStore:
+    """The checkpoints of one output directory.
+
+    Args:
+        keep: how many to keep (``save_total_limit``); None keeps all. The best one, once named, is never removed.
+    """
+
+    def __init__(self, output_dir: Path, *, keep: int | None) -> None:
+        self.output_dir = output_dir
+        self.keep = keep
+
+    def save(
+        self, step: int, write_model: Callable[[Path], None], optimizer: Mapping[str, Tensor], state: Mapping[str, Any]
+    ) -> Path:
+        """Write ``checkpoint-{step}``; it appears at once, with everything, or not at all."""
+        final = self.output_dir / f"checkpoint-{step}"
+        with atomic_directory(final) as folder:
+            write_model(folder)
+            (folder / "trainer").mkdir()
+            infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in optimizer.items()}
+            with SafetensorsWriter(folder / _OPTIMIZER, infos) as writer:
+                for name, tensor in optimizer.items():
+                    writer.write(name, tensor)
+            atomic_write_text(folder / _STATE, json.dumps(state, indent=1) + "\n")
+            files = sorted(p for p in folder.rglob("*") if p.is_file())
+            manifest = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in files}
+            atomic_write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        return final
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        names = [path.parent.name for path in self.output_dir.glob(f"checkpoint-*/{MANIFEST}")]
+        return sorted(int(name.split("-")[1]) for name in names if name.split("-")[1].isdigit())
+
+    def path(self, step: int) -> Path:
+        return self.output_dir / f"checkpoint-{step}"
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint; what killed runs left half written is removed."""
+        remove_leftovers(self.output_dir)
+        steps = self.steps()
+        return self.path(steps[-1]) if steps else None
+
+    def prune(self, best: int | None) -> None:
+        """Remove the oldest beyond the limit; the newest and the best always stay."""
+        if self.keep is None:
+            return
+        steps = self.steps()
+        removable = [step for step in steps[:-1] if step != best]
+        for step in removable[: max(0, len(steps) - max(1, self.keep))]:
+            # The manifest goes first: a kill in between must not leave a directory that looks complete.
+            (self.path(step) / MANIFEST).unlink()
+            shutil.rmtree(self.path(step))
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Optimizer tensors and state, after every file has been checked against the manifest.
+
+    Raises:
+        CheckpointError: a missing or changed file.
+    """
+    manifest_path = path / MANIFEST
+    if not manifest_path.is_file():
+        raise CheckpointError(
+            "no complete checkpoint here", where=str(path), fix="name a checkpoint-N directory of a run"
+        )
+    for name, entry in json.loads(manifest_path.read_text()).items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"] or _hash(file) != entry["sha256"]:
+            raise CheckpointError(
+                f"the file {name} is not what was saved", where=str(path), fix="resume from an earlier checkpoint"
+            )
+    return load_file(path / _OPTIMIZER), json.loads((path / _STATE).read_text())
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,56 @@
+"""The record of a run: ``log.jsonl`` (what happened, reproducible) and ``timing.jsonl`` (how fast, not reproducible)."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from oarsmith.checkpoint.atomic import atomic_write_text
+
+
+class RunLog:
+    """Appends one JSON object a line, each with its ``step``."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.path = output_dir / "log.jsonl"
+        self.timing_path = output_dir / "timing.jsonl"
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        _append(self.path, record)
+
+    def append_timing(self, record: Mapping[str, Any]) -> None:
+        _append(self.timing_path, record)
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after ``step``: a resumed run writes it again, so the log has no doubles."""
+        for path in (self.path, self.timing_path):
+            kept = [record for record in read_log(path) if record["step"] <= step]
+            atomic_write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def records(self) -> list[dict[str, Any]]:
+        return read_log(self.path)
+
+    def timings(self) -> list[dict[str, Any]]:
+        return read_log(self.timing_path)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """All whole records; a last line cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    # Whatever follows the last newline is a line that a kill cut off.
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory of this process in MB (Linux counts kilobytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _append(path: Path, record: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")

@@ -1,0 +1,106 @@
+"""Every impossible combination is refused, with a reason and a fix, before torch is imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import oarsmith
+from oarsmith.config.checkpoints import ConvertConfig
+from oarsmith.config.combinations import IMPOSSIBLE
+from oarsmith.config.inference import ChatConfig, GenerateConfig
+from oarsmith.config.load import load_config
+from oarsmith.config.sft import SftConfig
+from oarsmith.errors import ConfigError
+
+CASES = [
+    (SftConfig, "--do_train 0 --do_eval 0", "nothing to do"),
+    (SftConfig, "--overwrite_output_dir --resume_from_checkpoint runs/x", "starts anew"),
+    (SftConfig, "--max_length 8 --src_length 8", "src_length 8 leaves no room"),
+    (SftConfig, "--max_steps 0", "max_steps is 0"),
+    (SftConfig, "--min_learning_rate 1e-3", "min_learning_rate 0.001 is above learning_rate 2e-05"),
+    (SftConfig, "--lr_scheduler_type constant --min_learning_rate 1e-6", "never reaches"),
+    (SftConfig, "--max_steps 10 --warmup_steps 10", "warmup"),
+    (SftConfig, "--lora_rank 16", "lora is false"),
+    (SftConfig, "--eval_dataset_path d --eval_split_ratio 0.1", "both"),
+    (SftConfig, f"--dataset_name_or_path={__file__} --do_eval", "is one file and no eval data is named"),
+    (SftConfig, "--load_best_model_at_end", "evaluation_strategy is no"),
+    (SftConfig, "--load_best_model_at_end --evaluation_strategy epoch", "evaluation_strategy is epoch"),
+    (
+        SftConfig,
+        "--load_best_model_at_end --evaluation_strategy steps --eval_steps 3 --save_steps 10",
+        "save_steps 10 is not a multiple of eval_steps 3",
+    ),
+    (GenerateConfig, "--decode_strategy greedy --temperature 1", "greedy always takes"),
+    (GenerateConfig, "--decode_strategy sampling --temperature 0", "not defined"),
+    (GenerateConfig, "--prompt null", "give a prompt or an input_file"),
+    (GenerateConfig, "--input_file rows.jsonl", "and not both"),
+    (GenerateConfig, "--output_file rows.jsonl", "belong together"),
+    (GenerateConfig, "--raw --system Be", "raw text has no chat template"),
+    (ChatConfig, "--raw --system Be", "raw text has no chat template"),
+    (ConvertConfig, "--src a --dst ./a", "the same place"),
+]
+BASE = {
+    SftConfig: {"--model_name_or_path": "m", "--dataset_name_or_path": "d"},
+    GenerateConfig: {"--model_name_or_path": "m", "--prompt": "hi"},
+    ChatConfig: {"--model_name_or_path": "m"},
+    ConvertConfig: {},
+}
+
+
+def words_of(config_class, line):
+    base = [f"{key}={value}" for key, value in BASE[config_class].items() if f"{key}" not in line]
+    return base + line.split()
+
+
+@pytest.mark.parametrize(("config_class", "line", "message"), CASES)
+def test_refused(config_class, line, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(config_class, None, words_of(config_class, line))
+    assert caught.value.fix
+
+
+def test_several_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="WORLD_SIZE"):
+        load_config(SftConfig, None, ["m", "d"])
+
+
+def test_tensorboard_must_be_installed(monkeypatch):
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "path_importer_cache", {})
+    with pytest.raises(ConfigError, match=r"'tensorboard'.*not installed"):
+        load_config(SftConfig, None, ["m", "d", "--report_to", "tensorboard"])
+
+
+def test_every_line_is_tested():
+    # The two by environment above have their own tests.
+    assert len({message for _, _, message in CASES}) + 2 >= len(IMPOSSIBLE)
+    for line in IMPOSSIBLE:
+        assert line.reason and line.fix
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--lora --lora_rank 16",
+        "--load_best_model_at_end --evaluation_strategy steps --eval_steps 5 --save_steps 10",
+        "--max_steps 10 --warmup_steps 9",
+        "--overwrite_output_dir",
+        f"--dataset_name_or_path={__file__} --eval_split_ratio 0.1",
+    ],
+)
+def test_allowed(line):
+    load_config(SftConfig, None, words_of(SftConfig, line))
+
+
+def test_refused_without_importing_torch():
+    code = (
+        "import sys; from oarsmith.cli import main; status = main(['sft', 'm', 'd', '--lora_rank', '16']); "
+        "assert 'torch' not in sys.modules; sys.exit(status)"
+    )
+    root = str(Path(oarsmith.__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONPATH": root})
+    assert done.returncode == 2, done.stderr
