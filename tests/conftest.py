@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def chain_model(tmp_path_factory: pytest.TempPathFactory) -> ChainModel:
                 parameter.fill_(1.0 if "norm" in name else 0.0)
             table_VD = torch.randn(VOCAB_SIZE, WIDTH, generator=generator)
             model.embedding.weight.copy_(table_VD)
-            for before, following in zip(path[:-1], path[1:], strict=True):
+            for before, following in pairwise(path):
                 model.head.weight[following] = table_VD[before]
         folder = tmp_path_factory.mktemp("chain")
         oarsmith.save_model(model.eval(), folder / "model")

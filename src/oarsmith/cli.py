@@ -125,7 +125,7 @@ COMMANDS: dict[str, Command] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status.
 
-    0 success, 1 a bug or a failed check, 2 something the user can correct, 130 interrupted.
+    0 success, 1 a bug or a failed check, 2 something the user can correct, 130 interrupted, 143 stopped by SIGTERM.
     """
     sys.excepthook = _report_bug
     try:
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if _debugging():
             raise
         print(_block(error), file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -259,7 +259,7 @@ def _mention(resolved: Resolved[Any]) -> None:
 
 
 def _block(error: OarsmithError) -> str:
-    lines = [f"error: {error.what}"]
+    lines = [f"{error.headline}: {error.what}"]
     if error.where:
         lines.append(f"  where: {error.where}")
     if error.fix:

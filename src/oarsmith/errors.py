@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class OarsmithError(ValueError):
     """A problem the user can act on. The command line prints it as one block, without a traceback.
@@ -10,7 +12,14 @@ class OarsmithError(ValueError):
         what: what is wrong, with the offending value, in one sentence.
         where: file:line, config key, tensor name or similar. Optional.
         fix: what to do, as an instruction. Optional only where nothing sensible can be said.
+
+    Attributes:
+        exit_code: exit status of the command that ends with this error.
+        headline: the word the command line puts before it.
     """
+
+    exit_code: ClassVar[int] = 2
+    headline: ClassVar[str] = "error"
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
         self.what = what
@@ -38,6 +47,13 @@ class ModelError(OarsmithError):
 
 class TrainingError(OarsmithError):
     """Training cannot go on (NaN loss, nothing to train, disk full while saving)."""
+
+
+class StoppedError(TrainingError):
+    """The process was asked to end (SIGTERM) and has done so in good order: everything is saved."""
+
+    exit_code: ClassVar[int] = 143  # 128 + SIGTERM, as shells report it
+    headline: ClassVar[str] = "stopped"
 
 
 class MissingExtraError(OarsmithError):

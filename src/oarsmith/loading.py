@@ -28,8 +28,8 @@ class ModelPath:
 def resolve(path: str | Path, adapter: str | Path | None = None) -> ModelPath:
     """What a path the user typed refers to.
 
-    A run folder stands for its ``merged`` or ``model`` folder, or its ``adapter``; an adapter directory for itself on the
-    base it names (relative names are looked up from the adapter's directory, then from here).
+    A run folder stands for its ``merged`` or ``model`` folder, or its ``adapter``; an adapter directory for itself on
+    the base it names (relative names are looked up from the adapter's directory, then from here).
 
     Raises:
         CheckpointError: an adapter whose base cannot be found.
@@ -66,7 +66,10 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError("no CUDA device is available", where="device", fix="use device cpu or auto")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {name!r}", where="device", fix="use auto, cpu, cuda or cuda:N") from error
 
 
 def pick_dtype(name: str) -> torch.dtype | None:

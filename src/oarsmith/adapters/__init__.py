@@ -1,1 +1,4 @@
-"""Adapters: rewrites of linear maps described by a small frozen config; the decoder and the families know nothing of them."""
+"""Adapters: rewrites of linear maps described by a small frozen config.
+
+The decoder and the families know nothing of them.
+"""

@@ -47,8 +47,8 @@ def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
 class LoraLinear(Linear):
     """A linear map with low-rank additions on some of its segments.
 
-    ``lora_A[name]`` [r, I] and ``lora_B[name]`` [segment size, r] are fp32 and trainable whatever the base's dtype: they
-    are small, and updates are not lost to rounding. Products run in the base's dtype.
+    ``lora_A[name]`` [r, I] and ``lora_B[name]`` [segment size, r] are fp32 and trainable whatever the base's dtype:
+    they are small, and updates are not lost to rounding. Products run in the base's dtype.
     """
 
     def __init__(self, spec: LinearSpec, lora: Lora) -> None:

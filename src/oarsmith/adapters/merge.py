@@ -36,9 +36,9 @@ def merge_lora(model: Decoder) -> Decoder:
 class MergeProof:
     """How far the merged model is from the adapted one, over all positions of the prompts.
 
-    ``max_logit_diff``: largest absolute difference of a logit. ``mean_kl`` and ``max_kl``: KL(adapted || merged) in nats
-    per token. ``top1_agreement``: share of positions with the same most likely token. ``effect_kl``: KL(adapted || base),
-    what the adapter changed at all, for comparison.
+    ``max_logit_diff``: largest absolute difference of a logit. ``mean_kl`` and ``max_kl``: KL(adapted || merged) in
+    nats per token. ``top1_agreement``: share of positions with the same most likely token. ``effect_kl``:
+    KL(adapted || base), what the adapter changed at all, for comparison.
     """
 
     max_logit_diff: float

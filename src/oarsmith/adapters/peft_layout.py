@@ -1,7 +1,7 @@
 """LoRA adapters in PEFT's layout: adapter_config.json + adapter_model.safetensors, read and written.
 
-Keys are ``base_model.model.{module}.lora_A.weight`` [r, in] and ``.lora_B.weight`` [out, r], with the module names of the
-base checkpoint; for Conv1D bases (GPT-2) the shapes are the same and ``fan_in_fan_out`` is true.
+Keys are ``base_model.model.{module}.lora_A.weight`` [r, in] and ``.lora_B.weight`` [out, r], with the module names of
+the base checkpoint; for Conv1D bases (GPT-2) the shapes are the same and ``fan_in_fan_out`` is true.
 """
 
 from __future__ import annotations
@@ -38,7 +38,16 @@ _MUST_BE_EMPTY = (
     "layer_replication",
     "lora_bias",
     "use_qalora",
+    "use_bdlora",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
 )
+# The other initialisations (pissa, olora, corda, loftq, lora_ga, ...) change the base's weights too: such an adapter
+# fits only that changed base, and PEFT writes True here once it has been converted to the original one.
+_KEEP_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:
@@ -60,11 +69,17 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     used = [key for key in _MUST_BE_EMPTY if config.get(key)]
     if used:
         raise CheckpointError(f"LoRA with {', '.join(used)} cannot be read by this version", where=str(path))
+    if config.get("init_lora_weights") not in _KEEP_BASE:
+        raise CheckpointError(
+            f"init_lora_weights {config['init_lora_weights']!r} has changed the base model's weights too",
+            where=str(path),
+            fix="convert it in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+        )
     return config
 
 
 def adapter_rewrite(directory: Path) -> Callable[[Family, DecoderSpec], DecoderSpec]:
-    """The spec rewrite that gives a decoder the adapter's shape; which modules and ranks, the weights themselves say."""
+    """The spec rewrite that gives a decoder the adapter's shape; the weights themselves say which modules and ranks."""
     config = read_adapter_config(directory)
     ranks = {}
     for name, info in check_safetensors(directory / WEIGHTS).items():
@@ -93,7 +108,7 @@ def _alpha(config: Mapping[str, Any], module: str) -> float:
     for key, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
             return float(value)
-    return float(config["lora_alpha"])
+    return float(config.get("lora_alpha", 8))  # PEFT's default
 
 
 @torch.no_grad()
@@ -129,15 +144,15 @@ def adapter_tensors(model: Decoder) -> dict[str, Tensor]:
     modules = dict(lora_modules(model))
     found = {}
     for module, place in projection_places(families.find(model.config).names(model.spec)).items():
-        linear = modules.get(place.parameter.removesuffix(".weight"))
-        if linear is not None and place.segment in linear.lora_A:
-            found[f"{_PREFIX}{module}.lora_A.weight"] = linear.lora_A[place.segment]
-            found[f"{_PREFIX}{module}.lora_B.weight"] = linear.lora_B[place.segment]
+        linear, segment = modules.get(place.parameter.removesuffix(".weight")), place.segment
+        if linear is not None and segment is not None and segment in linear.lora_A:
+            found[f"{_PREFIX}{module}.lora_A.weight"] = linear.lora_A[segment]
+            found[f"{_PREFIX}{module}.lora_B.weight"] = linear.lora_B[segment]
     return found
 
 
 def _bias_slots(model: Decoder) -> dict[str, Tensor]:
-    """Biases that PEFT stores beside an adapter trained with ``bias`` = all or lora_only (a base_layer in newer files)."""
+    """Biases PEFT stores beside an adapter trained with ``bias`` all or lora_only (a base_layer in newer files)."""
     parameters, found = dict(model.named_parameters()), {}
     for place in families.find(model.config).names(model.spec).places:
         if place.file.endswith(".bias"):

@@ -194,6 +194,11 @@ def _restore_backups(parent: Path, only: str | None = None) -> None:
             path.rename(parent / name)
 
 
+def remove_directory(path: Path) -> None:
+    """Remove a directory that others may look at: it loses its name first, so no half of it is ever seen under it."""
+    shutil.rmtree(path.rename(_temporary_for(path)))
+
+
 def remove_leftovers(parent: Path) -> list[Path]:
     """Clean up after killed runs: remove the temporaries directly under `parent`.
 

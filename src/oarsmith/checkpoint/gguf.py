@@ -49,18 +49,21 @@ class ConvertReport:
     notes: tuple[str, ...]
 
 
-def convert_gguf(src: Path, dst: Path, dtype: str = "auto", progress: Progress | None = None) -> ConvertReport:
+def convert_gguf(
+    src: Path, dst: Path, dtype: str = "auto", progress: Progress | None = None, *, overwrite: bool = False
+) -> ConvertReport:
     """Write the Hugging Face directory `dst` from the GGUF file `src`. `dst` appears complete or not at all.
 
     Args:
         dtype: dtype of the written weights. ``auto`` keeps a float32 or float16 file's own and takes bfloat16 for
             bfloat16 and quantized files. Values are dequantized in float32 and then cast.
         progress: called with (bytes read, bytes in all) after each tensor.
+        overwrite: replace a directory `dst`, in one step at the end.
 
     Raises:
         CheckpointError: damaged or unsupported file, unknown architecture or tokenizer, `dst` not empty, disk full.
     """
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+    if dst.exists() and (not dst.is_dir() or (any(dst.iterdir()) and not overwrite)):
         raise CheckpointError(
             "the destination exists and is not empty", where=str(dst), fix="remove it or choose another"
         )

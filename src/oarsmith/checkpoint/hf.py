@@ -1,4 +1,4 @@
-"""Decoders from and to Hugging Face directories: config.json + safetensors, played through the family's name operators."""
+"""Decoders from and to Hugging Face directories: config.json + safetensors, through the family's name operators."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from oarsmith.models.names import Duplicate, Ignored, NameMap, Place
 from oarsmith.models.spec import DecoderSpec, linear_specs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GENERATION_CONFIG = "generation_config.json"
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -73,6 +74,9 @@ def load_decoder(
             rewrite(family, spec) if rewrite else spec, config, dtype or source.stored_dtype(), device
         )
         fill(model, family.names(model.spec), source)
+    generation = directory / GENERATION_CONFIG
+    if generation.is_file():
+        model.generation_config = generation.read_text(encoding="utf-8")
     return model
 
 
@@ -160,6 +164,8 @@ def write_decoder(model: Decoder, directory: Path, *, max_shard_bytes: int = MAX
     dtype = _NAMES[next(model.parameters()).dtype]
     key = "dtype" if "dtype" in model.config else "torch_dtype"
     atomic_write_text(directory / "config.json", json.dumps({**model.config, key: dtype}, indent=2) + "\n")
+    if model.generation_config is not None:
+        atomic_write_text(directory / GENERATION_CONFIG, model.generation_config)
 
 
 def iter_named(model: Decoder, names: NameMap) -> list[tuple[str, Tensor]]:

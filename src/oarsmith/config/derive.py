@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from .base import JobConfig
-from .groups import LoraKeys, ModelKeys, SamplingKeys
+from .groups import DataKeys, LoraKeys, ModelKeys, PackingKeys, SamplingKeys
 from .sft import SftConfig
 
 C = TypeVar("C", bound=JobConfig)
@@ -35,6 +35,12 @@ def _decode_strategy(c: SamplingKeys) -> str:
 # In order: a later rule sees what an earlier one derived.
 RULES: tuple[Rule[Any], ...] = (
     Rule(ModelKeys, "tokenizer_name_or_path", lambda c: c.model_name_or_path, "the model's own"),
+    Rule(
+        PackingKeys,
+        "per_device_train_batch_size",
+        lambda c: 1 if c.zero_padding else 8,
+        "1 packed row, or 8 samples without packing",
+    ),
     Rule(SftConfig, "learning_rate", lambda c: 2e-4 if c.lora else 2e-5, "2e-4 with lora, 2e-5 without"),
     Rule(SftConfig, "evaluation_strategy", _evaluation_strategy, "epoch where eval data is named, else no"),
     Rule(SftConfig, "do_eval", lambda c: c.evaluation_strategy != "no", "true where there is an evaluation_strategy"),

@@ -94,8 +94,11 @@ class DataKeys(JobConfig):
 class PackingKeys(JobConfig):
     title: ClassVar[str] = "Batches"
 
-    per_device_train_batch_size: Int = Field(
-        8, ge=1, description="Rows in one forward and backward pass. Lower it first when memory runs out."
+    per_device_train_batch_size: Int | None = Field(
+        None,
+        ge=1,
+        description="Rows in one forward and backward pass; memory grows with it. Not given: 1 packed row of "
+        "max_length tokens, or 8 samples without packing.",
     )
     gradient_accumulation_steps: Int = Field(
         1,

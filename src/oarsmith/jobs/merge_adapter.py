@@ -15,7 +15,8 @@ from oarsmith.checkpoint.hf import write_decoder
 from oarsmith.config.checkpoints import MergeAdapterConfig
 from oarsmith.config.resolved import Resolved
 from oarsmith.errors import CheckpointError, ModelError
-from oarsmith.jobs.convert import make_room
+from oarsmith.jobs.convert import check_destination
+from oarsmith.jobs.runtime import make_console
 from oarsmith.loading import load_model, resolve
 from oarsmith.text import Tokenizer, load_tokenizer
 
@@ -33,7 +34,7 @@ PROMPTS = (
 def run(resolved: Resolved[MergeAdapterConfig]) -> int:
     """The command."""
     config = resolved.config
-    console = Console(highlight=False)
+    console = make_console()
     adapter = Path(config.adapter)
     if (adapter / "run.json").is_file() and (adapter / "adapter").is_dir():
         adapter = adapter / "adapter"
@@ -41,7 +42,7 @@ def run(resolved: Resolved[MergeAdapterConfig]) -> int:
     if where.adapter is None:
         raise CheckpointError("there is no adapter here", where=config.adapter, fix="name an adapter or a LoRA run")
     output_dir = Path(config.output_dir) if config.output_dir else Path(config.adapter) / "merged"
-    make_room(output_dir, config.overwrite)
+    check_destination(output_dir, config.overwrite, inputs=[where.base, where.adapter])
     tokenizer = load_tokenizer(where.adapter if _has_tokenizer(where.adapter) else where.base)
     proof = merge(where.base, where.adapter, output_dir, tokenizer, PROMPTS, config.kl_budget, config.dtype)
     print_proof(proof, console)

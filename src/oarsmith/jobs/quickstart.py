@@ -1,7 +1,7 @@
 """``oarsmith quickstart``: the main job on a real small model, in minutes, on a laptop.
 
-SmolLM2-135M-Instruct comes out of a Python package, is fine-tuned with LoRA on a persona and some house facts, merged with
-proof, and asked questions it has never seen, before and after.
+SmolLM2-135M-Instruct comes out of a Python package, is fine-tuned with LoRA on a persona and some house facts, merged
+with proof, and asked questions it has never seen, before and after.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from oarsmith import demo
 from oarsmith.checkpoint.atomic import atomic_write_text
@@ -25,6 +26,7 @@ from oarsmith.engine import Engine, Sampling
 from oarsmith.errors import ConfigError
 from oarsmith.jobs import merge_adapter, sft
 from oarsmith.jobs.convert import gguf_to_directory
+from oarsmith.jobs.runtime import make_console
 from oarsmith.kernels.memory import keep_freed_memory
 from oarsmith.loading import load_model
 from oarsmith.models.decoder import Decoder
@@ -33,7 +35,19 @@ from oarsmith.training.evaluate import text_perplexity
 from oarsmith.training.report import write_report
 
 # Found by trial on 2 cores; see LOG.md.
-RECIPE = ["--lora", "true", "--lora_rank", "16", "--learning_rate", "1e-3", "--lr_scheduler_type", "cosine", "--warmup_ratio", "0.1", "--num_train_epochs", "6", "--max_length", "512", "--per_device_train_batch_size", "1", "--logging_steps", "5", "--save_strategy", "epoch", "--save_total_limit", "1"]
+RECIPE = {
+    "lora": "true",
+    "lora_rank": "16",
+    "learning_rate": "1e-3",
+    "lr_scheduler_type": "cosine",
+    "warmup_ratio": "0.1",
+    "num_train_epochs": "6",
+    "max_length": "512",
+    "per_device_train_batch_size": "1",
+    "logging_steps": "5",
+    "save_strategy": "epoch",
+    "save_total_limit": "1",
+}
 PASS_SHARE = 0.9
 PASS_PERPLEXITY = 1.03
 
@@ -52,7 +66,7 @@ class Examination:
 
 def run(resolved: Resolved[QuickstartConfig]) -> int:
     """The command; 1 when the measured result misses what the quickstart promises."""
-    config, console, begin = resolved.config, Console(highlight=False), time.perf_counter()
+    config, console, begin = resolved.config, make_console(), time.perf_counter()
     keep_freed_memory()
     out = Path(config.output_dir)
     base, run_dir = out / "SmolLM2-135M-Instruct", out / "run"
@@ -106,7 +120,7 @@ def show(before: Examination, after: Examination, run_dir: Path, console: Consol
         table.add_column(name, overflow="fold")
     rows = []
     for index, item in enumerate(demo.load_heldout()):
-        mark = "[green]right[/]" if after.right[index] else "[red]wrong[/]"
+        mark = Text("right", style="green") if after.right[index] else Text("wrong", style="red")
         table.add_row(item.question, _short(before.answers[index]), _short(after.answers[index]), mark)
         rows.append(
             {
@@ -117,7 +131,7 @@ def show(before: Examination, after: Examination, run_dir: Path, console: Consol
                 "after_right": after.right[index],
             }
         )
-    console.print(table)
+    console.print(table, soft_wrap=False)
     content = {"before": before.summary(), "after": after.summary(), "rows": rows}
     atomic_write_text(run_dir / "answers.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     share, worse = sum(after.right) / len(after.right), after.perplexity / before.perplexity
@@ -128,8 +142,9 @@ def show(before: Examination, after: Examination, run_dir: Path, console: Consol
     good = share >= PASS_SHARE and worse <= PASS_PERPLEXITY
     if not good:
         console.print(
-            f"[red]below what this demo promises[/] (at least {PASS_SHARE:.0%} right, at most "
-            f"{PASS_PERPLEXITY - 1:.0%} worse on unrelated text): please report it with {run_dir}/report.html"
+            f"below what this demo promises (at least {PASS_SHARE:.0%} right, at most "
+            f"{PASS_PERPLEXITY - 1:.0%} worse on unrelated text): please report it with {run_dir}/report.html",
+            style="red",
         )
     return good
 
@@ -140,5 +155,6 @@ def _short(text: str, limit: int = 160) -> str:
 
 def _training_words(base: Path, run_dir: Path, config: QuickstartConfig) -> list[str]:
     paths = ["--model_name_or_path", str(base), "--dataset_name_or_path", str(demo.train_path())]
+    recipe = [f"--{key}={value}" for key, value in RECIPE.items()]
     overwrite = ["--overwrite_output_dir", str(config.overwrite_output_dir).lower()]
-    return [*paths, "--output_dir", str(run_dir), "--seed", str(config.seed), *overwrite, *RECIPE]
+    return [*paths, "--output_dir", str(run_dir), "--seed", str(config.seed), *overwrite, *recipe]

@@ -1,16 +1,22 @@
-"""What every computing job does first: threads, kernels, memory."""
+"""What jobs have in common: threads, kernels and memory; the terminal; the longest sample a model takes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
+from rich.console import Console
 
 from oarsmith import kernels
-from oarsmith.config.groups import RuntimeKeys
+from oarsmith.config.groups import DataKeys, RuntimeKeys
+from oarsmith.config.resolved import Resolved
+from oarsmith.errors import ConfigError
 from oarsmith.kernels.memory import keep_freed_memory
 from oarsmith.loading import pick_device
+
+D = TypeVar("D", bound=DataKeys)
 
 
 @contextmanager
@@ -21,3 +27,27 @@ def runtime(config: RuntimeKeys) -> Iterator[torch.device]:
     keep_freed_memory()
     with kernels.using(config.kernels):
         yield pick_device(config.device)
+
+
+def make_console() -> Console:
+    """Where a job prints: text as it is (brackets in paths and answers are no markup), lines left whole in a pipe."""
+    return Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def fit_max_length(resolved: Resolved[D], limit: int) -> Resolved[D]:
+    """``max_length`` within the model's context of ``limit`` tokens: the default shrinks to it.
+
+    Raises:
+        ConfigError: a longer one was asked for.
+    """
+    asked = resolved.config.max_length
+    if asked <= limit:
+        return resolved
+    origin = resolved.provenance["max_length"]
+    if origin == "default":
+        return resolved.settle("the model's context", max_length=limit)
+    raise ConfigError(
+        f"max_length {asked} is longer than the model's context of {limit} tokens",
+        where=origin,
+        fix=f"set max_length to at most {limit}",
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +17,13 @@ from oarsmith.adapters.lora import LoraSegment, attach, lora_scale
 from oarsmith.adapters.peft_layout import load_adapter_weights, write_adapter
 from oarsmith.adapters.targets import lora_rewrite, match_targets
 from oarsmith.checkpoint.atomic import atomic_directory, atomic_write_text
-from oarsmith.checkpoint.hf import fill, load_decoder, read_config, write_decoder
+from oarsmith.checkpoint.hf import DTYPES, fill, load_decoder, read_config, write_decoder
 from oarsmith.checkpoint.source import TensorSource
 from oarsmith.config.resolved import Resolved
 from oarsmith.config.sft import SftConfig
 from oarsmith.errors import ConfigError
-from oarsmith.jobs.runtime import runtime
+from oarsmith.jobs.loop_parts import loop_settings, make_optimizer, make_schedule
+from oarsmith.jobs.runtime import fit_max_length, make_console, runtime
 from oarsmith.loading import dtype_name, resolve
 from oarsmith.methods import sft
 from oarsmith.models import families
@@ -31,31 +34,35 @@ from oarsmith.training.checkpoint import CheckpointStore
 from oarsmith.training.environment import describe_environment
 from oarsmith.training.evaluate import Evaluation, evaluate
 from oarsmith.training.log import RunLog
-from oarsmith.training.loop import Loop, LoopSettings
-from oarsmith.training.optimizer import AdamW, AdamWSettings
-from oarsmith.training.precision import training_dtype
+from oarsmith.training.loop import Loop
+from oarsmith.training.precision import has_fast_bf16, training_dtype
 from oarsmith.training.progress import Progress
 from oarsmith.training.report import write_report
-from oarsmith.training.run_folder import RUN_FILE, open_run
-from oarsmith.training.schedule import Schedule
+from oarsmith.training.run_folder import RUN_FILE, discard_run, open_run
 from oarsmith.training.trackers import make_tracker
 
 
 @dataclass(frozen=True)
 class SftResult:
-    """Where the trained model lies and how the run ended."""
+    """Where the trained model lies, which step it is of, and its evaluation record."""
 
     output_dir: Path
     model_dir: Path
     steps: int
-    evaluation: Evaluation | None
+    evaluation: Mapping[str, float] | None
 
 
 def run(resolved: Resolved[SftConfig]) -> int:
     """The command."""
-    console = Console(highlight=False)
-    result = train(resolved, console)
-    console.print(f"\nmodel:  {result.model_dir}")
+    console = make_console()
+    result = train(resolved, console) if resolved.config.do_train else evaluate_only(resolved, console)
+    if result.evaluation is not None:
+        loss, perplexity = result.evaluation["eval_loss"], result.evaluation["eval_perplexity"]
+        accuracy = result.evaluation["eval_accuracy"]
+        console.print(f"\neval:   loss {loss:.4f}, perplexity {perplexity:.2f}, token accuracy {accuracy:.1%}")
+    if not resolved.config.do_train:
+        return 0
+    console.print(f"model:  {result.model_dir}")
     console.print(f"report: {result.output_dir / 'report.html'}")
     console.print(f"next:   oarsmith chat {result.output_dir}")
     if resolved.config.lora:
@@ -69,10 +76,9 @@ def train(resolved: Resolved[SftConfig], console: Console) -> SftResult:
         runtime(resolved.config) as device,
         Progress(console, quiet=resolved.config.disable_tqdm) as progress,
     ):
-        dtype = training_dtype(resolved.config.dtype, device)
-        resolved = resolved.settle("auto on this machine", device=device.type, dtype=dtype_name(dtype))
-        config = resolved.config
-        output_dir = Path(config.output_dir)
+        base = plain_model(resolved.config)
+        resolved = settle(resolved, base, device)
+        config, output_dir = resolved.config, Path(resolved.config.output_dir)
         store = CheckpointStore(output_dir, keep=config.save_total_limit)
         checkpoint = open_run(
             output_dir,
@@ -80,36 +86,72 @@ def train(resolved: Resolved[SftConfig], console: Console) -> SftResult:
             overwrite=config.overwrite_output_dir,
             resume=config.resume_from_checkpoint,
             store=store,
+            inputs=[Path(name) for name in (base, config.dataset_name_or_path, config.eval_dataset_path) if name],
         )
-        where = resolve(config.model_name_or_path)
-        if where.adapter is not None:
-            raise ConfigError(
-                f"{config.model_name_or_path} is an adapter",
-                where="model_name_or_path",
-                fix=f"merge it first: oarsmith merge-adapter {config.model_name_or_path} MERGED",
-            )
         tokenizer = make_tokenizer(config)
-        spec = families.build_spec(read_config(where.base))[1]
-        data = sft.build_data(config, tokenizer, spec.max_positions)
+        data = sft.build_data(config, tokenizer)
         for line in data.lines:
             console.print(line)
-        model = load_trainable(config, where.base, dtype, device)
-        _describe(model, dtype, console)
+        model = load_trainable(config, base, device)
+        _describe(model, console)
+        if config.overwrite_output_dir:
+            discard_run(output_dir)
         resolved.save(output_dir / RUN_FILE)
         atomic_write_text(output_dir / "data_report.json", json.dumps(data.reports, indent=1) + "\n")
         atomic_write_text(output_dir / "environment.json", json.dumps(describe_environment(), indent=1) + "\n")
-        loop = make_loop(config, model, data, tokenizer, where.base, store, progress)
-        state = loop.run(checkpoint)
-        if config.load_best_model_at_end and state.best_step is not None and state.best_step != state.step:
-            loop.load_model(store.path(state.best_step))
-            console.print(f"back to the best evaluation, step {state.best_step}")
-        model_dir = output_dir / ("adapter" if config.lora else "model")
-        with atomic_directory(model_dir) as folder:
-            loop.write_model(folder)
-        loop.tracker.close()
-        final = loop.evaluate() if loop.evaluate is not None and config.do_eval else None
+        loop = make_loop(config, model, data, tokenizer, base, store, progress)
+        console.print(_plan(config, loop.settings.total_steps))
+        with closing(loop.tracker):
+            state = loop.run(checkpoint)
+            step = state.step
+            if config.load_best_model_at_end and state.best_step not in (None, step):
+                step = state.best_step
+                loop.load_model(store.path(step))
+                console.print(f"back to the best checkpoint, step {step}")
+            model_dir = output_dir / ("adapter" if config.lora else "model")
+            with atomic_directory(model_dir) as folder:
+                loop.write_model(folder)
+            evaluation = _final_evaluation(loop, step) if config.do_eval else None
         write_report(output_dir)
-    return SftResult(output_dir, model_dir, state.step, final)
+    return SftResult(output_dir, model_dir, step, evaluation)
+
+
+def evaluate_only(resolved: Resolved[SftConfig], console: Console) -> SftResult:
+    """Score the model as it is on the evaluation rows; writes nothing."""
+    with runtime(resolved.config) as device:
+        base = plain_model(resolved.config)
+        config = settle(resolved, base, device).config
+        data = sft.build_data(config, make_tokenizer(config))
+        for line in data.lines:
+            console.print(line)
+        if data.evaluation is None:
+            raise ConfigError("there is nothing to evaluate on", where="do_train false", fix="give eval_dataset_path")
+        model = load_decoder(base, dtype=DTYPES[config.dtype], device=device)
+        record = evaluate(model, sft.OBJECTIVE, sft.epoch_batches(data.evaluation)()).record()
+    return SftResult(Path(config.output_dir), base, 0, record)
+
+
+def plain_model(config: SftConfig) -> Path:
+    """The directory of the model to train.
+
+    Raises:
+        ConfigError: it is an adapter.
+    """
+    where = resolve(config.model_name_or_path)
+    if where.adapter is not None:
+        raise ConfigError(
+            f"{config.model_name_or_path} is an adapter",
+            where="model_name_or_path",
+            fix=f"merge it first: oarsmith merge-adapter {config.model_name_or_path} MERGED",
+        )
+    return where.base
+
+
+def settle(resolved: Resolved[SftConfig], base: Path, device: torch.device) -> Resolved[SftConfig]:
+    """The values that this machine and this model decide."""
+    dtype = training_dtype(resolved.config.dtype, fast_bf16=has_fast_bf16(device))
+    resolved = resolved.settle("auto on this machine", device=device.type, dtype=dtype_name(dtype))
+    return fit_max_length(resolved, families.build_spec(read_config(base))[1].max_positions)
 
 
 def make_tokenizer(config: SftConfig) -> Tokenizer:
@@ -118,7 +160,7 @@ def make_tokenizer(config: SftConfig) -> Tokenizer:
     return with_named_template(tokenizer, config.chat_template)
 
 
-def load_trainable(config: SftConfig, base: Path, dtype: torch.dtype, device: torch.device) -> Decoder:
+def load_trainable(config: SftConfig, base: Path, device: torch.device) -> Decoder:
     """The model with the parameters that train marked so: all of them, or fresh adapters on a frozen base."""
     rewrite = None
     if config.lora:
@@ -128,7 +170,7 @@ def load_trainable(config: SftConfig, base: Path, dtype: torch.dtype, device: to
         rewrite = lora_rewrite(
             lambda modules: dict.fromkeys(match_targets(modules, targets), segment), config.lora_dropout
         )
-    model = load_decoder(base, dtype=dtype, device=device, rewrite=rewrite)
+    model = load_decoder(base, dtype=DTYPES[config.dtype], device=device, rewrite=rewrite)
     if config.lora:
         attach(model, config.seed)
     model.recompute = config.recompute
@@ -149,7 +191,6 @@ def make_loop(
 ) -> Loop:
     """Wire the loop for this config."""
     total = total_steps(config, data)
-    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total)
     output_dir = store.output_dir
     evaluator = None
     if data.evaluation is not None:
@@ -176,22 +217,8 @@ def make_loop(
         model=model,
         objective=sft.OBJECTIVE,
         loader=data.train,
-        optimizer=AdamW(
-            ((name, p) for name, p in model.named_parameters() if p.requires_grad),
-            AdamWSettings(
-                beta1=config.adam_beta1,
-                beta2=config.adam_beta2,
-                eps=config.adam_epsilon,
-                weight_decay=config.weight_decay,
-            ),
-        ),
-        schedule=Schedule(
-            kind=config.lr_scheduler_type,
-            peak=config.learning_rate or 2e-5,
-            total_steps=total,
-            warmup_steps=warmup,
-            floor=config.min_learning_rate,
-        ),
+        optimizer=make_optimizer(config, model),
+        schedule=make_schedule(config, total),
         settings=loop_settings(config, total),
         output_dir=output_dir,
         store=store,
@@ -202,23 +229,6 @@ def make_loop(
         load_model=load_model,
         evaluate=evaluator,
         decode=tokenizer.decode,
-    )
-
-
-def loop_settings(config: SftConfig, total: int) -> LoopSettings:
-    """The loop's part of the config."""
-    return LoopSettings(
-        seed=config.seed,
-        total_steps=total,
-        accumulate=config.gradient_accumulation_steps,
-        max_grad_norm=config.max_grad_norm,
-        log_steps=config.logging_steps,
-        eval_when=config.evaluation_strategy or "no",
-        eval_steps=config.eval_steps or config.logging_steps,
-        save_when=config.save_strategy,
-        save_steps=config.save_steps,
-        best_metric=f"eval_{config.metric_for_best_model}",
-        greater_is_better=bool(config.greater_is_better),
     )
 
 
@@ -246,10 +256,34 @@ def total_steps(config: SftConfig, data: sft.SftData) -> int:
     return sum(updates(epoch) for epoch in range(whole)) + rest
 
 
-def _describe(model: Decoder, dtype: torch.dtype, console: Console) -> None:
+def _final_evaluation(loop: Loop, step: int) -> Mapping[str, float] | None:
+    """The evaluation of the weights of ``step``: the one in the log, or made now and logged."""
+    known = [record for record in loop.log.records() if record["step"] == step and "eval_loss" in record]
+    if known or loop.evaluate is None:
+        return known[-1] if known else None
+    record = {"step": step, **loop.evaluate().record()}
+    loop.log.append(record)
+    loop.tracker.log(record)
+    return record
+
+
+def _plan(config: SftConfig, total: int) -> str:
+    length = f"{config.max_length:,} tokens, packed" if config.zero_padding else "one sample each"
+    passes = config.gradient_accumulation_steps
+    rows = f"{(config.per_device_train_batch_size or 1) * passes} rows ({length})"
+    split = f" in {passes} passes" if passes > 1 else ""
+    epochs = f" ({config.num_train_epochs:g} epochs)" if config.max_steps <= 0 else ""
+    rate = f"learning rate {config.learning_rate:g}, {config.lr_scheduler_type}"
+    return f"training: {total:,} steps{epochs} of {rows}{split}; {rate}; into {config.output_dir}"
+
+
+def _describe(model: Decoder, console: Console) -> None:
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = f", training {trained:,} of them ({trained / total:.2%})" if trained < total else ", training all"
-    name = str(dtype).removeprefix("torch.")
-    console.print(f"model: {total:,} parameters{share}; weights in {name}; {torch.get_num_threads()} threads")
+    threads = torch.get_num_threads()
+    name = str(model.embedding.weight.dtype).removeprefix("torch.")
+    console.print(
+        f"model: {total:,} parameters{share}; weights in {name}; {threads} thread{'s' if threads > 1 else ''}"
+    )
     console.print(f"kernels: {kernels.describe()}")

@@ -35,6 +35,7 @@ def adamw_step(
     A bf16 parameter comes with ``low`` (int16): its fp32 master is (bits of parameter << 16) + low, so masters cost 2
     bytes more, not 4, and lose nothing. Moments are fp32. The compiled kernel makes one pass over memory.
     """
+    assert parameter.dtype == (torch.float32 if low is None else torch.bfloat16), (parameter.dtype, low is None)
     kernels = library() if parameter.device.type == "cpu" and parameter.is_contiguous() else None
     if kernels is None or grad.dtype not in (torch.float32, torch.bfloat16):
         adamw_reference(parameter, low, grad, exp_avg, exp_avg_sq, rule)

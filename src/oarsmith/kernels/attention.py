@@ -64,6 +64,8 @@ def _blocks(span: SpanBounds, window: int) -> Iterator[tuple[int, int, int, int,
     Indices count from the span's first key.
     """
     q0, q1, k0, k1 = span
+    if q0 == q1:
+        return
     offset = (k1 - k0) - (q1 - q0)
     step = BLOCK if q1 - q0 > BLOCK + BLOCK // 2 else q1 - q0
     for start in range(q0, q1, step):

@@ -1,7 +1,7 @@
 """Compiles the C++ kernels for this machine on first use and loads them.
 
-The library is cached under ``$OARSMITH_CACHE`` (default ``~/.cache/oarsmith``) by a hash of the sources, the compiler, the
-flags and the CPU, so another machine sharing the home directory compiles its own.
+The library is cached under ``$OARSMITH_CACHE`` (default ``~/.cache/oarsmith``) by a hash of the sources, the compiler,
+the flags and the CPU, so another machine sharing the home directory compiles its own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -19,7 +20,18 @@ import torch
 
 SOURCES = Path(__file__).parent / "native"
 # No -ffast-math: NaN and infinity must survive so that a broken run is noticed. The other flags let sums vectorise.
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"]
+FLAGS = [
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-fassociative-math",
+    "-freciprocal-math",
+]
 
 
 class BuildError(RuntimeError):
@@ -35,10 +47,15 @@ def load_library() -> ctypes.CDLL:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise BuildError("no C++ compiler found (install g++ to get the fast CPU kernels)")
-    path = cache_directory() / f"kernels-{_key(compiler)}.so"
+    command = shlex.split(compiler)  # CXX may carry a launcher or flags: "ccache g++"
     try:
-        if not path.exists():
-            _compile(compiler, path)
+        path = cache_directory() / f"kernels-{_key(command)}.so"
+        if path.exists():
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError:
+                path.unlink()  # damaged or of another system: build it again
+        _compile(command, path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"the C++ kernels do not build with {compiler}: {error}") from error
@@ -50,15 +67,15 @@ def cache_directory() -> Path:
     return Path(root) if root else Path.home() / ".cache" / "oarsmith"
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         objects = []
         for source in sorted(SOURCES.glob("*.cpp")):
             objects.append(str(Path(folder) / f"{source.stem}.o"))
-            _run([compiler, *FLAGS, "-c", str(source), "-o", objects[-1]])
+            _run([*compiler, *FLAGS, "-c", str(source), "-o", objects[-1]])
         built = Path(folder) / "kernels.so"
-        _run([compiler, "-shared", *objects, "-o", str(built), *_openmp()])
+        _run([*compiler, "-shared", *objects, "-o", str(built), *_openmp()])
         os.replace(built, path)  # atomic: a second process never sees half a library
 
 
@@ -78,12 +95,12 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{' '.join(command[:1])} failed: {done.stderr.strip()[:500]}")
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: list[str]) -> str:
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    for part in (version, " ".join(FLAGS), _cpu(), torch.__version__):
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    for part in (version, " ".join(compiler), " ".join(FLAGS), _cpu(), torch.__version__):
         digest.update(part.encode())
     return digest.hexdigest()[:16]
 

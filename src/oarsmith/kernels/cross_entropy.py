@@ -30,6 +30,7 @@ def head_loss(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, coef_N: T
     The coefficients must be known beforehand (loss weight / global count); that saves the second product with W that
     recomputing would take: 3 matrix products in all. Logits exist for one chunk at a time.
     """
+    assert not coef_N.requires_grad, "coefficients get no gradient; use token_logprobs"
     needs_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
     if needs_grad:
         return HeadResult(*_HeadLoss.apply(hidden_ND, weight_VD, targets_N, coef_N))
@@ -111,6 +112,8 @@ def _chunk(logits: Tensor, targets: Tensor, coef: Tensor, want_grad: bool) -> tu
     if library is None:
         return _chunk_reference(logits, targets, coef)
     rows, vocab = logits.shape
+    # The kernel writes where the targets point.
+    assert targets.dtype == torch.int64 and int(targets.min()) >= 0 and int(targets.max()) < vocab, (targets, vocab)
     logprobs, correct = torch.empty(rows), torch.empty(rows, dtype=torch.bool)
     targets, coef = targets.contiguous(), coef.contiguous()
     library.call("cross_entropy", logits.dtype, logits, targets, coef, logprobs, correct, rows, vocab, int(want_grad))

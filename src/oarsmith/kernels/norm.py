@@ -11,7 +11,7 @@ from oarsmith.kernels.select import native_for
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019), statistics in fp32; * (1 + w) in fp32 with ``unit_offset``."""
+    """x / sqrt(mean(x^2) + eps) * w, statistics in fp32 (Zhang and Sennrich 2019); unit_offset: * (1 + w) in fp32."""
     if native_for(x, weight) is not None:
         return _RMSNorm.apply(x, weight, eps, unit_offset)
     return rms_norm_reference(x, weight, eps, unit_offset)

@@ -42,6 +42,8 @@ def _rotate(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, sign: float) -> Tenso
     if x_THK.stride(-1) != 1:
         x_THK = x_THK.contiguous()
     tokens, heads, dim = x_THK.shape
+    assert cos_TF.shape == sin_TF.shape == (tokens, cos_TF.shape[-1]), (x_THK.shape, cos_TF.shape, sin_TF.shape)
+    assert cos_TF.dtype == sin_TF.dtype == torch.float32 and 2 * cos_TF.shape[-1] <= dim, (cos_TF.dtype, cos_TF.shape)
     out_THK = torch.empty(x_THK.shape, dtype=x_THK.dtype)
     library = native_for(x_THK)
     assert library is not None

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,12 @@ from oarsmith.kernels.build import BuildError, load_library
 Backend = Literal["auto", "native", "torch"]
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
+_TYPES: dict[str, type[ctypes._SimpleCData[Any]]] = {
+    "p": ctypes.c_void_p,
+    "l": ctypes.c_int64,
+    "i": ctypes.c_int,
+    "f": ctypes.c_float,
+}
 _SIGNATURES = {
     "rms_forward": "pppplllfi",
     "rms_backward": "pppppplllii",
@@ -44,7 +49,10 @@ class Library:
 
     @staticmethod
     def _bind(handle: ctypes.CDLL, name: str, signature: str) -> ctypes._NamedFuncPointer:
-        function = handle[name]
+        try:
+            function = handle[name]
+        except AttributeError as error:
+            raise BuildError(f"the compiled C++ kernels are damaged: {error}") from error
         function.argtypes = [_TYPES[letter] for letter in signature]
         function.restype = None
         return function

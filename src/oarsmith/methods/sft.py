@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from oarsmith.config.groups import DataKeys
 from oarsmith.config.sft import SftConfig
 from oarsmith.data.batch import Batch
 from oarsmith.data.dataset import Progress as DataProgress
@@ -34,10 +35,10 @@ class SftData:
     num_tokens: int
 
 
-def sample_options(config: SftConfig, limit: int) -> SampleOptions:
-    """Encoding options; ``limit`` is the model's context, which no sample may exceed."""
+def sample_options(config: DataKeys) -> SampleOptions:
+    """Encoding options."""
     return SampleOptions(
-        max_length=min(config.max_length, limit),
+        max_length=config.max_length,
         src_length=config.src_length,
         train_on=config.train_on,
         dataset_format=None if config.dataset_format == "auto" else config.dataset_format,
@@ -46,13 +47,13 @@ def sample_options(config: SftConfig, limit: int) -> SampleOptions:
     )
 
 
-def build_data(config: SftConfig, tokenizer: Tokenizer, limit: int, progress: DataProgress | None = None) -> SftData:
+def build_data(config: SftConfig, tokenizer: Tokenizer, progress: DataProgress | None = None) -> SftData:
     """Read, encode and pack the training and evaluation rows.
 
     Raises:
         DataError: a malformed row, nothing to train on, or too many rows left out.
     """
-    options = sample_options(config, limit)
+    options = sample_options(config)
     source = config.dataset_name_or_path
     split = "train" if Path(source).is_dir() else None
     train = build_samples(source, tokenizer, replace(options, split=split), progress)
@@ -64,12 +65,14 @@ def build_data(config: SftConfig, tokenizer: Tokenizer, limit: int, progress: Da
     lines = list(train.report.lines())
     if evaluation is not None:
         reports["eval"] = evaluation.report.to_dict()
-    if held_out:
-        lines.append(f"evaluation: {len(held_out)} samples")
+    if evaluation is not None:
+        lines += [f"evaluation: {line}" for line in evaluation.report.lines()]
+    elif held_out:
+        lines.append(f"evaluation: {len(held_out):,} of these samples are held out")
     return SftData(
         train=Loader(
             samples,
-            rows_per_batch=config.per_device_train_batch_size,
+            rows_per_batch=config.per_device_train_batch_size or 1,
             capacity=options.max_length,
             packing=config.zero_padding,
             seed=config.seed,

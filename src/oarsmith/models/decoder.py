@@ -6,6 +6,7 @@ Shapes: B rows, T tokens (of a row or of the stream), D hidden, V vocabulary, N 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class Decoder(nn.Module):
     Attributes:
         spec: what was built.
         config: the ``config.json`` the spec came from, kept so that saving writes back what was read.
+        generation_config: text of the ``generation_config.json`` beside it, kept for the same reason.
         file_names: family name -> name in the file it was read from, where the file omits a prefix.
         recompute: store only each block's input in training and run the block again in backward.
     """
@@ -35,6 +37,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.config = dict(config)
+        self.generation_config: str | None = None
         self.file_names: dict[str, str] = {}
         self.recompute = False
         self.embedding = nn.Embedding(spec.vocab_size, spec.hidden_size)
@@ -82,17 +85,25 @@ class Decoder(nn.Module):
             documents: borders of documents within each row (``[0, ..., T]``), which then cannot see each other.
 
         Raises:
-            ModelError: ids outside the vocabulary, or more tokens than a learned position table holds.
+            ModelError: ids outside the vocabulary, more tokens than a learned position table holds, or positions or
+                documents that do not fit the ids.
         """
         if input_ids.dim() != 2:
             raise ModelError(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}", fix="add a batch axis")
         rows, length = input_ids.shape
         self._check_ids(input_ids)
         borders = [0, length] if documents is None else list(documents)
+        if borders[:1] != [0] or borders[-1] != length or borders != sorted(borders):
+            raise ModelError(f"documents {borders} do not run from 0 to {length}", fix="pass [0, ..., T] in order")
         bounds = [0] + [row * length + border for row in range(rows) for border in borders[1:]]
         if positions is None:
-            sizes = [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+            sizes = [b - a for a, b in pairwise(bounds)]
             positions = torch.cat([torch.arange(size, device=input_ids.device) for size in sizes])
+        elif positions.shape != input_ids.shape:
+            raise ModelError(
+                f"positions of shape {tuple(positions.shape)} do not fit input_ids of shape {tuple(input_ids.shape)}",
+                fix="pass one position for each token",
+            )
         hidden_TD = self.hidden(input_ids.flatten(), Layout.documents(bounds, positions.flatten()))
         return self.logits(hidden_TD).unflatten(0, (rows, length))
 

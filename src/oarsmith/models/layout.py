@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -34,8 +35,8 @@ class Layout:
     def documents(bounds: Sequence[int], positions_T: Tensor) -> Layout:
         """Documents that lie one after another and cannot see each other. ``bounds`` runs from 0 to T."""
         assert bounds[0] == 0 and bounds[-1] == positions_T.shape[0], (bounds, positions_T.shape)
-        spans = tuple(Span(a, b, a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
-        sizes = torch.tensor([b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)], device=positions_T.device)
+        spans = tuple(Span(a, b, a, b) for a, b in pairwise(bounds))
+        sizes = torch.tensor([b - a for a, b in pairwise(bounds)], device=positions_T.device)
         return Layout(spans, positions_T, sizes.repeat_interleave(sizes))
 
 

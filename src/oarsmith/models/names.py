@@ -1,8 +1,8 @@
 """Invertible name operators: where each tensor of a checkpoint file lies in the decoder's parameters.
 
-An operator names a *view* of a parameter. Loading copies the file's tensor into the view, saving copies the view out, so
-one description serves both directions, a round trip is bit for bit, and loading streams: no second copy of the weights.
-The list of a family must consume every tensor of the file and fill every element of every parameter (checked).
+An operator names a *view* of a parameter. Loading copies the file's tensor into the view, saving copies the view out,
+so one description serves both directions, a round trip is bit for bit, and loading streams: no second copy of the
+weights. The list of a family must consume every tensor of the file and fill every element of every parameter (checked).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Ignored:
 
 @dataclass(frozen=True)
 class Duplicate:
-    """File tensor ``file`` may repeat parameter ``parameter`` (a tied head stored twice). Read nothing, write nothing."""
+    """File tensor ``file`` may repeat parameter ``parameter`` (a tied head stored twice): not read, not written."""
 
     file: str
     parameter: str

@@ -1,7 +1,7 @@
 """The decoder as data: frozen values that say what to build, before any module exists.
 
-A family turns a ``config.json`` into a :class:`DecoderSpec`. Capabilities (adapters, quantized linears, sharding) rewrite
-the spec; nothing patches modules afterwards. Where families differ in kind, the slot holds a sum type
+A family turns a ``config.json`` into a :class:`DecoderSpec`. Capabilities (adapters, quantized linears, sharding)
+rewrite the spec; nothing patches modules afterwards. Where families differ in kind, the slot holds a sum type
 (``GatedMLP | MLP``, ``RMSNormSpec | LayerNormSpec``, ``Rope | None``), never a set of flags.
 """
 
@@ -124,7 +124,7 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True)
 class GQA:
-    """Grouped-query attention. ``qkv`` has q rows first, then k, then v. ``window`` W: key j is seen iff 0 <= i - j < W."""
+    """Grouped-query attention. ``qkv`` has q rows first, then k, then v. ``window`` W: j is seen iff 0 <= i - j < W."""
 
     num_heads: int
     num_kv_heads: int
@@ -173,8 +173,9 @@ class LayerSpec:
 class DecoderSpec:
     """Everything the decoder is, and nothing about how it is trained, stored or run.
 
-    ``max_positions`` is the context the checkpoint states; ``learned_positions`` is the size of a learned position table
-    (None: positions enter by rope). ``tied``: the head is the embedding table. ``init_std``: deviation of fresh weights.
+    ``max_positions`` is the context the checkpoint states; ``learned_positions`` is the size of a learned position
+    table (None: positions enter by rope). ``tied``: the head is the embedding table. ``init_std``: deviation of fresh
+    weights.
     """
 
     vocab_size: int
@@ -191,30 +192,34 @@ class DecoderSpec:
 def linear_specs(spec: DecoderSpec) -> Iterator[tuple[str, LinearSpec]]:
     """Every linear map of the layers with its module path (``layers.3.attention.qkv``)."""
     for index, layer in enumerate(spec.layers):
-        for slot in ("attention", "ffn"):
-            part = layer.attention if slot == "attention" else layer.ffn
-            for name, linear in _linears_of(part):
-                yield f"layers.{index}.{slot}.{name}", linear
+        for name, linear in _linears_of(layer):
+            yield f"layers.{index}.{name}", linear
 
 
 def rewrite_linears(spec: DecoderSpec, rule: Callable[[str, LinearSpec], LinearSpec]) -> DecoderSpec:
     """A copy of ``spec`` with each linear map of the layers replaced by ``rule(path, linear)``."""
 
     def rewritten(layer: LayerSpec, index: int) -> LayerSpec:
-        attention, ffn = (
-            replace(part, **{name: rule(f"layers.{index}.{slot}.{name}", old) for name, old in _linears_of(part)})
-            for slot, part in (("attention", layer.attention), ("ffn", layer.ffn))
-        )
+        new = {name: rule(f"layers.{index}.{name}", old) for name, old in _linears_of(layer)}
+        attention = replace(layer.attention, qkv=new["attention.qkv"], out=new["attention.out"])
+        ffn: FFN
+        match layer.ffn:
+            case GatedMLP():
+                ffn = replace(layer.ffn, gate_up=new["ffn.gate_up"], down=new["ffn.down"])
+            case MLP():
+                ffn = replace(layer.ffn, up=new["ffn.up"], down=new["ffn.down"])
         return replace(layer, attention=attention, ffn=ffn)
 
     return replace(spec, layers=tuple(rewritten(layer, index) for index, layer in enumerate(spec.layers)))
 
 
-def _linears_of(part: GQA | FFN) -> tuple[tuple[str, LinearSpec], ...]:
-    match part:
-        case GQA():
-            return ("qkv", part.qkv), ("out", part.out)
+def _linears_of(layer: LayerSpec) -> Iterator[tuple[str, LinearSpec]]:
+    yield "attention.qkv", layer.attention.qkv
+    yield "attention.out", layer.attention.out
+    match layer.ffn:
         case GatedMLP():
-            return ("gate_up", part.gate_up), ("down", part.down)
+            yield "ffn.gate_up", layer.ffn.gate_up
+            yield "ffn.down", layer.ffn.down
         case MLP():
-            return ("up", part.up), ("down", part.down)
+            yield "ffn.up", layer.ffn.up
+            yield "ffn.down", layer.ffn.down

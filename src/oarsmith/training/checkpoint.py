@@ -8,21 +8,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from oarsmith.checkpoint.atomic import atomic_directory, atomic_write_text, remove_leftovers
+from oarsmith.checkpoint.atomic import atomic_directory, atomic_write_text, remove_directory, remove_leftovers
 from oarsmith.checkpoint.safetensors_stream import SafetensorsWriter, TensorInfo
 from oarsmith.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 _OPTIMIZER = "trainer/optimizer.safetensors"
 _STATE = "trainer/state.json"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    bytes: int
+    sha256: str
+
+
+_MANIFEST: TypeAdapter[dict[str, _Entry]] = TypeAdapter(dict[str, _Entry])
 
 
 class CheckpointStore:
@@ -75,29 +85,41 @@ class CheckpointStore:
         steps = self.steps()
         removable = [step for step in steps[:-1] if step != best]
         for step in removable[: max(0, len(steps) - max(1, self.keep))]:
-            # The manifest goes first: a kill in between must not leave a directory that looks complete.
-            (self.path(step) / MANIFEST).unlink()
-            shutil.rmtree(self.path(step))
+            remove_directory(self.path(step))
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Optimizer tensors and state, after every file has been checked against the manifest.
 
     Raises:
-        CheckpointError: a missing or changed file.
+        CheckpointError: a missing or changed file (named).
     """
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():
         raise CheckpointError(
             "no complete checkpoint here", where=str(path), fix="name a checkpoint-N directory of a run"
         )
-    for name, entry in json.loads(manifest_path.read_text()).items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"] or _hash(file) != entry["sha256"]:
-            raise CheckpointError(
-                f"the file {name} is not what was saved", where=str(path), fix="resume from an earlier checkpoint"
-            )
+    damaged = _first_damaged(path, manifest_path.read_bytes())
+    if damaged is not None:
+        raise CheckpointError(
+            f"the file {damaged} is missing or is not what was saved",
+            where=str(path),
+            fix="go on from an earlier one with resume_from_checkpoint, or remove this directory",
+        )
     return load_file(path / _OPTIMIZER), json.loads((path / _STATE).read_text())
+
+
+def _first_damaged(path: Path, manifest: bytes) -> str | None:
+    """Name of a file that is not as the manifest says, which may be the manifest itself."""
+    try:
+        entries = _MANIFEST.validate_json(manifest)
+    except ValidationError:
+        return MANIFEST
+    for name, entry in entries.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != entry.bytes or _hash(file) != entry.sha256:
+            return name
+    return None
 
 
 def _hash(path: Path) -> str:

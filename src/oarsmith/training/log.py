@@ -1,4 +1,4 @@
-"""The record of a run: ``log.jsonl`` (what happened, reproducible) and ``timing.jsonl`` (how fast, not reproducible)."""
+"""The record of a run: ``log.jsonl`` (what happened, reproducible), ``timing.jsonl`` (how fast, not reproducible)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop. One for every method: it asks for batches, runs updates, logs, evaluates, saves, stops and resumes."""
+"""The training loop, one for every method: asks for batches, runs updates, logs, evaluates, saves, stops, resumes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from oarsmith.data.batch import Batch
 from oarsmith.data.loader import Loader
-from oarsmith.errors import TrainingError
+from oarsmith.errors import StoppedError, TrainingError
 from oarsmith.models.decoder import Decoder
 from oarsmith.training.checkpoint import CheckpointStore, read_checkpoint
 from oarsmith.training.evaluate import Evaluation
@@ -61,10 +61,6 @@ class RunState:
     best_step: int | None = None
 
 
-class Stopped(TrainingError):
-    """The process was asked to end (SIGTERM); everything is saved."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Loop:
     """The parts, finished; :meth:`run` is the procedure.
@@ -96,7 +92,8 @@ class Loop:
         """Train from the start or from a checkpoint to ``total_steps``.
 
         Raises:
-            TrainingError: a loss or gradient that is not finite (the batch is kept), or the process was asked to stop.
+            TrainingError: a loss or gradient that is not finite (the batch is kept).
+            StoppedError: the process was asked to end (SIGTERM); everything is saved.
         """
         state = RunState() if resume is None else self._restore(resume)
         self.log.rewind(state.step)
@@ -108,11 +105,13 @@ class Loop:
                 epoch_end = self._one_step(state)
                 last = state.step == self.settings.total_steps
                 self._report(state, clock, last)
-                self._evaluate_if_due(state, epoch_end, last)
-                self._save_if_due(state, epoch_end, last or bool(stop))
+                saving = self._save_due(state, epoch_end, last, stopping=bool(stop))
+                self._evaluate_if_due(state, epoch_end, last, saving)
+                if saving:
+                    self._save(state)
                 if stop and not last:
-                    raise Stopped(
-                        f"asked to stop: saved at step {state.step} of {self.settings.total_steps}",
+                    raise StoppedError(
+                        f"saved at step {state.step} of {self.settings.total_steps} when asked to end",
                         where=str(self.output_dir),
                         fix="run the same command again to continue",
                     )
@@ -172,7 +171,7 @@ class Loop:
         self.log.append_timing(timing)
         self.tracker.log(timing)
 
-    def _evaluate_if_due(self, state: RunState, epoch_end: bool, last: bool) -> None:
+    def _evaluate_if_due(self, state: RunState, epoch_end: bool, last: bool, saving: bool) -> None:
         due = _due(self.settings.eval_when, self.settings.eval_steps, state.step, epoch_end)
         if self.evaluate is None or not (due or (last and self.settings.eval_when != "no")):
             return
@@ -181,22 +180,22 @@ class Loop:
         better = state.best_value is None or (
             value > state.best_value if self.settings.greater_is_better else value < state.best_value
         )
-        if better:
+        if better and saving:  # what is not kept cannot be returned to
             state.best_value, state.best_step = value, state.step
         self.log.append({"step": state.step, **record})
         self.tracker.log({"step": state.step, **record})
+        mark = " (best checkpoint so far)" if better and saving else ""
         self.progress.message(
             f"step {state.step}: eval loss {record['eval_loss']:.4f}, perplexity {record['eval_perplexity']:.2f}, "
-            f"token accuracy {record['eval_accuracy']:.1%}{' (best so far)' if better else ''}"
+            f"token accuracy {record['eval_accuracy']:.1%}{mark}"
         )
 
-    def _save_if_due(self, state: RunState, epoch_end: bool, now: bool) -> None:
-        if self.settings.save_when == "no" and not now:
-            return
-        due = _due(self.settings.save_when, self.settings.save_steps, state.step, epoch_end)
-        last_without_saving = now and self.settings.save_when == "no" and state.step == self.settings.total_steps
-        if not (due or now) or last_without_saving:
-            return
+    def _save_due(self, state: RunState, epoch_end: bool, last: bool, *, stopping: bool) -> bool:
+        if self.settings.save_when == "no":
+            return stopping and not last
+        return last or stopping or _due(self.settings.save_when, self.settings.save_steps, state.step, epoch_end)
+
+    def _save(self, state: RunState) -> None:
         saved = {"run": asdict(state), "loader": self.loader.state(), "optimizer_steps": self.optimizer.step_count}
         self.store.save(state.step, self.write_model, self.optimizer.state_tensors(), saved)
         self.store.prune(state.best_step)
@@ -207,7 +206,7 @@ class Loop:
         self.optimizer.load_state(tensors, saved["optimizer_steps"])
         self.loader.load_state(saved["loader"])
         state = RunState(**saved["run"])
-        self.progress.message(f"resuming from {checkpoint} at step {state.step}")
+        self.progress.message(f"resuming from {checkpoint} at step {state.step} of {self.settings.total_steps}")
         return state
 
     def _failed(self, step: int, error: NonFiniteError, batches: Sequence[Batch]) -> TrainingError:

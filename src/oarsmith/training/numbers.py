@@ -33,7 +33,7 @@ def show_percent(value: float) -> str:
 
 def show_small(value: float) -> str:
     """Two digits, with a power of ten where the number is far from 1."""
-    if not math.isfinite(value) or value == 0 or 1e-3 <= abs(value) < 1e4:
+    if not math.isfinite(value) or value == 0 or 1e-3 <= abs(value) < 99.5:
         return f"{value:.2g}"
     digits, _, exponent = f"{value:.1e}".partition("e")
     return f"{digits} × 10{str(int(exponent)).translate(_SUPERSCRIPTS)}"

@@ -17,14 +17,17 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return False
-    flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+    return cpuinfo.exists() and cpu_has_bf16(cpuinfo.read_text(encoding="utf-8", errors="replace"))
+
+
+def cpu_has_bf16(cpuinfo: str) -> bool:
+    """Whether the CPU that ``/proc/cpuinfo`` describes has bf16 instructions."""
+    flags = next((line for line in cpuinfo.splitlines() if line.startswith(("flags", "Features"))), "")
     return any(flag in flags for flag in _BF16_FLAGS)
 
 
-def training_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype weights are trained in: ``auto`` is bf16 where the hardware has it, else fp32.
+def training_dtype(name: str, *, fast_bf16: bool) -> torch.dtype:
+    """The dtype weights are trained in: ``auto`` is bf16 where the hardware has it (``fast_bf16``), else fp32.
 
     bf16 weights keep exact fp32 masters (see ``kernels/adamw.py``), so nothing is lost between updates.
 
@@ -32,9 +35,9 @@ def training_dtype(name: str, device: torch.device) -> torch.dtype:
         ConfigError: bf16 asked for on a CPU that would have to emulate it, or a dtype that cannot be trained.
     """
     if name == "auto":
-        return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+        return torch.bfloat16 if fast_bf16 else torch.float32
     if name == "bf16":
-        if not has_fast_bf16(device):
+        if not fast_bf16:
             raise ConfigError(
                 "this CPU has no bf16 instructions, so bf16 training would be many times slower than fp32",
                 where="dtype bf16",

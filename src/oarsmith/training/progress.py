@@ -1,4 +1,4 @@
-"""What a person sees while training: a bar with ETA, loss and tokens per second; plain lines where there is no terminal."""
+"""What a person sees while training: a bar with ETA, loss and tokens per second; lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+
+from oarsmith.training.numbers import show_duration
 
 # Seconds between lines when the output is not a terminal.
 _LINE_EVERY = 15.0
@@ -55,8 +57,10 @@ class Progress:
             self._bar.update(self._bar.task_ids[0], completed=step, note=note)
         elif not self._quiet and (now - self._line > _LINE_EVERY or step == self._total):
             self._line = now
-            left = (now - self._begin) / (step - self._first) * (self._total - step)
-            self._console.print(f"step {step}/{self._total}  {note}  about {left:.0f} s left", highlight=False)
+            took = now - self._begin
+            left = took / (step - self._first) * (self._total - step)
+            end = f"about {show_duration(left)} left" if step < self._total else f"took {show_duration(took)}"
+            self._console.print(f"step {step}/{self._total}  {note}  {end}", highlight=False)
 
     def message(self, text: str) -> None:
         """A line above the bar."""

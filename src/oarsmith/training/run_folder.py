@@ -3,32 +3,54 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from oarsmith.checkpoint.atomic import remove_directory
 from oarsmith.errors import ConfigError
 from oarsmith.training.checkpoint import MANIFEST, CheckpointStore
 
 RUN_FILE = "run.json"
-# Keys that change where or how a run is shown, not what it computes.
+# Keys that change where a run is written or how it is shown, not what it computes.
 _FREE_KEYS = frozenset(
-    ["output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "logging_dir", "save_total_limit"]
+    {
+        "output_dir",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+        "disable_tqdm",
+        "report_to",
+        "logging_dir",
+        "save_total_limit",
+    }
 )
+_MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_config.json")
 
 
 def open_run(
-    output_dir: Path, settings: Mapping[str, Any], *, overwrite: bool, resume: str, store: CheckpointStore
+    output_dir: Path,
+    settings: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    resume: str,
+    store: CheckpointStore,
+    inputs: Sequence[Path] = (),
 ) -> Path | None:
-    """Make ready to train in ``output_dir``; the checkpoint to go on from, or None to start anew.
+    """Check that a run may go into ``output_dir``; the checkpoint to go on from, or None to start anew.
+
+    Nothing is removed yet, so that a mistake found later (in the data, say) costs no finished run: see ``discard_run``.
+
+    Args:
+        inputs: model and data of the run, which an overwritten folder must not hold.
 
     Raises:
-        ConfigError: the folder holds a run with other settings, files that are no run, or no such checkpoint.
+        ConfigError: the folder holds a run with other settings, a model, its own inputs, or no such checkpoint.
     """
-    if overwrite and (output_dir / RUN_FILE).is_file():
-        shutil.rmtree(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    if any((output_dir / name).exists() for name in _MODEL_FILES):
+        raise ConfigError(f"{output_dir} holds a model, not a run", where="output_dir", fix="choose another output_dir")
+    if overwrite:
+        _keep_inputs(output_dir, inputs)
+        return None
     if resume not in ("auto", "none"):
         path = Path(resume)
         if not (path / MANIFEST).is_file():
@@ -45,9 +67,30 @@ def open_run(
             where="resume_from_checkpoint none",
             fix="choose another output_dir, or set overwrite_output_dir true to discard them",
         )
-    if latest is not None:
+    if (output_dir / RUN_FILE).is_file() and (latest is not None or _has_result(output_dir)):
         _same_run(output_dir, settings)
     return latest
+
+
+def discard_run(output_dir: Path) -> None:
+    """Remove the run in a folder, if there is one."""
+    if (output_dir / RUN_FILE).is_file():
+        remove_directory(output_dir)
+
+
+def _keep_inputs(output_dir: Path, inputs: Sequence[Path]) -> None:
+    folder = output_dir.resolve()
+    for path in inputs:
+        if folder == path.resolve() or folder in path.resolve().parents:
+            raise ConfigError(
+                f"overwriting {output_dir} would delete {path}, which this run reads",
+                where="overwrite_output_dir",
+                fix="choose another output_dir",
+            )
+
+
+def _has_result(output_dir: Path) -> bool:
+    return any((output_dir / name).is_dir() for name in ("model", "adapter"))
 
 
 def _same_run(output_dir: Path, settings: Mapping[str, Any]) -> None:
@@ -56,8 +99,9 @@ def _same_run(output_dir: Path, settings: Mapping[str, Any]) -> None:
     changed = [key for key in now if key not in _FREE_KEYS and key in before and before[key] != now[key]]
     if changed:
         shown = "; ".join(f"{key} was {before[key]!r}, now {now[key]!r}" for key in changed[:4])
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise ConfigError(
-            f"{output_dir} holds a run with other settings: {shown}",
+            f"{output_dir} holds a run with other settings: {shown}{more}",
             where="output_dir",
             fix="choose another output_dir; or overwrite_output_dir true to start over; or name the checkpoint in "
             "resume_from_checkpoint to go on with the new settings",

@@ -33,7 +33,7 @@ class NonFiniteError(TrainingError):
 
 
 def seed_step(seed: int, purpose: str, step: int) -> None:
-    """Key PyTorch's global generator (dropout) by (seed, purpose, step), so that a resumed run draws the same numbers."""
+    """Key PyTorch's global generator (dropout) by (seed, purpose, step): a resumed run draws the same numbers."""
     torch.manual_seed(zlib.crc32(f"{seed}/{purpose}/{step}".encode()) + (seed << 32) % (1 << 62))
 
 

@@ -33,18 +33,16 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise MissingExtraError("tensorboard", "train-trackers", "report_to tensorboard") from error
-        self._writer = SummaryWriter(str(directory))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(directory))
 
     def log(self, record: Mapping[str, Any]) -> None:
         for name, value in record.items():
             if name != "step":
                 group = "eval" if name.startswith("eval_") else "train"
-                self._writer.add_scalar(  # type: ignore[no-untyped-call]
-                    f"{group}/{name.removeprefix('eval_')}", value, record["step"]
-                )
+                self._writer.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, record["step"])
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 def make_tracker(name: str, directory: Path) -> Tracker:

@@ -36,8 +36,8 @@ static void rms_backward(const T* dy, const T* x, const T* w, const float* rstd,
                          int64_t dim, int64_t stride, int unit_offset, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    int id = omp_get_thread_num();
-    int64_t begin = rows * id / threads, end = rows * (id + 1) / threads;
+    int id = omp_get_thread_num(), team = omp_get_num_threads();  // may be fewer than asked for
+    int64_t begin = rows * id / team, end = rows * (id + 1) / team;
     float* dw = partial ? partial + id * dim : nullptr;
     float offset = unit_offset ? 1.0f : 0.0f;
     for (int64_t r = begin; r < end; ++r) {
@@ -87,7 +87,7 @@ template <int ACT> static inline float act(float x) {
   if (ACT == SILU) return x * sigmoid(x);
   if (ACT == GELU) return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f));
   if (ACT == GELU_TANH) return 0.5f * x * (1.0f + fast_tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-  return x > 0.0f ? x : 0.0f;
+  return x < 0.0f ? 0.0f : x;  // in this order a NaN stays
 }
 template <int ACT> static inline float act_grad(float x) {
   if (ACT == SILU) { float s = sigmoid(x); return s * (1.0f + x * (1.0f - s)); }
@@ -99,7 +99,7 @@ template <int ACT> static inline float act_grad(float x) {
     float inner = 0.79788456080286536f * (x + 0.044715f * x * x * x), t = fast_tanh(inner);
     return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * 0.79788456080286536f * (1.0f + 3.0f * 0.044715f * x * x);
   }
-  return x > 0.0f ? 1.0f : 0.0f;
+  return x <= 0.0f ? 0.0f : 1.0f;
 }
 
 // out[t, i] = act(gu[t, i]) * gu[t, inner + i]

@@ -9,6 +9,9 @@ from typing import Any
 from oarsmith.errors import ModelError
 from oarsmith.models.families import gemma, gpt2, llama, mistral, qwen2, qwen3
 from oarsmith.models.families.base import Family
+from oarsmith.models.spec import DecoderSpec
+
+__all__ = ["Family", "build_spec", "find", "known"]
 
 _FAMILIES: tuple[Family, ...] = (
     llama.FAMILY,
@@ -29,7 +32,7 @@ def find(config: Mapping[str, Any]) -> Family:
     """The family of a ``config.json``, by ``model_type``, else by ``architectures``.
 
     Raises:
-        ModelError: nothing matches; names the known ones. ``auto_map`` is never followed: no code is taken from a model.
+        ModelError: nothing matches; names the known ones. ``auto_map`` is never followed: no code comes from a model.
     """
     model_type = config.get("model_type")
     architectures = config.get("architectures") or []
@@ -49,7 +52,7 @@ def find(config: Mapping[str, Any]) -> Family:
     )
 
 
-def build_spec(config: Mapping[str, Any]) -> tuple[Family, Any]:
+def build_spec(config: Mapping[str, Any]) -> tuple[Family, DecoderSpec]:
     """The family and the decoder spec of a config."""
     family = find(config)
     return family, family.build(config)

@@ -95,7 +95,7 @@ def fused(in_features: int, *segments: tuple[str, int], bias: bool = False) -> L
 
 
 def read_rope(read: ConfigReader, dim: int, theta: float = 10000.0) -> Rope:
-    """Rope of a config in either spelling: ``rope_theta`` + ``rope_scaling``, or transformers 5's ``rope_parameters``."""
+    """Rope in either spelling: ``rope_theta`` and ``rope_scaling``, or transformers 5's ``rope_parameters``."""
     raw = read.config.get("rope_parameters") or read.config.get("rope_scaling") or {}
     if not isinstance(raw, Mapping):
         raise ModelError(f"rope_scaling must be an object, got {raw!r}", where="config.json")
@@ -159,6 +159,11 @@ def head_counts(read: ConfigReader, head_dim: int | None = None) -> tuple[int, i
     if head_dim is None and read.config.get("head_dim") is None and hidden % heads:
         raise ModelError(f"hidden_size {hidden} is not a multiple of {heads} heads", where="config.json")
     return heads, kv_heads, read.integer("head_dim", head_dim or hidden // heads)
+
+
+def window_size(read: ConfigReader) -> int | None:
+    """``sliding_window``: null means none, a missing key the 4096 that the families' own defaults say."""
+    return read.optional_integer("sliding_window") if "sliding_window" in read.config else 4096
 
 
 def layer_windows(read: ConfigReader, num_layers: int, window: int | None, first_sliding: int) -> list[int | None]:

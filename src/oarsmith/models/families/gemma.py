@@ -1,4 +1,4 @@
-"""Gemma 1: the Llama block with norms of 1 + w, embeddings times sqrt(hidden) and GeGLU; tied unless the config denies it."""
+"""Gemma 1: the Llama block with norms of 1 + w, embeddings times sqrt(hidden) and GeGLU; tied unless configured."""
 
 from __future__ import annotations
 

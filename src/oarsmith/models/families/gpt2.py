@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019): learned positions, LayerNorm, GELU, biases everywhere, weights stored as Conv1D [in, out]."""
+"""GPT-2 (Radford et al. 2019): learned positions, LayerNorm, GELU, biases, weights stored as Conv1D [in, out]."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from oarsmith.models.families.base import ConfigReader, Family, layer_windows
+from oarsmith.models.families.base import ConfigReader, Family, layer_windows, window_size
 from oarsmith.models.families.llama import block_spec, decoder_spec, name_map
 from oarsmith.models.spec import DecoderSpec
 
@@ -13,7 +13,7 @@ from oarsmith.models.spec import DecoderSpec
 def build(config: Mapping[str, Any]) -> DecoderSpec:
     read = ConfigReader(config)
     block = block_spec(read, activation=read.activation("hidden_act", default="silu"))
-    windows = layer_windows(read, read.integer("num_hidden_layers"), read.optional_integer("sliding_window"), 0)
+    windows = layer_windows(read, read.integer("num_hidden_layers"), window_size(read), 0)
     return decoder_spec(read, block, windows=windows)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from oarsmith.models.families.base import ConfigReader, Family, layer_windows
+from oarsmith.models.families.base import ConfigReader, Family, layer_windows, window_size
 from oarsmith.models.families.llama import block_spec, decoder_spec, name_map
 from oarsmith.models.spec import DecoderSpec
 
@@ -13,7 +13,7 @@ from oarsmith.models.spec import DecoderSpec
 def sliding_windows(read: ConfigReader) -> list[int | None]:
     """Windows of the Qwen line: off unless ``use_sliding_window``; layers below ``max_window_layers`` stay full."""
     num_layers = read.integer("num_hidden_layers")
-    window = read.integer("sliding_window", 4096) if read.flag("use_sliding_window", False) else None
+    window = window_size(read) if read.flag("use_sliding_window", False) else None
     first = read.config.get("max_window_layers", 28)
     return layer_windows(read, num_layers, window, first if isinstance(first, int) else num_layers)
 

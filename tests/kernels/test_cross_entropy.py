@@ -1,0 +1,186 @@
+"""Head and cross-entropy in chunks against one big cross_entropy with autograd."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from oarsmith.kernels import cross_entropy, head_loss, token_logprobs
+from oarsmith.kernels.select import library, using
+
+from .conftest import randn
+
+# Sums in another order; bf16: logits are rounded to 8 bits of mantissa before the softmax, the gradient after it.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
+
+
+@pytest.fixture(params=["native", "torch"])
+def backend(request: pytest.FixtureRequest) -> object:
+    """Both implementations have to pass."""
+    if request.param == "native" and library() is None:
+        pytest.skip("no compiled kernels here")
+    with using(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["one chunk", "many chunks"])
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A chunk never has fewer than 64 tokens, so 150 tokens make three."""
+    if request.param == "many chunks":
+        monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 1)
+    return 3 if request.param == "many chunks" else 1
+
+
+def problem(num_tokens: int, dtype: torch.dtype, vocab: int = 37, dim: int = 9) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = randn(num_tokens, dim, dtype=dtype), randn(vocab, dim, dtype=dtype, seed=1)
+    targets = torch.randint(0, vocab, (num_tokens,), generator=generator)
+    return hidden, weight, targets, torch.rand(num_tokens, generator=generator)
+
+
+def exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """fp64 leaves and the log-probabilities."""
+    leaves = hidden.double().detach().requires_grad_(), weight.double().detach().requires_grad_()
+    return *leaves, -functional.cross_entropy(leaves[0] @ leaves[1].t(), targets, reduction="none")
+
+
+def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    limit = TOLERANCE[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=limit, atol=limit * max(1.0, float(expected.abs().max())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 64, 65, 150])
+def test_head_loss(backend: str, chunks: int, num_tokens: int, dtype: torch.dtype) -> None:
+    hidden, weight, targets, coef = problem(num_tokens, dtype)
+    wide_hidden, wide_weight, logprobs = exact(hidden, weight, targets)
+    (-(coef.double() * logprobs).sum()).backward()
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    result = head_loss(*leaves, targets, coef)
+    result.loss.backward()
+    close(result.loss.detach(), -(coef.double() * logprobs.detach()).sum(), dtype)
+    close(result.logprobs_N, logprobs.detach(), dtype)
+    for leaf, wide in zip(leaves, (wide_hidden, wide_weight), strict=True):
+        assert leaf.grad is not None and wide.grad is not None and leaf.grad.dtype == dtype
+        close(leaf.grad, wide.grad, dtype)
+    with torch.no_grad():
+        again = head_loss(*leaves, targets, coef)
+    assert torch.equal(again.loss, result.loss.detach()) and torch.equal(again.logprobs_N, result.logprobs_N)
+    hits = (hidden.float() @ weight.float().t()).argmax(-1) == targets
+    if dtype == torch.float32:  # bf16 logits can tie
+        assert torch.equal(result.correct_N, hits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_logprobs(backend: str, chunks: int, dtype: torch.dtype) -> None:
+    """A loss whose coefficients depend on the log-probabilities."""
+    hidden, weight, targets, _ = problem(150, dtype)
+
+    def objective(logprobs: Tensor) -> Tensor:
+        return -functional.logsigmoid(logprobs.unflatten(0, (2, 75)).sum(-1) / 10).sum()
+
+    wide_hidden, wide_weight, logprobs = exact(hidden, weight, targets)
+    objective(logprobs).backward()
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    found = token_logprobs(*leaves, targets)
+    assert found.dtype == torch.float32
+    close(found.detach(), logprobs.detach(), dtype)
+    objective(found).backward()
+    # Three chunks of bf16 gradients, each rounded.
+    for leaf, wide in zip(leaves, (wide_hidden, wide_weight), strict=True):
+        assert leaf.grad is not None and wide.grad is not None
+        close(leaf.grad, wide.grad, dtype)
+
+
+def test_loss_scaled_from_outside(backend: str) -> None:
+    hidden, weight, targets, coef = problem(20, torch.float32)
+    hidden.requires_grad_(), weight.requires_grad_()
+    once = torch.autograd.grad(head_loss(hidden, weight, targets, coef).loss, (hidden, weight))
+    scaled = torch.autograd.grad(head_loss(hidden, weight, targets, coef).loss * -2.5, (hidden, weight))
+    for a, b in zip(once, scaled, strict=True):
+        torch.testing.assert_close(a * -2.5, b)
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True)])
+def test_only_the_gradients_asked_for(backend: str, wanted: tuple[bool, bool]) -> None:
+    hidden, weight, targets, coef = problem(20, torch.float32)
+    both = [x.clone().requires_grad_() for x in (hidden, weight)]
+    expected = torch.autograd.grad(head_loss(*both, targets, coef).loss, both)
+    leaves = hidden.requires_grad_(wanted[0]), weight.requires_grad_(wanted[1])
+    head_loss(*leaves, targets, coef).loss.backward()
+    for leaf, asked, value in zip(leaves, wanted, expected, strict=True):
+        assert torch.equal(leaf.grad, value) if asked else leaf.grad is None
+
+
+def test_no_tokens(backend: str) -> None:
+    hidden, weight, targets, coef = problem(0, torch.float32)
+    hidden.requires_grad_(), weight.requires_grad_()
+    result = head_loss(hidden, weight, targets, coef)
+    result.loss.backward()
+    assert result.loss.item() == 0 and weight.grad is not None and not weight.grad.any()
+    assert token_logprobs(hidden, weight, targets).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strided_inputs(backend: str, dtype: torch.dtype) -> None:
+    hidden, weight, targets, coef = problem(11, dtype)
+    views = torch.cat((hidden, hidden), -1)[:, :9], weight.t().contiguous().t()
+    assert not views[0].is_contiguous() and not views[1].is_contiguous()
+    found, expected = (
+        torch.autograd.grad(head_loss(*leaves, targets, coef).loss, leaves)
+        for leaves in ([x.detach().requires_grad_() for x in pair] for pair in (views, (hidden, weight)))
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_same_call_twice(native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 1)
+    torch.set_num_threads(2)
+    hidden, weight, targets, coef = problem(150, torch.bfloat16, vocab=101)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+
+    def gradients() -> tuple[Tensor, ...]:
+        result = head_loss(*leaves, targets, coef)
+        return result.loss.detach(), *torch.autograd.grad(result.loss, leaves)
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), gradients(), strict=True))
+
+
+def test_nan_and_infinity_stay(backend: str) -> None:
+    hidden, weight, targets, coef = problem(6, torch.float32)
+    hidden[2, 3] = math.nan
+    hidden.requires_grad_()
+    result = head_loss(hidden, weight, targets, coef)
+    assert result.logprobs_N.isnan().tolist() == [False, False, True, False, False, False]
+    assert result.loss.isnan()
+    (grad,) = torch.autograd.grad(result.loss, hidden)
+    assert grad[2].isnan().all() and grad[3].isfinite().all()
+
+
+@pytest.mark.parametrize("call", [lambda h, w, t: head_loss(h, w, t, torch.ones(2)).loss, token_logprobs])
+def test_improbable_target(backend: str, call: Callable[..., Tensor]) -> None:
+    """-log p far beyond what exp can hold is still exact."""
+    hidden = torch.tensor([[300.0], [-300.0]], requires_grad=True)
+    found = call(hidden, torch.tensor([[1.0], [-1.0]]), torch.tensor([1, 1]))
+    assert found.abs().sum().item() == pytest.approx(600.0)
+
+
+def test_targets_outside_the_vocabulary_are_refused(backend: str) -> None:
+    """The kernel writes at the target: a wrong one would damage memory."""
+    hidden, weight, targets, coef = problem(6, torch.float32)
+    for wrong in (-100, 37):
+        targets[3] = wrong
+        with pytest.raises((AssertionError, RuntimeError, IndexError)):
+            head_loss(hidden, weight, targets, coef)
+
+
+def test_coefficients_get_no_gradient(backend: str) -> None:
+    hidden, weight, targets, coef = problem(6, torch.float32)
+    with pytest.raises(AssertionError, match="token_logprobs"):
+        head_loss(hidden.requires_grad_(), weight, targets, coef.requires_grad_())
