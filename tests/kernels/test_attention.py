@@ -120,7 +120,7 @@ def test_a_nan_does_not_vanish(native: None, which: int, dtype: torch.dtype) -> 
         assert out[5:].isnan().all()
     leaves = [x.requires_grad_() for x in tensors]
     grads = torch.autograd.grad(attention(*leaves, [(0, 9, 0, 9)], scale=0.5).float().sum(), leaves)
-    assert all(g.isnan().any() for g in grads[:1 if which == 2 else 3])
+    assert all(g.isnan().any() for g in grads[: 1 if which == 2 else 3])
 
 
 def test_infinite_scores(native: None) -> None:

@@ -40,9 +40,7 @@ def test_rms_norm_of_views(compare: Compare, dtype: torch.dtype) -> None:
     wide, w = randn(9, 60, dtype=dtype), randn(20, dtype=dtype, seed=1)
     heads = wide[:, 20:40].unflatten(-1, (4, 5))
     for x, weight in ((wide[:, 20:40], w), (heads, w[:5]), (wide[:, :20].t().t(), w), (wide[:1, :20].expand(4, 20), w)):
-        compare(
-            lambda x, w: rms_norm(x, w, 1e-6), lambda x, w: rms_norm_reference(x, w, 1e-6), x, weight
-        )
+        compare(lambda x, w: rms_norm(x, w, 1e-6), lambda x, w: rms_norm_reference(x, w, 1e-6), x, weight)
     transposed = randn(20, 6, dtype=dtype).t()
     assert transposed.stride(-1) != 1
     compare(lambda x, w: rms_norm(x, w, 1e-6), lambda x, w: rms_norm_reference(x, w, 1e-6), transposed, w)
@@ -76,7 +74,9 @@ def test_weight_that_needs_no_gradient(native: None) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "heads", "dim", "freqs"), [(1, 1, 2, 1), (7, 3, 10, 5), (5, 2, 12, 3), (0, 2, 4, 2)])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "dim", "freqs"), [(1, 1, 2, 1), (7, 3, 10, 5), (5, 2, 12, 3), (0, 2, 4, 2)]
+)
 def test_rope(compare: Compare, tokens: int, heads: int, dim: int, freqs: int, dtype: torch.dtype) -> None:
     angle = randn(tokens, freqs, seed=2) * 3
     cos, sin = angle.cos(), angle.sin()
@@ -90,7 +90,11 @@ def test_rope_of_views(compare: Compare, dtype: torch.dtype) -> None:
     cos, sin = angle.cos(), angle.sin()
     wide = randn(6, 48, dtype=dtype)
     slices = wide[:, 8:32].unflatten(-1, (3, 8))
-    for x in (slices, slices.transpose(0, 1).contiguous().transpose(0, 1), randn(8, 3, 6, dtype=dtype).permute(2, 1, 0)):
+    for x in (
+        slices,
+        slices.transpose(0, 1).contiguous().transpose(0, 1),
+        randn(8, 3, 6, dtype=dtype).permute(2, 1, 0),
+    ):
         compare(lambda x: rope(x, cos, sin), lambda x: rope_reference(x, cos, sin), x)
 
 
@@ -130,9 +134,7 @@ def test_gated_activation_over_the_whole_range(compare: Compare, kind: str) -> N
 
 
 def test_gated_activation_of_a_view(compare: Compare) -> None:
-    compare(
-        lambda x: gated_activation(x, "silu"), lambda x: gated_activation_reference(x, "silu"), randn(8, 5).t()
-    )
+    compare(lambda x: gated_activation(x, "silu"), lambda x: gated_activation_reference(x, "silu"), randn(8, 5).t())
 
 
 def test_activation_kinds() -> None:

@@ -21,14 +21,14 @@ PROBE = """
 import torch
 from oarsmith.errors import ConfigError
 from oarsmith.kernels import describe, rms_norm, using
-print(describe())
+print(" ".join(describe().split()))
 assert torch.equal(rms_norm(torch.ones(2, 4), torch.ones(4), 0.0), torch.ones(2, 4))
 try:
     with using("native"):
         print("native")
 except ConfigError as error:
-    print("refused:", error)
-print(describe())
+    print("refused:", " ".join(str(error).split()))
+print(" ".join(describe().split()))
 """
 
 

@@ -23,6 +23,7 @@ from oarsmith.models.names import Duplicate, Ignored, NameMap, Place
 from oarsmith.models.spec import DecoderSpec, linear_specs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_FLOATS = ("F64", "F32", "F16", "BF16")
 GENERATION_CONFIG = "generation_config.json"
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -96,18 +97,29 @@ def fill(model: Decoder, names: NameMap, source: TensorSource) -> None:
     file_names = _match_names(names, source)
     filled: Counter[str] = Counter()
     for place in names.places:
-        target, tensor = place.view(parameters[place.parameter]), source.read(file_names[place.file])
-        if tuple(tensor.shape) != tuple(target.shape):
-            raise CheckpointError(
-                f"tensor {place.file} has shape {tuple(tensor.shape)}, the config asks for {tuple(target.shape)}",
-                where=str(source.directory),
-                fix="config.json and weights do not belong together; copy both from the same model",
-            )
-        target.copy_(tensor)
+        target = place.view(parameters[place.parameter])
+        _copy(source, file_names[place.file], target)
         filled[place.parameter] += target.numel()
     for name, count in filled.items():
         assert count == parameters[name].numel(), f"{name}: {count} of {parameters[name].numel()} elements have a place"
     model.file_names = {name: actual for name, actual in file_names.items() if name != actual}
+
+
+def _copy(source: TensorSource, name: str, target: Tensor) -> None:
+    """One tensor; it is gone when this returns, before the next one is read."""
+    if source.dtypes[name] not in _FLOATS:
+        raise CheckpointError(
+            f"tensor {name} is stored as {source.dtypes[name]}: quantized weights",
+            where=str(source.directory),
+            fix="use the model's unquantized checkpoint",
+        )
+    if source.shapes[name] != tuple(target.shape):
+        raise CheckpointError(
+            f"tensor {name} has shape {source.shapes[name]}, the config asks for {tuple(target.shape)}",
+            where=str(source.directory),
+            fix="config.json and weights do not belong together; copy both from the same model",
+        )
+    target.copy_(source.read(name))
 
 
 def _match_names(names: NameMap, source: TensorSource) -> dict[str, str]:

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from oarsmith.checkpoint.safetensors_stream import check_safetensors
+from oarsmith.checkpoint.safetensors_stream import SAFETENSORS_DTYPES, StoredTensor, check_safetensors
 from oarsmith.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_TORCH = {code: dtype for dtype, code in SAFETENSORS_DTYPES.items()}
 
 
 class TensorSource:
     """Names, shapes and lazy contents of ``model.safetensors`` or its shards. A context manager.
 
-    Every file is checked before a tensor is trusted (header, ranges, length).
+    Every file is checked before a tensor is trusted (header, ranges, length). Tensors are read, not mapped: the pages
+    of a mapping count as this process's memory until it is closed, so that a model would be held twice while loading.
 
     Raises:
         CheckpointError: no weights in the directory, a missing or damaged shard, an index that points outside.
@@ -32,12 +33,12 @@ class TensorSource:
         self.directory = directory
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        self._file_of: dict[str, Path] = {}
+        self._stored: dict[str, tuple[Path, StoredTensor]] = {}
         self._stack = ExitStack()
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, FileIO] = {}
         for path in self._files():
             for name, info in check_safetensors(path).items():
-                self.shapes[name], self.dtypes[name], self._file_of[name] = info.shape, info.dtype, path
+                self.shapes[name], self.dtypes[name], self._stored[name] = info.shape, info.dtype, (path, info)
 
     def __enter__(self) -> TensorSource:
         return self
@@ -49,11 +50,25 @@ class TensorSource:
         self._stack.close()
 
     def read(self, name: str) -> Tensor:
-        """The tensor; its memory is the file's mapping, so copy what must outlive the source."""
-        path = self._file_of[name]
+        """The tensor, in memory of its own.
+
+        Raises:
+            CheckpointError: a dtype that PyTorch does not have, or the file has become shorter.
+        """
+        path, stored = self._stored[name]
+        if stored.dtype not in _TORCH:
+            raise CheckpointError(f"dtype {stored.dtype} cannot be read", where=f"{path}: {name}")
         if path not in self._open:
-            self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-        return self._open[path].get_tensor(name)
+            self._open[path] = self._stack.enter_context(path.open("rb", buffering=0))
+        file, data = self._open[path], torch.empty(stored.end - stored.start, dtype=torch.uint8)
+        file.seek(stored.start)
+        done, view = 0, data.numpy().data
+        while done < len(view):  # one call reads 2 GB at most
+            count = file.readinto(view[done:])
+            if not count:
+                raise CheckpointError("the file ends early", where=f"{path}: {name}", fix="copy the file again")
+            done += count
+        return data.view(_TORCH[stored.dtype]).reshape(stored.shape)
 
     def stored_dtype(self) -> torch.dtype:
         """The widest floating dtype among the tensors."""

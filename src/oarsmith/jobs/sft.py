@@ -281,9 +281,8 @@ def _describe(model: Decoder, console: Console) -> None:
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = f", training {trained:,} of them ({trained / total:.2%})" if trained < total else ", training all"
-    threads = torch.get_num_threads()
     name = str(model.embedding.weight.dtype).removeprefix("torch.")
-    console.print(
-        f"model: {total:,} parameters{share}; weights in {name}; {threads} thread{'s' if threads > 1 else ''}"
-    )
+    threads = torch.get_num_threads()
+    workers = "1 thread" if threads == 1 else f"{threads} threads"
+    console.print(f"model: {total:,} parameters{share}; weights in {name}; {workers}")
     console.print(f"kernels: {kernels.describe()}")

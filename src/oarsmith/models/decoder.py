@@ -40,9 +40,9 @@ class Decoder(nn.Module):
         self.generation_config: str | None = None
         self.file_names: dict[str, str] = {}
         self.recompute = False
-        self.embedding = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.embedding = _embedding(spec.vocab_size, spec.hidden_size)
         if spec.learned_positions is not None:
-            self.position_embedding = nn.Embedding(spec.learned_positions, spec.hidden_size)
+            self.position_embedding = _embedding(spec.learned_positions, spec.hidden_size)
         self.layers = nn.ModuleList(Block(layer, index) for index, layer in enumerate(spec.layers))
         self.final_norm = build_norm(spec.final_norm)
         if not spec.tied:
@@ -130,3 +130,8 @@ class Decoder(nn.Module):
                 f"position {highest} is outside the model's table of {self.spec.learned_positions} positions",
                 fix=f"shorten the input to at most {self.spec.learned_positions} tokens",
             )
+
+
+def _embedding(rows: int, size: int) -> nn.Embedding:
+    """A table without values: drawing them on the meta device would import the compiler, for 2 CPU seconds."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)

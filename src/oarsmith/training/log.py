@@ -41,7 +41,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """All whole records; a last line cut off by a kill is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     # Whatever follows the last newline is a line that a kill cut off.
     return [json.loads(line) for line in lines[:-1] if line]
 

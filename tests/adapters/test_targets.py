@@ -1,0 +1,63 @@
+"""Which projections a target list selects: PEFT's rules, with an error for what selects nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import peft
+import pytest
+
+from oarsmith.adapters.targets import match_targets
+from oarsmith.checkpoint.hf import projection_places, read_config
+from oarsmith.errors import ConfigError
+from oarsmith.models import families
+
+from .conftest import Base
+
+
+def modules_of(base: Base) -> list[str]:
+    family, spec = families.build_spec(read_config(base.path))
+    return list(projection_places(family.names(spec)))
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("llama", "all-linear"),
+        ("llama", ("q_proj",)),
+        ("llama", ("v_proj", "q_proj")),
+        ("llama", ("0.self_attn.q_proj", "model.layers.1.mlp.up_proj")),
+        ("llama", r".*\.(q|k)_proj"),
+        ("llama", r"model\.layers\.1\.mlp\..*_proj"),
+        ("gpt2", "all-linear"),
+        ("gpt2", ("c_proj",)),
+        ("gpt2", ("mlp.c_proj", "c_attn")),
+    ],
+)
+def test_as_peft_selects(base: Callable[[str], Base], name: str, targets: str | tuple[str, ...]) -> None:
+    made = base(name)
+    chosen = match_targets(modules_of(made), targets)
+    wanted = targets if isinstance(targets, str) else list(targets)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=wanted, fan_in_fan_out=name == "gpt2")
+    theirs = peft.get_peft_model(made.oracle(), config).base_model.targeted_module_names
+    assert sorted(chosen) == sorted(theirs)
+    assert chosen == [module for module in modules_of(made) if module in chosen], "in the model's order"
+
+
+@pytest.mark.parametrize(
+    ("targets", "part"),
+    [
+        (("q_proj", "query"), "query selects no projection"),
+        (("proj",), "proj selects no projection"),
+        (("lm_head",), "lm_head selects no projection"),
+        ((), "an empty list selects no projection"),
+        ("q_proj", "q_proj selects no projection"),  # a string is a pattern for the whole name
+        ("(", "not a regular expression"),
+    ],
+)
+def test_refused(base: Callable[[str], Base], targets: str | tuple[str, ...], part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        match_targets(modules_of(base("llama")), targets)
+    assert part in str(caught.value) and str(caught.value).startswith("lora_target_modules: ")
+    if targets != "(":
+        assert "q_proj, up_proj, v_proj" in str(caught.value), "what there is"

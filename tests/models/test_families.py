@@ -1,0 +1,154 @@
+"""Every family and variant against transformers: logits, loss, gradients, greedy continuation with a cache."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from oarsmith.checkpoint.hf import load_decoder
+from oarsmith.models import families
+from oarsmith.models.decoder import Decoder
+
+from .conftest import BOTH_SPELLINGS, VARIANTS, Case, old_spelling, read_json, tokens
+
+Make = Callable[[str], Case]
+# fp32 on both sides; products are summed in another order (q, k and v are one product here).
+TOLERANCE = 1e-4
+
+
+@torch.no_grad()
+def oracle_logits(case: Case, ids: Tensor) -> Tensor:
+    return case.oracle()(ids).logits
+
+
+def greedy(model: Decoder, prompt: list[int], count: int) -> list[int]:
+    """``count`` tokens, one at a time, with a cache."""
+    cache, ids, found = model.new_cache(1, len(prompt) + count), prompt, []
+    with torch.no_grad():
+        for _ in range(count):
+            hidden = model.hidden(torch.tensor(ids), cache.extend([len(ids)]), cache)
+            ids = [int(model.logits(hidden[-1:]).argmax())]
+            found += ids
+    return found
+
+
+@torch.no_grad()
+def oracle_greedy(case: Case, prompt: list[int], count: int) -> tuple[list[int], float]:
+    """The tokens, and the smallest distance between best and second best logit."""
+    model, past, ids, found, margins = case.oracle(), None, prompt, [], []
+    for _ in range(count):
+        out = model(torch.tensor([ids]), past_key_values=past, use_cache=True)
+        past, best = out.past_key_values, out.logits[0, -1].topk(2)
+        ids = [int(best.indices[0])]
+        margins.append(float(best.values[0] - best.values[1]))
+        found += ids
+    return found, min(margins)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits(case: Make, name: str) -> None:
+    """40 tokens: past the original context of the rope variants and past every window. Rows do not see each other."""
+    made = case(name)
+    ids = tokens(2, 40)
+    with torch.no_grad():
+        found = made.decoder()(ids)
+    expected = oracle_logits(made, ids)
+    assert found.shape == (2, 40, 101) and expected.std() > 0.1
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", BOTH_SPELLINGS)
+def test_logits_from_an_older_config(case: Make, name: str, tmp_path: Path) -> None:
+    """rope_theta and rope_scaling with "type", no layer_types, torch_dtype: what most published files say."""
+    made = case(name)
+    shutil.copytree(made.path, tmp_path / "old")
+    config = read_json(made.path / "config.json")
+    assert "rope_parameters" in config and "rope_theta" not in config
+    (tmp_path / "old" / "config.json").write_text(json.dumps(old_spelling(config)))
+    ids = tokens(1, 40)
+    with torch.no_grad():
+        assert torch.equal(load_decoder(tmp_path / "old")(ids), made.decoder()(ids))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_greedy_continuation(case: Make, name: str) -> None:
+    """16 tokens from a prompt of 9: a context of 16 and windows of 5 and 7 are passed on the way."""
+    made = case(name)
+    prompt = tokens(9, seed=3).tolist()
+    expected, margin = oracle_greedy(made, prompt, 16)
+    assert margin > 2 * TOLERANCE, "this prompt decides nothing: choose another seed"
+    assert greedy(made.decoder(), prompt, 16) == expected
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_loss_and_gradients(case: Make, name: str) -> None:
+    """The gradient of every tensor of the file, in the file's shape."""
+    made, ids = case(name), tokens(1, 24, seed=5)
+    oracle, model = made.oracle(), made.decoder()
+    expected = oracle(ids, labels=ids).loss
+    expected.backward()
+    loss = functional.cross_entropy(model(ids)[0, :-1], ids[0, 1:])
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    parameters, theirs = dict(model.named_parameters()), dict(oracle.named_parameters())
+    places = families.find(model.config).names(model.spec).places
+    assert {place.file for place in places} == set(theirs)
+    for place in places:
+        grad, want = parameters[place.parameter].grad, theirs[place.file].grad
+        assert grad is not None and want is not None, place.file
+        # Two thousand terms in another order, some of size 1: 1e-5 of the largest entry.
+        limit = max(1e-6, 2e-5 * float(want.abs().max()))
+        torch.testing.assert_close(place.view(grad), want, rtol=0, atol=limit, msg=lambda m, p=place: f"{p.file}: {m}")
+    norms = float(model.embedding.weight.grad.norm()), float(oracle.get_input_embeddings().weight.grad.norm())
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_bf16_stays_near(case: Make) -> None:
+    """The gemma embedding scale and the norms round as transformers' do; the rest is bf16 noise."""
+    for name in ("llama_gqa_head_dim", "gemma", "gpt2"):
+        made, ids = case(name), tokens(1, 24)
+        with torch.no_grad():
+            exact = made.oracle()(ids).logits
+            theirs = made.oracle().bfloat16()(ids).logits.float()
+            ours = load_decoder(made.path, dtype=torch.bfloat16)(ids).float()
+        noise, error = float((theirs - exact).square().mean().sqrt()), float((ours - exact).square().mean().sqrt())
+        assert error < 1.5 * noise, (name, error, noise)
+
+
+def test_mistral_without_the_key_has_the_family_window(case: Make, tmp_path: Path) -> None:
+    """null means no window; a missing key means what the family's own config class says."""
+    config = read_json(case("mistral").path / "config.json")
+    config.pop("layer_types", None)
+    windows = {}
+    for name, value in {"set": 7, "null": None, "missing": ...}.items():
+        changed = {key: item for key, item in config.items() if key != "sliding_window"}
+        if value is not ...:
+            changed["sliding_window"] = value
+        windows[name] = families.build_spec(changed)[1].layers[0].attention.window
+    assert windows == {"set": 7, "null": None, "missing": 4096}
+
+
+def test_qwen2_layers_below_the_border_are_full(case: Make) -> None:
+    for config in (read_json(case("qwen2_sliding").path / "config.json"),):
+        for spelled in (config, old_spelling(config)):
+            layers = families.build_spec(spelled)[1].layers
+            assert [layer.attention.window for layer in layers] == [None, None, 5]
+            switched_off = {**spelled, "use_sliding_window": False}
+            assert {layer.attention.window for layer in families.build_spec(switched_off)[1].layers} == {None}
+
+
+def test_gemma_gelu_means_the_tanh_approximation() -> None:
+    config = {**VARIANTS["gemma"][1], "model_type": "gemma"}
+    for activation in ({"hidden_act": "gelu"}, {"hidden_activation": "gelu_pytorch_tanh"}, {}):
+        spec = families.build_spec({**config, **activation})[1]
+        assert spec.layers[0].ffn.activation == "gelu_tanh" and spec.tied and spec.embedding_scale == 32**0.5
+    assert (
+        families.build_spec({k: v for k, v in config.items() if k != "head_dim"})[1].layers[0].attention.head_dim == 256
+    )

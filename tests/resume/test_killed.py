@@ -1,0 +1,205 @@
+"""Real training processes, killed and continued: the end is bitwise that of the uninterrupted run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import command, environment, sft_words, write_rows, write_tiny_model
+
+from oarsmith.training.precision import has_fast_bf16
+
+BF16 = has_fast_bf16(torch.device("cpu"))
+KILLS = 20
+KEYS: dict[str, Any] = {
+    "max_length": 64,
+    "per_device_train_batch_size": 2,
+    "num_train_epochs": 5,
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 5,
+    "weight_decay": 0.1,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "save_total_limit": 2,
+    "eval_split_ratio": 0.2,
+    "evaluation_strategy": "steps",
+    "eval_steps": 6,
+    "seed": 7,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    # Dropout draws random numbers in every step, which a resumed run must draw again.
+    "lora-fp32": {"lora": True, "lora_rank": 4, "lora_dropout": 0.1},
+    "full-fp32": {"gradient_accumulation_steps": 2, "num_train_epochs": 9},
+    "full-bf16": {"dtype": "bf16"},
+    "lora-bf16": {"dtype": "bf16", "lora": True, "lora_rank": 4},
+}
+CHOSEN = [name for name in VARIANTS if BF16 or "bf16" not in name]
+
+
+@dataclass(frozen=True)
+class Story:
+    """One variant: the folder of the undisturbed run, that of the killed one, and the moments of the kills."""
+
+    whole: Path
+    killed: Path
+    moments: list[str]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    return write_tiny_model(folder / "model"), write_rows(folder / "rows.jsonl", 30)
+
+
+@pytest.fixture(scope="module")
+def stories(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Story]:
+    """All variants, two at a time."""
+    root = tmp_path_factory.mktemp("stories")
+    kills = {name: KILLS // len(CHOSEN) + (number < KILLS % len(CHOSEN)) for number, name in enumerate(CHOSEN)}
+
+    def tell(name: str) -> Story:
+        whole, killed = root / name / "whole", root / name / "killed"
+        finish(words(inputs, whole, name))
+        moments = []
+        chance = random.Random(name)
+        for _ in range(kills[name]):
+            moments.append(run_and_kill(words(inputs, killed, name), killed, chance))
+            check_checkpoints(killed)
+        finish(words(inputs, killed, name))
+        return Story(whole, killed, moments)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(CHOSEN, pool.map(tell, CHOSEN), strict=True))
+
+
+def words(inputs: tuple[Path, Path], output_dir: Path, name: str, **changes: Any) -> list[str]:
+    return sft_words(*inputs, output_dir, **KEYS | VARIANTS[name] | changes)
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(arguments: list[str]) -> str:
+    process = start(arguments)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+def num_lines(output_dir: Path) -> int:
+    log = output_dir / "log.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def run_and_kill(arguments: list[str], output_dir: Path, chance: random.Random) -> str:
+    """Kill after a few random steps: at any moment, or as soon as a save is seen. Says where it hit."""
+    before, wanted = num_lines(output_dir), chance.randint(1, 9)
+    in_save = chance.random() < 0.5
+    process = start(arguments)
+    try:
+        begin = time.monotonic()
+        while process.poll() is None and time.monotonic() - begin < 120:
+            lines = num_lines(output_dir)
+            # The log is rewound to the checkpoint first, so it may hold fewer lines than before.
+            stepped = lines >= wanted if before == 0 else lines >= before + wanted - 3
+            if stepped and (not in_save or is_saving(output_dir)):
+                break
+            time.sleep(0.0005)
+        time.sleep(chance.uniform(0, 0.004 if in_save else 0.03))
+        saving = is_saving(output_dir)
+    finally:
+        process.kill()
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, f"ended before it could be killed: {output}"
+    return "in a save" if saving else "between saves"
+
+
+def is_saving(output_dir: Path) -> bool:
+    return any(output_dir.glob(".tmp-checkpoint-*"))
+
+
+def check_checkpoints(output_dir: Path) -> None:
+    """Every checkpoint with a name is whole: the files of its manifest, no others, each with its hash."""
+    for folder in output_dir.glob("checkpoint-*"):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        assert files == {*manifest, "manifest.json"}
+        for name, entry in manifest.items():
+            data = (folder / name).read_bytes()
+            assert len(data) == entry["bytes"]
+            assert hashlib.sha256(data).hexdigest() == entry["sha256"]
+
+
+def results(output_dir: Path) -> dict[str, bytes]:
+    """Weights, optimizer state, trainer state and log: all that training computes."""
+    names = ["log.jsonl"]
+    for folder in ("model", "adapter", *(path.name for path in output_dir.glob("checkpoint-*"))):
+        names += [str(path.relative_to(output_dir)) for path in (output_dir / folder).rglob("*.safetensors")]
+        names += [str(path.relative_to(output_dir)) for path in (output_dir / folder).glob("trainer/*.json")]
+    return {name: (output_dir / name).read_bytes() for name in names}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHOSEN)
+def test_killed_run_ends_as_the_undisturbed_one(stories: dict[str, Story], name: str) -> None:
+    whole, killed = results(stories[name].whole), results(stories[name].killed)
+    assert any(path.endswith("trainer/optimizer.safetensors") for path in whole)
+    assert [path for path in sorted(whole) if whole[path] != killed.get(path)] == []
+    assert whole.keys() == killed.keys()
+    assert not list(stories[name].killed.glob(".tmp-*"))
+
+
+@pytest.mark.slow
+def test_kills_hit_saves_too(stories: dict[str, Story]) -> None:
+    moments = [moment for story in stories.values() for moment in story.moments]
+    assert len(moments) == KILLS
+    assert moments.count("in a save") >= 3
+    assert moments.count("between saves") >= 3
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_outlives_the_limit(stories: dict[str, Story]) -> None:
+    """Evaluation every 6 steps, a checkpoint every 2, two of them kept, and the best whatever its age."""
+    for story in stories.values():
+        records = [json.loads(line) for line in (story.whole / "log.jsonl").read_text().splitlines()]
+        last = max(record["step"] for record in records)
+        best = min((record for record in records if "eval_loss" in record), key=lambda record: record["eval_loss"])
+        steps = sorted(int(path.name.removeprefix("checkpoint-")) for path in story.whole.glob("checkpoint-*"))
+        assert steps[-1] == last
+        assert best["step"] in steps
+        assert len(steps) in (2, 3)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_run_goes_on(
+    inputs: tuple[Path, Path], stories: dict[str, Story], tmp_path: Path
+) -> None:
+    arguments = words(inputs, tmp_path / "run", "lora-fp32", save_steps=1000)
+    process = start(arguments)
+    while process.poll() is None and num_lines(tmp_path / "run") < 7:
+        time.sleep(0.001)
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, output
+    assert "stopped: saved at step" in output
+    assert "run the same command again to continue" in output
+    check_checkpoints(tmp_path / "run")
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
+    assert "resuming from" in finish(arguments)
+    whole, stopped = results(stories["lora-fp32"].whole), results(tmp_path / "run")
+    for name in ("log.jsonl", "adapter/adapter_model.safetensors"):
+        assert whole[name] == stopped[name], name

@@ -1,0 +1,129 @@
+"""The loop as a run shows it: when it logs, evaluates and saves, and how it ends when a step goes wrong."""
+
+import json
+import math
+
+import pytest
+import torch
+from tiny import TOKENIZER, random_samples, read_lines, run_sft, tiny_decoder, write_rows, write_tiny_model
+
+import oarsmith
+from oarsmith.data.batch import make_batch
+from oarsmith.training.forensics import save_failure
+
+KEYS = {"max_length": 64, "per_device_train_batch_size": 2, "logging_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("loop") / "model")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write_rows(tmp_path / "rows.jsonl")
+
+
+def steps(folder, key):
+    return [record["step"] for record in read_lines(folder / "log.jsonl") if key in record]
+
+
+def saved(folder):
+    return sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+
+
+def test_by_steps(model_dir, rows, tmp_path):
+    keys = KEYS | {"logging_steps": 3, "eval_steps": 2, "save_steps": 4, "evaluation_strategy": "steps"}
+    assert run_sft(model_dir, rows, tmp_path / "run", **keys, eval_split_ratio=0.2, max_steps=7) == 0
+    assert steps(tmp_path / "run", "loss") == [1, 3, 6, 7]
+    assert steps(tmp_path / "run", "eval_loss") == [2, 4, 6, 7]
+    assert saved(tmp_path / "run") == [4, 7]
+
+
+def test_by_epochs(model_dir, rows, tmp_path):
+    keys = KEYS | {"save_strategy": "epoch", "eval_split_ratio": 0.2, "gradient_accumulation_steps": 3}
+    assert run_sft(model_dir, rows, tmp_path / "run", **keys, num_train_epochs=2.5) == 0
+    records = [record for record in read_lines(tmp_path / "run" / "log.jsonl") if "loss" in record]
+    whole = [record["step"] for record in records if record["epoch"] == int(record["epoch"])]
+    assert len(whole) == 2, "an update never spans two epochs"
+    last = records[-1]
+    assert 2.4 < last["epoch"] < 2.9, "half an epoch, rounded up to whole updates"
+    assert saved(tmp_path / "run") == steps(tmp_path / "run", "eval_loss") == [*whole, last["step"]]
+
+
+def test_no_checkpoints(model_dir, rows, tmp_path):
+    assert run_sft(model_dir, rows, tmp_path / "run", **KEYS, max_steps=2, save_strategy="no") == 0
+    assert saved(tmp_path / "run") == []
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_the_best_checkpoint_is_returned_to(model_dir, rows, tmp_path, capsys):
+    """With a learning rate that ruins the model the first evaluations are the best."""
+    keys = KEYS | {"evaluation_strategy": "steps", "eval_steps": 1, "save_steps": 2, "save_total_limit": 1}
+    keys |= {"learning_rate": 2.0, "lr_scheduler_type": "cosine", "warmup_steps": 5, "load_best_model_at_end": True}
+    assert run_sft(model_dir, rows, tmp_path / "run", **keys, max_steps=8, eval_split_ratio=0.2) == 0
+    found = {r["step"]: r["eval_loss"] for r in read_lines(tmp_path / "run" / "log.jsonl") if "eval_loss" in r}
+    best = min((step for step in found if step % 2 == 0), key=found.__getitem__)
+    assert best < 8
+    assert saved(tmp_path / "run") == [best, 8]
+    weights = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    assert weights == (tmp_path / "run" / f"checkpoint-{best}" / "model.safetensors").read_bytes()
+    out = capsys.readouterr().out
+    assert f"back to the best checkpoint, step {best}" in out
+    assert f"eval:   loss {found[best]:.4f}" in out
+
+
+def test_a_learning_rate_that_explodes(model_dir, rows, tmp_path, capsys):
+    """The run ends with the rows of the broken step, and the checkpoint before it stays usable."""
+    keys = KEYS | {"learning_rate": 1e30, "max_grad_norm": 0, "save_steps": 1}
+    assert run_sft(model_dir, rows, tmp_path / "run", **keys) == 2
+    message = capsys.readouterr().err
+    assert "the step was not applied" in message
+    assert "documents.jsonl" in message
+    step = steps(tmp_path / "run", "loss")[-1] + 1
+    folder = tmp_path / "run" / f"failure-step-{step}"
+    assert str(folder) in message
+    documents = read_lines(folder / "documents.jsonl")
+    assert all(document["where"].startswith(str(rows)) for document in documents)
+    assert all("<|im_start|>assistant" in document["text"] for document in documents)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["step"] == step
+    assert "loss is" in report["reason"] or "gradient norm is" in report["reason"]
+    assert saved(tmp_path / "run")[-1] == step - 1
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_nan_weight_is_named(tmp_path, rows, capsys):
+    model = tiny_decoder()
+    with torch.no_grad():
+        model.layers[0].attention.qkv.weight[0, 0] = math.nan
+    oarsmith.save_model(model, tmp_path / "broken", oarsmith.load_tokenizer(TOKENIZER))
+    assert run_sft(tmp_path / "broken", rows, tmp_path / "run", **KEYS | {"max_length": 128}) == 2
+    assert "the loss is nan at step 1" in capsys.readouterr().err
+    report = json.loads((tmp_path / "run" / "failure-step-1" / "report.json").read_text())
+    assert report["parameters_not_finite"] == ["layers.0.attention.qkv.weight"]
+    assert saved(tmp_path / "run") == []
+
+
+def test_failure_keeps_the_batch_as_it_was(tmp_path):
+    samples = random_samples((5, 8, 3))
+    batches = [make_batch(samples[:2]), make_batch(samples[2:])]
+    folder = save_failure(tmp_path, 7, "because", batches, tiny_decoder(), lambda ids: f"{len(ids)} ids")
+    documents = read_lines(folder / "documents.jsonl")
+    assert [d["where"] for d in documents] == ["random:0", "random:1", "random:2"]
+    assert [d["micro_batch"] for d in documents] == [0, 0, 1]
+    assert [d["text"] for d in documents] == ["5 ids", "8 ids", "3 ids"]
+    assert documents[1]["ids"] == samples[1].ids.tolist()
+    assert documents[1]["weights_of_next"][:-1] == samples[1].weights[1:].tolist()
+
+
+def test_tensorboard(model_dir, rows, tmp_path):
+    keys = KEYS | {"report_to": "tensorboard", "eval_split_ratio": 0.2, "max_steps": 2}
+    assert run_sft(model_dir, rows, tmp_path / "run", **keys, evaluation_strategy="steps", eval_steps=1) == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    logged = [r["loss"] for r in read_lines(tmp_path / "run" / "log.jsonl") if "loss" in r]
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(logged)
+    assert len(board.Scalars("eval/loss")) == 2
