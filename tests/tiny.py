@@ -94,7 +94,10 @@ def write_tiny_model(folder: Path, family: str = "llama", *, seed: int = 0, **ch
 def write_rows(path: Path, count: int = 24, first: int = 0) -> Path:
     """Questions and answers of different lengths, one JSON object a line."""
     rows = (
-        {"src": f"What is {n} plus {n + 1}?" + " Say it slowly." * (n % 3), "tgt": f"It is {2 * n + 1}." + " Yes." * (n % 5)}
+        {
+            "src": f"What is {n} plus {n + 1}?" + " Say it slowly." * (n % 3),
+            "tgt": f"It is {2 * n + 1}." + " Yes." * (n % 5),
+        }
         for n in range(first, first + count)
     )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import CONFIGS, random_samples, tiny_decoder
 
 from oarsmith import kernels
 from oarsmith.data.batch import Batch, make_batch
@@ -13,6 +12,7 @@ from oarsmith.kernels.select import library
 from oarsmith.methods.sft import OBJECTIVE
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.layout import Layout
+from tiny import CONFIGS, random_samples, tiny_decoder
 
 # The same arithmetic on the same numbers, but matrix products over another number of rows may sum in another order.
 TOLERANCE = 1e-6

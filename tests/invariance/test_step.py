@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny import CONFIGS, Step, batches_of, largest_difference, one_step, random_samples, tiny_decoder
 
 from oarsmith import kernels
 from oarsmith.data.batch import make_batch
 from oarsmith.models.decoder import Decoder
+from tiny import CONFIGS, Step, batches_of, largest_difference, one_step, random_samples, tiny_decoder
 
 LOSS_TOLERANCE = 1e-6
 GRAD_TOLERANCE = 1e-5

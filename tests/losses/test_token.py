@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import random_samples, tiny_decoder
 from torch.nn import functional
 
 from oarsmith.data.batch import make_batch
 from oarsmith.losses.token import token_cross_entropy
+from tiny import random_samples, tiny_decoder
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import command, environment, sft_words, write_rows, write_tiny_model
 
 from oarsmith.training.precision import has_fast_bf16
+from tiny import command, environment, sft_words, write_rows, write_tiny_model
 
 BF16 = has_fast_bf16(torch.device("cpu"))
 KILLS = 20

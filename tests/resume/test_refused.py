@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tiny import read_lines, run_sft, write_rows, write_tiny_model
 
 KEYS: dict[str, Any] = {

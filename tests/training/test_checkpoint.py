@@ -92,7 +92,9 @@ def test_a_failing_save_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
-@pytest.mark.parametrize("name", ["config.json", "trainer/optimizer.safetensors", "trainer/state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "trainer/optimizer.safetensors", "trainer/state.json", "manifest.json"]
+)
 @pytest.mark.parametrize("damage", ["missing", "shorter", "other"])
 def test_damage_is_named(tmp_path, name, damage):
     path = save(CheckpointStore(tmp_path, keep=None), 1)

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 import transformers
-from tiny import batches_of, random_samples, write_tiny_model
 from torch.nn import functional
 
 from oarsmith.errors import DataError
 from oarsmith.loading import load_model
 from oarsmith.methods.sft import OBJECTIVE
 from oarsmith.training.evaluate import Evaluation, evaluate, text_perplexity
+from tiny import batches_of, random_samples, write_tiny_model
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,27 @@
 """The loop as a run shows it: when it logs, evaluates and saves, and how it ends when a step goes wrong."""
 
+import dataclasses
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
-from tiny import TOKENIZER, random_samples, read_lines, run_sft, tiny_decoder, write_rows, write_tiny_model
 
 import oarsmith
+from oarsmith.config.load import load_config
+from oarsmith.config.sft import SftConfig
 from oarsmith.data.batch import make_batch
+from oarsmith.errors import StoppedError
+from oarsmith.jobs import sft as job
+from oarsmith.jobs.runtime import make_console
+from oarsmith.methods.sft import build_data
+from oarsmith.training.checkpoint import CheckpointStore
+from oarsmith.training.evaluate import Evaluation
 from oarsmith.training.forensics import save_failure
+from oarsmith.training.progress import Progress
+from tiny import TOKENIZER, random_samples, read_lines, run_sft, tiny_decoder, write_rows, write_tiny_model
 
 KEYS = {"max_length": 64, "per_device_train_batch_size": 2, "logging_steps": 1}
 
@@ -127,3 +139,26 @@ def test_tensorboard(model_dir, rows, tmp_path):
     logged = [r["loss"] for r in read_lines(tmp_path / "run" / "log.jsonl") if "loss" in r]
     assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(logged)
     assert len(board.Scalars("eval/loss")) == 2
+
+
+def test_a_signal_during_an_evaluation_waits_for_the_next_step(model_dir, rows, tmp_path, few_threads):
+    """Whatever the moment of SIGTERM, what the message says is saved is there."""
+    words = [f"--{key}={value}" for key, value in {**KEYS, "eval_steps": 2, "evaluation_strategy": "steps"}.items()]
+    words += ["--eval_split_ratio=0.2", "--dtype=fp32", f"--output_dir={tmp_path}", "--save_strategy=no"]
+    resolved = load_config(SftConfig, None, [str(model_dir), str(rows), *words])
+    config = job.settle(resolved, model_dir, torch.device("cpu")).config
+    tokenizer = job.make_tokenizer(config)
+    data = build_data(config, tokenizer)
+    model = job.load_trainable(config, model_dir, torch.device("cpu"))
+    store, progress = CheckpointStore(tmp_path, keep=None), Progress(make_console(), quiet=True)
+    loop = job.make_loop(config, model, data, tokenizer, model_dir, store, progress)
+
+    def evaluate_and_signal():
+        os.kill(os.getpid(), signal.SIGTERM)
+        return Evaluation(loss=1.0, accuracy=0.0, count=1.0)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedError, match="saved at step 3 of"):
+        dataclasses.replace(loop, evaluate=evaluate_and_signal).run(None)
+    assert saved(tmp_path) == [3]
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from tiny import batches_of, one_step, random_samples, tiny_decoder
 
 from oarsmith.methods.sft import OBJECTIVE
 from oarsmith.training.optimizer import AdamW, AdamWSettings
 from oarsmith.training.step import NonFiniteError, global_norm, run_step, seed_step
+from tiny import batches_of, one_step, random_samples, tiny_decoder
 
 BATCHES = batches_of(random_samples((9, 20, 4)), 2)
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from tiny import CONFIGS, read_lines, sft_words, write_rows, write_tiny_model
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -24,6 +23,7 @@ from oarsmith.data.batch import Batch
 from oarsmith.jobs import sft as job
 from oarsmith.loading import load_model
 from oarsmith.methods import sft
+from tiny import CONFIGS, read_lines, sft_words, write_rows, write_tiny_model
 
 TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-3, "learning_rate": 1e-12}
 STEPS = 30

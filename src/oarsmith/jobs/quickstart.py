@@ -84,7 +84,7 @@ def run(resolved: Resolved[QuickstartConfig]) -> int:
     console.rule("2/5 before training")
     before = examine(load_model(base), tokenizer, console)
     console.rule("3/5 fine-tuning with LoRA")
-    result = sft.train(load_config(SftConfig, None, _training_words(base, run_dir, config)), console)
+    result = sft.train(load_config(SftConfig, None, training_words(base, run_dir, config)), console)
     console.rule("4/5 merging the adapter")
     questions = [item.question for item in demo.load_heldout()]
     proof = merge_adapter.merge(base, result.model_dir, run_dir / "merged", tokenizer, questions, kl_budget=1e-2)
@@ -153,7 +153,8 @@ def _short(text: str, limit: int = 160) -> str:
     return text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " ..."
 
 
-def _training_words(base: Path, run_dir: Path, config: QuickstartConfig) -> list[str]:
+def training_words(base: Path, run_dir: Path, config: QuickstartConfig) -> list[str]:
+    """What ``oarsmith sft`` is told."""
     paths = ["--model_name_or_path", str(base), "--dataset_name_or_path", str(demo.train_path())]
     recipe = [f"--{key}={value}" for key, value in RECIPE.items()]
     overwrite = ["--overwrite_output_dir", str(config.overwrite_output_dir).lower()]

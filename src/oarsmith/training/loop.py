@@ -105,11 +105,13 @@ class Loop:
                 epoch_end = self._one_step(state)
                 last = state.step == self.settings.total_steps
                 self._report(state, clock, last)
-                saving = self._save_due(state, epoch_end, last, stopping=bool(stop))
+                # Looked at once: a signal that comes after this is for the next step, or nothing would be saved for it.
+                stopping = bool(stop) and not last
+                saving = self._save_due(state, epoch_end, last, stopping)
                 self._evaluate_if_due(state, epoch_end, last, saving)
                 if saving:
                     self._save(state)
-                if stop and not last:
+                if stopping:
                     raise StoppedError(
                         f"saved at step {state.step} of {self.settings.total_steps} when asked to end",
                         where=str(self.output_dir),
@@ -190,9 +192,9 @@ class Loop:
             f"token accuracy {record['eval_accuracy']:.1%}{mark}"
         )
 
-    def _save_due(self, state: RunState, epoch_end: bool, last: bool, *, stopping: bool) -> bool:
+    def _save_due(self, state: RunState, epoch_end: bool, last: bool, stopping: bool) -> bool:
         if self.settings.save_when == "no":
-            return stopping and not last
+            return stopping
         return last or stopping or _due(self.settings.save_when, self.settings.save_steps, state.step, epoch_end)
 
     def _save(self, state: RunState) -> None:
