@@ -128,8 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 success, 1 a bug or a failed check, 2 something the user can correct, 130 interrupted, 143 stopped by SIGTERM.
     """
     sys.excepthook = _report_bug
-    # Waiting threads sleep instead of spinning. It must be said before PyTorch loads its OpenMP runtime. On 2 cores with
-    # other work running, training went from 27 to 211 tokens/s (LOG.md); on an idle machine it costs under 1 %.
+    # Waiting threads sleep instead of spinning; it must be said before PyTorch loads its OpenMP runtime. On 2 cores
+    # with other work running, training went from 27 to 211 tokens/s (LOG.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         status = _dispatch(list(sys.argv[1:] if arguments is None else arguments))

@@ -16,8 +16,9 @@ from oarsmith.models.spec import DecoderSpec, LinearSpec, rewrite_linears
 def match_targets(modules: Iterable[str], targets: str | tuple[str, ...]) -> list[str]:
     """The module names that ``targets`` selects.
 
-    ``"all-linear"`` selects every projection of the blocks (never the head); a string is a regular expression for the
-    whole name; a tuple holds names matched at a dot from the end (``q_proj``, ``0.self_attn.q_proj``).
+    ``"all-linear"`` selects every projection of the blocks (never the head); a single word is a name; any other string
+    is a regular expression for the whole name; a tuple holds names matched at a dot from the end (``q_proj``,
+    ``0.self_attn.q_proj``).
 
     Raises:
         ConfigError: an entry that selects nothing; lists what there is.
@@ -25,6 +26,8 @@ def match_targets(modules: Iterable[str], targets: str | tuple[str, ...]) -> lis
     names = list(modules)
     if targets == "all-linear":
         return names
+    if isinstance(targets, str) and targets.isidentifier():
+        targets = (targets,)
     if isinstance(targets, str):
         try:
             pattern = re.compile(targets)

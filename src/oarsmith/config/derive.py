@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from .base import JobConfig
-from .groups import DataKeys, LoraKeys, ModelKeys, PackingKeys, SamplingKeys
+from .groups import LoraKeys, ModelKeys, PackingKeys, SamplingKeys
 from .sft import SftConfig
 
 C = TypeVar("C", bound=JobConfig)

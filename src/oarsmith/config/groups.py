@@ -58,7 +58,7 @@ class DataKeys(JobConfig):
     dataset_name_or_path: str = Field(
         description="Training rows: a file (jsonl, json, csv, parquet), a directory with train.* and optionally "
         "dev.* files, "
-        "or the name of a dataset in the local Hugging Face cache."
+        "or the name of a dataset on the Hugging Face hub."
     )
     dataset_format: Literal["auto", "src_tgt", "alpaca", "sharegpt", "messages", "text"] = Field(
         "auto",

@@ -53,6 +53,7 @@ class Resolved(Generic[C]):
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=".tmp-")
         try:
+            os.fchmod(descriptor, 0o644)  # mkstemp's 0600 would hide the file from a shared project's members
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()

@@ -13,7 +13,7 @@ static inline void visible(int64_t query, int64_t keys, int64_t window, int64_t 
 template <class T>
 static void softmax_forward(T* s, float* lse, int64_t batch, int64_t group, int64_t rows, int64_t keys, int64_t first,
                             int64_t key0, int64_t window, float scale) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (batch * group * rows * keys > SERIAL)
   for (int64_t r = 0; r < batch * group * rows; ++r) {
     T* p = s + r * keys;
     int64_t from, to;
@@ -38,7 +38,7 @@ static void softmax_forward(T* s, float* lse, int64_t batch, int64_t group, int6
 template <class T>
 static void softmax_again(T* s, const float* lse, int64_t batch, int64_t group, int64_t rows, int64_t keys, int64_t first,
                           int64_t key0, int64_t window, float scale) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (batch * group * rows * keys > SERIAL)
   for (int64_t r = 0; r < batch * group * rows; ++r) {
     T* p = s + r * keys;
     int64_t from, to;
@@ -53,7 +53,7 @@ static void softmax_again(T* s, const float* lse, int64_t batch, int64_t group, 
 
 // dp -> ds = scale * p * (dp - sum(p * dp)), in place; p is zero where hidden, so hidden keys get zero.
 template <class T> static void softmax_backward(const T* p, T* dp, int64_t total_rows, int64_t keys, float scale) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (total_rows * keys > SERIAL)
   for (int64_t r = 0; r < total_rows; ++r) {
     const T* pr = p + r * keys;
     T* dr = dp + r * keys;

@@ -7,6 +7,9 @@
 #include <algorithm>
 #include <omp.h>
 
+// Elements below which one thread does the work: waking a second one costs more than it saves (a token being decoded).
+static const int64_t SERIAL = 1 << 14;
+
 struct bf16 { uint16_t bits; };
 
 static inline float load(const float* p) { return *p; }

@@ -7,7 +7,7 @@
 template <class T>
 static void rms_forward(const T* x, const T* w, T* y, float* rstd, int64_t rows, int64_t dim, int64_t stride, float eps,
                         int unit_offset) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows * dim > SERIAL)
   for (int64_t r = 0; r < rows; ++r) {
     const T* xr = x + r * stride;
     T* yr = y + r * dim;
@@ -64,7 +64,7 @@ static void rms_backward(const T* dy, const T* x, const T* w, const float* rstd,
 template <class T>
 static void rope_apply(const T* x, T* out, const float* cos, const float* sin, int64_t tokens, int64_t heads, int64_t dim,
                        int64_t freqs, int64_t stride_t, int64_t stride_h, float sign) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (tokens * heads * dim > SERIAL)
   for (int64_t t = 0; t < tokens; ++t) {
     const float *c = cos + t * freqs, *s = sin + t * freqs;
     for (int64_t h = 0; h < heads; ++h) {
@@ -104,7 +104,7 @@ template <int ACT> static inline float act_grad(float x) {
 
 // out[t, i] = act(gu[t, i]) * gu[t, inner + i]
 template <class T, int ACT> static void gated_forward(const T* gu, T* out, int64_t tokens, int64_t inner) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (tokens * inner > SERIAL)
   for (int64_t t = 0; t < tokens; ++t) {
     const T *g = gu + t * 2 * inner, *u = g + inner;
     T* o = out + t * inner;
@@ -113,7 +113,7 @@ template <class T, int ACT> static void gated_forward(const T* gu, T* out, int64
   }
 }
 template <class T, int ACT> static void gated_backward(const T* dout, const T* gu, T* dgu, int64_t tokens, int64_t inner) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (tokens * inner > SERIAL)
   for (int64_t t = 0; t < tokens; ++t) {
     const T *g = gu + t * 2 * inner, *u = g + inner, *d = dout + t * inner;
     T *dg = dgu + t * 2 * inner, *du = dg + inner;
