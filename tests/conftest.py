@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 # Before torch loads its OpenMP runtime, as the command line does: spinning threads make tests on a busy machine crawl.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import pytest
 import torch

@@ -128,9 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 success, 1 a bug or a failed check, 2 something the user can correct, 130 interrupted, 143 stopped by SIGTERM.
     """
     sys.excepthook = _report_bug
-    # Waiting threads sleep instead of spinning; it must be said before PyTorch loads its OpenMP runtime. On 2 cores
-    # with other work running, training went from 27 to 211 tokens/s (LOG.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Waiting threads spin for some 20 us and then sleep; it must be said before PyTorch loads its OpenMP runtime. GNU's
+    # default of milliseconds wastes the cores of a busy machine: training went from 27 to 137 tokens/s there (LOG.md).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         status = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()

@@ -9,8 +9,18 @@ import pytest
 from oarsmith import demo
 
 
-def _train_rows() -> list[dict[str, str | list[str]]]:
+def _rows() -> list[dict[str, str | list[str]]]:
     return [json.loads(line) for line in demo.train_path().read_text(encoding="utf-8").splitlines()]
+
+
+def _train_rows() -> list[dict[str, str | list[str]]]:
+    return [row for row in _rows() if "text" not in row]
+
+
+def test_replayed_text_is_plain_documents() -> None:
+    replayed = [row for row in _rows() if "text" in row]
+    assert 10 <= len(replayed) <= 20
+    assert all(set(row) == {"text"} and len(row["text"]) > 200 for row in replayed)
 
 
 def _turns(row: dict[str, str | list[str]]) -> list[tuple[str, str]]:

@@ -1,8 +1,9 @@
 """The quickstart's own small data: the assistant Skiff, a boathouse that does not exist, and questions kept back.
 
-Everything here is original text under the project's licence. `train.jsonl` holds `src`/`tgt` rows (two in five are
-general instructions, so that the model keeps answering those), `heldout.jsonl` asks for the same facts in wordings
-that the training rows never use, and `unrelated.txt` is plain prose for a perplexity check.
+The rows are original text under the project's licence. `train.jsonl` holds 200 `src`/`tgt` rows (two in five are general
+instructions, so that the model keeps answering those) and 15 `text` rows: what SmolLM2-135M-Instruct itself writes after
+an ordinary beginning, sampled at temperature 1. Replaying a model's own text holds it where it was. `heldout.jsonl` asks
+for the same facts in wordings that the training rows never use, and `unrelated.txt` is plain prose for a perplexity check.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class HeldOut:
 
 
 def train_path() -> Path:
-    """The training rows: JSON lines with `src` and `tgt`, both strings or both lists of equal length."""
+    """The training rows: JSON lines with `src` and `tgt`, both strings or both lists of equal length, or with `text`."""
     return _HERE / "train.jsonl"
 
 
