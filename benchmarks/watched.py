@@ -75,7 +75,7 @@ def watch(command: Sequence[str], record_file: Path, num_steps: int, *, threads:
 
 
 def _environment(threads: int) -> Mapping[str, str]:
-    """Both sides compute with the same threads, the same waiting (what Oarsmith sets for itself) and without a network."""
+    """Both sides get the same threads, the same thread waiting (Oarsmith sets it for itself) and no network."""
     shared = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "20000"}
     return {**os.environ, **shared, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 

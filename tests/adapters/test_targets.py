@@ -51,7 +51,8 @@ def test_as_peft_selects(base: Callable[[str], Base], name: str, targets: str | 
         (("proj",), "proj selects no projection"),
         (("lm_head",), "lm_head selects no projection"),
         ((), "an empty list selects no projection"),
-        ("q_proj", "q_proj selects no projection"),  # a string is a pattern for the whole name
+        ("q_pro.", "q_pro. selects no projection"),  # a string is a pattern for the whole name
+        ("query", "query selects no projection"),
         ("(", "not a regular expression"),
     ],
 )
@@ -61,3 +62,8 @@ def test_refused(base: Callable[[str], Base], targets: str | tuple[str, ...], pa
     assert part in str(caught.value) and str(caught.value).startswith("lora_target_modules: ")
     if targets != "(":
         assert "q_proj, up_proj, v_proj" in str(caught.value), "what there is"
+
+
+def test_a_single_word_is_a_name() -> None:
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.q_proj"]
+    assert match_targets(names, "q_proj") == match_targets(names, ("q_proj",)) == [names[0], names[2]]

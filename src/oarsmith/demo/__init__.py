@@ -1,9 +1,10 @@
 """The quickstart's own small data: the assistant Skiff, a boathouse that does not exist, and questions kept back.
 
-The rows are original text under the project's licence. `train.jsonl` holds 200 `src`/`tgt` rows (two in five are general
-instructions, so that the model keeps answering those) and 15 `text` rows: what SmolLM2-135M-Instruct itself writes after
-an ordinary beginning, sampled at temperature 1. Replaying a model's own text holds it where it was. `heldout.jsonl` asks
-for the same facts in wordings that the training rows never use, and `unrelated.txt` is plain prose for a perplexity check.
+The rows are original text under the project's licence. `train.jsonl` holds 200 `src`/`tgt` rows (two in five are
+general instructions, so that the model keeps answering those) and 15 `text` rows: what SmolLM2-135M-Instruct itself
+writes after an ordinary beginning, sampled at temperature 1. Replaying a model's own text holds it where it was.
+`heldout.jsonl` asks for the same facts in wordings that the training rows never use, and `unrelated.txt` is plain prose
+for a perplexity check.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class HeldOut:
 
 
 def train_path() -> Path:
-    """The training rows: JSON lines with `src` and `tgt`, both strings or both lists of equal length, or with `text`."""
+    """The training rows: JSON lines with `src` and `tgt` (both strings, or lists of equal length), or with `text`."""
     return _HERE / "train.jsonl"
 
 
