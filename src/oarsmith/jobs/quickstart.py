@@ -34,7 +34,7 @@ from oarsmith.text import Tokenizer, load_tokenizer
 from oarsmith.training.evaluate import text_perplexity
 from oarsmith.training.report import write_report
 
-# Found by trial on 2 cores (LOG.md): adapting only the upper layers' outputs teaches the facts and disturbs little else.
+# Found by trial on 2 cores (LOG.md): adapting only the upper layers teaches the facts and disturbs little else.
 RECIPE = {
     "lora": "true",
     "lora_rank": "16",
