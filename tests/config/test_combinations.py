@@ -71,6 +71,7 @@ def test_several_processes(monkeypatch):
 def test_tensorboard_must_be_installed(monkeypatch):
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr(sys, "path_importer_cache", {})
+    monkeypatch.delitem(sys.modules, "tensorboard", raising=False)  # another test may have imported it
     with pytest.raises(ConfigError, match=r"'tensorboard'.*not installed"):
         load_config(SftConfig, None, ["m", "d", "--report_to", "tensorboard"])
 
