@@ -270,7 +270,8 @@ def _final_evaluation(loop: Loop, step: int) -> Mapping[str, float] | None:
 def _plan(config: SftConfig, total: int) -> str:
     length = f"{config.max_length:,} tokens, packed" if config.zero_padding else "one sample each"
     passes = config.gradient_accumulation_steps
-    rows = f"{(config.per_device_train_batch_size or 1) * passes} rows ({length})"
+    count = (config.per_device_train_batch_size or 1) * passes
+    rows = f"{count} {'row' if count == 1 else 'rows'} ({length})"
     split = f" in {passes} passes" if passes > 1 else ""
     epochs = f" ({config.num_train_epochs:g} epochs)" if config.max_steps <= 0 else ""
     rate = f"learning rate {config.learning_rate:g}, {config.lr_scheduler_type}"
