@@ -40,7 +40,7 @@ class MergeAdapterConfig(JobConfig):
         "auto", description="Number format of the merged weights. auto: that of the base model."
     )
     kl_budget: Float = Field(
-        1e-3,
+        1e-2,
         gt=0,
         description="The merge is refused if the merged model's next-token probabilities differ from base plus "
         "adapter by "
