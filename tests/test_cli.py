@@ -196,9 +196,9 @@ def test_explain_everything(tmp_path, capsys):
 
 
 def test_explain_a_saved_run_and_a_bare_key(tmp_path, capsys):
-    from oarsmith.config.resolved import RESOLVED_NAME
+    from oarsmith.config.resolved import RUN_FILE
 
-    cli.load("generate", ["m", "hi", "--top_k", "3"]).save(tmp_path / RESOLVED_NAME)
+    cli.load("generate", ["m", "hi", "--top_k", "3"]).save(tmp_path / RUN_FILE)
     assert cli.main(["explain", str(tmp_path), "temperature"]) == 0
     text = capsys.readouterr().out
     assert "temperature = 0.7" in text and "oarsmith generate" in text

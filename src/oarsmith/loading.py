@@ -12,9 +12,10 @@ from oarsmith.adapters.peft_layout import CONFIG as ADAPTER_CONFIG
 from oarsmith.adapters.peft_layout import adapter_rewrite, load_adapter_weights, read_adapter_config
 from oarsmith.checkpoint.atomic import atomic_directory
 from oarsmith.checkpoint.hf import DTYPES, load_decoder, write_decoder
+from oarsmith.config.resolved import RUN_FILE
 from oarsmith.errors import CheckpointError, ConfigError
 from oarsmith.models.decoder import Decoder
-from oarsmith.text import Tokenizer
+from oarsmith.text import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def resolve(path: str | Path, adapter: str | Path | None = None) -> ModelPath:
         CheckpointError: an adapter whose base cannot be found.
     """
     where = Path(path)
-    if (where / "run.json").is_file():
+    if (where / RUN_FILE).is_file():
         parts = [where / name for name in ("merged", "model", "adapter") if (where / name).is_dir()]
         if not parts:
             raise CheckpointError("this run has not finished: no model yet", where=str(where), fix="resume the run")
@@ -53,11 +54,20 @@ def resolve(path: str | Path, adapter: str | Path | None = None) -> ModelPath:
         if adapter is not None:
             raise CheckpointError("the path is an adapter already", where=str(where), fix="name the base model instead")
         return ModelPath(found, where)
-    return ModelPath(where, None if adapter is None else _adapter_directory(Path(adapter)))
+    return ModelPath(where, None if adapter is None else adapter_directory(Path(adapter)))
 
 
-def _adapter_directory(path: Path) -> Path:
-    return path / "adapter" if (path / "run.json").is_file() else path
+def adapter_directory(path: Path) -> Path:
+    """An adapter's own directory: a run folder stands for its ``adapter``."""
+    return path / "adapter" if (path / RUN_FILE).is_file() else path
+
+
+def find_tokenizer(path: str | Path, adapter: str | Path | None = None) -> Tokenizer:
+    """The tokenizer of a model path: the adapter's own where it has one (it may carry a template), else the base's."""
+    where = resolve(path, adapter)
+    if where.adapter is not None and (where.adapter / "tokenizer_config.json").is_file():
+        return load_tokenizer(where.adapter)
+    return load_tokenizer(where.base)
 
 
 def pick_device(name: str) -> torch.device:

@@ -6,7 +6,7 @@ import pytest
 
 from oarsmith.config.inference import ChatConfig, GenerateConfig
 from oarsmith.config.load import load_config
-from oarsmith.config.resolved import RESOLVED_NAME
+from oarsmith.config.resolved import RUN_FILE
 from oarsmith.config.sft import SftConfig
 from oarsmith.config.tools import PreviewConfig
 from oarsmith.errors import ConfigError
@@ -45,7 +45,7 @@ def test_replay_says_where_a_value_came_from_the_first_time(tmp_path):
 
 
 def test_a_run_folder_stands_for_its_configuration(tmp_path):
-    load_config(SftConfig, None, ["m", "d", "--seed", "7"]).save(tmp_path / RESOLVED_NAME)
+    load_config(SftConfig, None, ["m", "d", "--seed", "7"]).save(tmp_path / RUN_FILE)
     assert load_config(SftConfig, tmp_path).config.seed == 7
 
 

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 import oarsmith
 from oarsmith.engine import Engine, Sampling
-from oarsmith.engine.engine import find_tokenizer
 from oarsmith.errors import ConfigError, DataError, ModelError, OarsmithError
+from oarsmith.loading import find_tokenizer
 from oarsmith.text import ChatTemplate
 
 FAMILIES = ("llama", "gemma", "mistral", "gpt2")

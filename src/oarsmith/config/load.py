@@ -20,7 +20,7 @@ from .names import ALIASES, canonical_key, canonical_value, nearest
 from .overrides import parse_overrides
 from .paddle import NOT_BUILT, OTHER_JOBS, WITHOUT_EFFECT, refusal
 from .registry import config_class as class_of
-from .resolved import RESOLVED_NAME, Resolved
+from .resolved import RUN_FILE, Resolved
 from .switches import SWITCHES, resolve_switches
 
 C = TypeVar("C", bound=JobConfig)
@@ -65,7 +65,7 @@ def check_keys(config_class: type[JobConfig], overrides: Sequence[str]) -> None:
 
 
 def _config_file(path: Path) -> Path:
-    return path / RESOLVED_NAME if path.is_dir() else path
+    return path / RUN_FILE if path.is_dir() else path
 
 
 def _check_job(config_class: type[JobConfig], file: FileLayer, path: object) -> None:

@@ -17,7 +17,7 @@ from .entries import META_KEY
 
 C = TypeVar("C", bound=JobConfig)
 
-RESOLVED_NAME = "run.json"
+RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from oarsmith.engine.request import Completion, Request, request_generator
 from oarsmith.engine.runner import Runner
 from oarsmith.engine.sampling import Sampling
 from oarsmith.errors import ConfigError, DataError, ModelError
-from oarsmith.loading import load_model, resolve
+from oarsmith.loading import find_tokenizer, load_model
 from oarsmith.models.decoder import Decoder
-from oarsmith.text import Tokenizer, load_tokenizer
+from oarsmith.text import Tokenizer
 from oarsmith.training.precision import has_fast_bf16
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -223,14 +223,6 @@ class Stream(Iterator[str]):
             # The cache goes with the runner; a kept stream holds only its answer.
             del self._runner
         raise StopIteration
-
-
-def find_tokenizer(path: str | Path, adapter: str | Path | None = None) -> Tokenizer:
-    """The tokenizer of a model path: the adapter's own where it has one (it may carry a template), else the base's."""
-    where = resolve(path, adapter)
-    if where.adapter is not None and (where.adapter / "tokenizer_config.json").is_file():
-        return load_tokenizer(where.adapter)
-    return load_tokenizer(where.base)
 
 
 def _load(path: str | Path, dtype: str, device: str, adapter: str | Path | None) -> Decoder:

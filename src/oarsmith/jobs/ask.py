@@ -5,7 +5,7 @@ from __future__ import annotations
 from oarsmith.config.groups import SamplingKeys
 from oarsmith.config.inference import ChatConfig, GenerateConfig
 from oarsmith.engine import Completion, Engine, Sampling
-from oarsmith.engine.engine import find_tokenizer
+from oarsmith.loading import find_tokenizer
 from oarsmith.text import Tokenizer
 from oarsmith.text.choose import with_named_template
 

@@ -12,7 +12,7 @@ from oarsmith.config.load import load_config
 from oarsmith.config.names import aliases_of, canonical_key, nearest
 from oarsmith.config.paddle import NOT_BUILT, WITHOUT_EFFECT
 from oarsmith.config.registry import CONFIG_CLASSES, config_class
-from oarsmith.config.resolved import RESOLVED_NAME, Resolved
+from oarsmith.config.resolved import RUN_FILE, Resolved
 from oarsmith.config.switches import SWITCHES
 from oarsmith.config.tools import ExplainConfig
 from oarsmith.errors import ConfigError
@@ -40,7 +40,7 @@ def _file_and_key(config: ExplainConfig) -> tuple[Path | None, str | None]:
     path = Path(config.config_file)
     if config.key is None and not path.exists() and path.suffix == "":
         return None, config.config_file
-    return (path / RESOLVED_NAME if path.is_dir() else path), config.key
+    return (path / RUN_FILE if path.is_dir() else path), config.key
 
 
 def _class_of(job: str | None, path: Path | None, key: str | None) -> type[JobConfig]:

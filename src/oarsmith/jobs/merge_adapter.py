@@ -17,8 +17,8 @@ from oarsmith.config.resolved import Resolved
 from oarsmith.errors import CheckpointError, ModelError
 from oarsmith.jobs.convert import check_destination
 from oarsmith.jobs.runtime import make_console
-from oarsmith.loading import load_model, resolve
-from oarsmith.text import Tokenizer, load_tokenizer
+from oarsmith.loading import adapter_directory, find_tokenizer, load_model, resolve
+from oarsmith.text import Tokenizer
 
 # General prompts for the proof where the caller has none of its own.
 PROMPTS = (
@@ -35,15 +35,13 @@ def run(resolved: Resolved[MergeAdapterConfig]) -> int:
     """The command."""
     config = resolved.config
     console = make_console()
-    adapter = Path(config.adapter)
-    if (adapter / "run.json").is_file() and (adapter / "adapter").is_dir():
-        adapter = adapter / "adapter"
+    adapter = adapter_directory(Path(config.adapter))
     where = resolve(config.model_name_or_path, adapter) if config.model_name_or_path else resolve(adapter)
     if where.adapter is None:
         raise CheckpointError("there is no adapter here", where=config.adapter, fix="name an adapter or a LoRA run")
     output_dir = Path(config.output_dir) if config.output_dir else Path(config.adapter) / "merged"
     check_destination(output_dir, config.overwrite, inputs=[where.base, where.adapter])
-    tokenizer = load_tokenizer(where.adapter if _has_tokenizer(where.adapter) else where.base)
+    tokenizer = find_tokenizer(where.base, where.adapter)
     proof = merge(where.base, where.adapter, output_dir, tokenizer, PROMPTS, config.kl_budget, config.dtype)
     print_proof(proof, console)
     console.print(f"merged model: {output_dir}\nnext: oarsmith chat {output_dir}")
@@ -96,7 +94,3 @@ def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     if tokenizer.chat_template is None:
         return tokenizer.encode(prompt)
     return tokenizer.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
-
-
-def _has_tokenizer(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))

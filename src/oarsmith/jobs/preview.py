@@ -6,19 +6,15 @@ from oarsmith.checkpoint.hf import read_config
 from oarsmith.config.resolved import Resolved
 from oarsmith.config.tools import PreviewConfig
 from oarsmith.data.preview import preview
-from oarsmith.jobs.runtime import fit_max_length, make_console
+from oarsmith.jobs.runtime import fit_max_length, make_console, make_tokenizer
 from oarsmith.loading import resolve
 from oarsmith.methods.sft import sample_options
 from oarsmith.models import families
-from oarsmith.text import load_tokenizer
-from oarsmith.text.choose import with_named_template
 
 
 def run(resolved: Resolved[PreviewConfig]) -> int:
     """The command."""
     where = resolve(resolved.config.model_name_or_path)
     config = fit_max_length(resolved, families.build_spec(read_config(where.base))[1].max_positions).config
-    tokenizer = load_tokenizer(resolve(config.tokenizer_name_or_path or config.model_name_or_path).base)
-    tokenizer = with_named_template(tokenizer, config.chat_template)
-    preview(config.dataset_name_or_path, tokenizer, sample_options(config), config.count, make_console())
+    preview(config.dataset_name_or_path, make_tokenizer(config), sample_options(config), config.count, make_console())
     return 0

@@ -1,4 +1,4 @@
-"""What jobs have in common: threads, kernels and memory; the terminal; the longest sample a model takes."""
+"""What jobs have in common: threads, kernels and memory; the terminal; tokenizer and longest sample."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import torch
 from rich.console import Console
 
 from oarsmith import kernels
-from oarsmith.config.groups import DataKeys, RuntimeKeys
+from oarsmith.config.groups import DataKeys, ModelKeys, RuntimeKeys
 from oarsmith.config.resolved import Resolved
 from oarsmith.errors import ConfigError
 from oarsmith.kernels.memory import keep_freed_memory
-from oarsmith.loading import pick_device
+from oarsmith.loading import pick_device, resolve
+from oarsmith.text import Tokenizer, load_tokenizer
+from oarsmith.text.choose import with_named_template
 
 D = TypeVar("D", bound=DataKeys)
 
@@ -32,6 +34,12 @@ def runtime(config: RuntimeKeys) -> Iterator[torch.device]:
 def make_console() -> Console:
     """Where a job prints: text as it is (brackets in paths and answers are no markup), lines left whole in a pipe."""
     return Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def make_tokenizer(config: ModelKeys) -> Tokenizer:
+    """The tokenizer with the template the config names."""
+    tokenizer = load_tokenizer(resolve(config.tokenizer_name_or_path or config.model_name_or_path).base)
+    return with_named_template(tokenizer, config.chat_template)
 
 
 def fit_max_length(resolved: Resolved[D], limit: int) -> Resolved[D]:

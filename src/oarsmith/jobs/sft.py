@@ -19,17 +19,16 @@ from oarsmith.adapters.targets import lora_rewrite, match_targets
 from oarsmith.checkpoint.atomic import atomic_directory, atomic_write_text
 from oarsmith.checkpoint.hf import DTYPES, fill, load_decoder, read_config, write_decoder
 from oarsmith.checkpoint.source import TensorSource
-from oarsmith.config.resolved import Resolved
+from oarsmith.config.resolved import RUN_FILE, Resolved
 from oarsmith.config.sft import SftConfig
 from oarsmith.errors import ConfigError
 from oarsmith.jobs.loop_parts import loop_settings, make_optimizer, make_schedule
-from oarsmith.jobs.runtime import fit_max_length, make_console, runtime
+from oarsmith.jobs.runtime import fit_max_length, make_console, make_tokenizer, runtime
 from oarsmith.loading import dtype_name, resolve
 from oarsmith.methods import sft
 from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
-from oarsmith.text import Tokenizer, load_tokenizer
-from oarsmith.text.choose import with_named_template
+from oarsmith.text import Tokenizer
 from oarsmith.training.checkpoint import CheckpointStore
 from oarsmith.training.environment import describe_environment
 from oarsmith.training.evaluate import Evaluation, evaluate
@@ -38,7 +37,7 @@ from oarsmith.training.loop import Loop
 from oarsmith.training.precision import has_fast_bf16, training_dtype
 from oarsmith.training.progress import Progress
 from oarsmith.training.report import write_report
-from oarsmith.training.run_folder import RUN_FILE, discard_run, open_run
+from oarsmith.training.run_folder import discard_run, open_run
 from oarsmith.training.trackers import make_tracker
 
 
@@ -152,12 +151,6 @@ def settle(resolved: Resolved[SftConfig], base: Path, device: torch.device) -> R
     dtype = training_dtype(resolved.config.dtype, fast_bf16=has_fast_bf16(device))
     resolved = resolved.settle("auto on this machine", device=device.type, dtype=dtype_name(dtype))
     return fit_max_length(resolved, families.build_spec(read_config(base))[1].max_positions)
-
-
-def make_tokenizer(config: SftConfig) -> Tokenizer:
-    """The tokenizer with the template the config names."""
-    tokenizer = load_tokenizer(resolve(config.tokenizer_name_or_path or config.model_name_or_path).base)
-    return with_named_template(tokenizer, config.chat_template)
 
 
 def load_trainable(config: SftConfig, base: Path, device: torch.device) -> Decoder:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from oarsmith.checkpoint.atomic import remove_directory
+from oarsmith.config.resolved import RUN_FILE
 from oarsmith.errors import ConfigError
 from oarsmith.training.checkpoint import MANIFEST, CheckpointStore
 
-RUN_FILE = "run.json"
 # Keys that change where a run is written or how it is shown, not what it computes.
 _FREE_KEYS = frozenset(
     {

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
+from oarsmith.config.resolved import RUN_FILE
 from oarsmith.errors import TrainingError
 from oarsmith.training.log import read_log
-from oarsmith.training.run_folder import RUN_FILE
 
 P = TypeVar("P")
 
