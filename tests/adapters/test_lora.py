@@ -16,7 +16,8 @@ from oarsmith.adapters.targets import lora_rewrite, match_targets
 from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.linear import Linear
-from oarsmith.models.spec import LinearSpec, Segment, linear_specs
+from oarsmith.models.spec import linear_specs
+from oarsmith.models.spec_parts import LinearSpec, Segment
 
 from .conftest import Base, randomise, tokens
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from oarsmith.kernels import attention
-from oarsmith.kernels.attention import BLOCK, SpanBounds, attention_reference
+from oarsmith.kernels import Scores, SpanBounds
+from oarsmith.kernels import attention as bounds_attention
+from oarsmith.kernels.attention import BLOCK
+from oarsmith.kernels.attention import attention_reference as bounds_reference
 from oarsmith.kernels.select import using
 
 from .conftest import Compare, randn
@@ -18,7 +20,8 @@ from .conftest import Compare, randn
 # bf16: scores and probabilities are rounded to bf16 between the products, as in eager attention; against exact results
 # of size about 1 that stays below two units in the last place of the largest entry, gradients below four.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-6}
-CASES: dict[str, tuple[list[SpanBounds], int | None]] = {
+Spans = list[tuple[int, int, int, int]]
+CASES: dict[str, tuple[Spans, int | None]] = {
     "one token": ([(0, 1, 0, 1)], None),
     "odd sizes": ([(0, 13, 0, 13)], None),
     "several documents": ([(0, 5, 0, 5), (5, 6, 5, 6), (6, 23, 6, 23)], None),
@@ -32,15 +35,23 @@ CASES: dict[str, tuple[list[SpanBounds], int | None]] = {
 }
 
 
-def inputs(spans: list[SpanBounds], heads: int, groups: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int | None = None) -> Tensor:
+    return bounds_attention(q, k, v, [(*span, 0) for span in spans], Scores(scale, window))
+
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int | None = None
+) -> Tensor:
+    return bounds_reference(q, k, v, [(*span, 0) for span in spans], Scores(scale, window))
+
+
+def inputs(spans: Spans, heads: int, groups: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     tokens, slots = max(s[1] for s in spans), max(s[3] for s in spans) + 3
     q = randn(tokens, heads, dim, dtype=dtype)
     return q, randn(slots, groups, dim, dtype=dtype, seed=1), randn(slots, groups, dim, dtype=dtype, seed=2)
 
 
-def both(
-    spans: list[SpanBounds], window: int | None, scale: float
-) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+def both(spans: Spans, window: int | None, scale: float) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     return (
         lambda q, k, v: attention(q, k, v, spans, scale=scale, window=window),
         lambda q, k, v: attention_reference(q, k, v, spans, scale=scale, window=window),
@@ -145,3 +156,95 @@ def test_large_scores_stay_finite(compare: Compare) -> None:
 def test_no_queries_at_all(native: None) -> None:
     q, k, v = inputs([(0, 3, 0, 3)], 2, 1, 4, torch.float32)
     assert attention(q[:0], k, v, [(0, 0, 0, 0)], scale=1.0).shape == (0, 2, 4)
+
+
+def biased(heads: int) -> Tensor:
+    """ALiBi over more positions than any span has."""
+    return torch.tensor([0.5**i for i in range(heads)])[:, None] * torch.arange(3 * BLOCK)
+
+
+FEATURES: dict[str, Callable[[int], Scores]] = {
+    "bias": lambda heads: Scores(0.4, bias_HP=biased(heads)),
+    "bias and window": lambda heads: Scores(0.4, window=7, bias_HP=biased(heads)),
+    "softcap": lambda heads: Scores(0.4, softcap=1.5),
+    "softcap and window": lambda heads: Scores(0.4, window=5, softcap=0.7),
+}
+SPANS: dict[str, list[SpanBounds]] = {
+    "documents": [(0, 9, 0, 9, 0), (9, 10, 9, 10, 0), (10, 33, 10, 33, 0)],
+    "cached": [(0, 3, 0, 20, 0), (3, 4, 21, 40, 0)],
+    "blocks": [(0, 2 * BLOCK + 5, 0, 2 * BLOCK + 5, 0)],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spans", SPANS)
+@pytest.mark.parametrize("name", FEATURES)
+def test_biased_and_capped_scores(compare: Compare, name: str, spans: str, dtype: torch.dtype) -> None:
+    scores, bounds = FEATURES[name](4), SPANS[spans]
+    tensors = inputs([span[:4] for span in bounds], 4, 2, 8, dtype)
+    compare(
+        lambda q, k, v: bounds_attention(q, k, v, bounds, scores),
+        lambda q, k, v: bounds_reference(q, k, v, bounds, scores),
+        *tensors,
+        tolerance=2 * TOLERANCE[dtype],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spans", SPANS)
+def test_sinks(compare: Compare, spans: str, dtype: torch.dtype) -> None:
+    """The sinks get their gradient too."""
+    bounds = SPANS[spans]
+    tensors = inputs([span[:4] for span in bounds], 4, 2, 8, dtype)
+    sinks = randn(4, dtype=dtype, seed=9)
+    compare(
+        lambda q, k, v, s: bounds_attention(q, k, v, bounds, Scores(0.4, 6, sinks_H=s)),
+        lambda q, k, v, s: bounds_reference(q, k, v, bounds, Scores(0.4, 6, sinks_H=s)),
+        *tensors,
+        sinks,
+        # Each sink sums its gradient over all queries.
+        tolerance=(2 if spans != "blocks" else 16) * TOLERANCE[dtype],
+    )
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        [(0, 9, 0, 9, 4), (9, 20, 9, 20, 0), (20, 23, 20, 23, 3)],
+        [(0, 1, 0, 20, 5), (1, 5, 20, 30, 2)],
+        [(0, 2 * BLOCK + 5, 0, 2 * BLOCK + 5, BLOCK + 50)],
+    ],
+)
+def test_prefix(compare: Compare, bounds: list[SpanBounds]) -> None:
+    tensors = inputs([span[:4] for span in bounds], 4, 2, 8, torch.float32)
+    compare(
+        lambda q, k, v: bounds_attention(q, k, v, bounds, Scores(0.4)),
+        lambda q, k, v: bounds_reference(q, k, v, bounds, Scores(0.4)),
+        *tensors,
+        tolerance=TOLERANCE[torch.float32],
+    )
+
+
+def test_prefix_is_seen_from_before() -> None:
+    q, k, v = inputs([(0, 6, 0, 6)], 1, 1, 4, torch.float32)
+    changed = v.clone()
+    changed[2] += 1.0
+    before, after = (bounds_attention(q, k, x, [(0, 6, 0, 6, 3)], Scores(0.5)) for x in (v, changed))
+    assert not torch.equal(before[0], after[0]), "query 0 sees key 2 of the prefix"
+    changed = v.clone()
+    changed[4] += 1.0
+    assert torch.equal(before[:4], bounds_attention(q, k, changed, [(0, 6, 0, 6, 3)], Scores(0.5))[:4])
+
+
+def test_values_of_another_size(compare: Compare) -> None:
+    q, k, _ = inputs([(0, 13, 0, 13)], 4, 2, 8, torch.float32)
+    v = randn(16, 2, 5, seed=4, dtype=torch.float32)
+    bounds = [(0, 13, 0, 13, 0)]
+    compare(
+        lambda q, k, v: bounds_attention(q, k, v, bounds, Scores(0.4)),
+        lambda q, k, v: bounds_reference(q, k, v, bounds, Scores(0.4)),
+        q,
+        k,
+        v,
+        tolerance=TOLERANCE[torch.float32],
+    )

@@ -77,11 +77,14 @@ def test_weight_that_needs_no_gradient(native: None) -> None:
 @pytest.mark.parametrize(
     ("tokens", "heads", "dim", "freqs"), [(1, 1, 2, 1), (7, 3, 10, 5), (5, 2, 12, 3), (0, 2, 4, 2)]
 )
-def test_rope(compare: Compare, tokens: int, heads: int, dim: int, freqs: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("adjacent", [False, True])
+def test_rope(
+    compare: Compare, tokens: int, heads: int, dim: int, freqs: int, dtype: torch.dtype, adjacent: bool
+) -> None:
     angle = randn(tokens, freqs, seed=2) * 3
     cos, sin = angle.cos(), angle.sin()
     x = randn(tokens, heads, dim, dtype=dtype)
-    compare(lambda x: rope(x, cos, sin), lambda x: rope_reference(x, cos, sin), x)
+    compare(lambda x: rope(x, cos, sin, adjacent=adjacent), lambda x: rope_reference(x, cos, sin, adjacent=adjacent), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,7 +9,7 @@ import pytest
 from oarsmith.errors import ModelError
 from oarsmith.models import families
 
-from .conftest import GQA
+from .variants import GQA
 
 LLAMA = {**GQA, "model_type": "llama"}
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_head": 4}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from oarsmith.errors import ModelError
 from oarsmith.models.layout import Layout
-from oarsmith.models.spec import Rope
+from oarsmith.models.spec_position import Rope
 
 from .conftest import Case, tokens
 

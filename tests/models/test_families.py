@@ -148,7 +148,7 @@ def test_gemma_gelu_means_the_tanh_approximation() -> None:
     config = {**VARIANTS["gemma"][1], "model_type": "gemma"}
     for activation in ({"hidden_act": "gelu"}, {"hidden_activation": "gelu_pytorch_tanh"}, {}):
         spec = families.build_spec({**config, **activation})[1]
-        assert spec.layers[0].ffn.activation == "gelu_tanh" and spec.tied and spec.embedding_scale == 32**0.5
+        assert spec.layers[0].ffn.activation == "gelu_tanh" and spec.head.tied and spec.embedding.scale == 32**0.5
     assert (
         families.build_spec({k: v for k, v in config.items() if k != "head_dim"})[1].layers[0].attention.head_dim == 256
     )

@@ -16,7 +16,7 @@ from .conftest import read_json
 from .test_families import greedy
 
 FAMILIES = Path(__file__).parents[1] / "fixtures" / "families"
-CASES = ["llama31_rope", "mistral_swa"]
+CASES = sorted(path.name for path in FAMILIES.iterdir())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,7 +9,8 @@ import pytest
 from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.linear import Linear
-from oarsmith.models.spec import DecoderSpec, LinearSpec, Segment, linear_specs, rewrite_linears
+from oarsmith.models.spec import DecoderSpec, linear_specs, rewrite_linears
+from oarsmith.models.spec_parts import LinearSpec, Segment
 
 CONFIGS = {
     "llama": {

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.linear import Linear
-from oarsmith.models.spec import LinearSpec
+from oarsmith.models.spec_parts import LinearSpec
 
 
 @dataclass(frozen=True, kw_only=True)

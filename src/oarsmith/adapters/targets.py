@@ -10,7 +10,8 @@ from oarsmith.adapters.lora import Lora, LoraSegment
 from oarsmith.checkpoint.hf import projection_places
 from oarsmith.errors import ConfigError
 from oarsmith.models.families import Family
-from oarsmith.models.spec import DecoderSpec, LinearSpec, rewrite_linears
+from oarsmith.models.spec import DecoderSpec, rewrite_linears
+from oarsmith.models.spec_parts import LinearSpec
 
 
 def match_targets(modules: Iterable[str], targets: str | tuple[str, ...]) -> list[str]:

@@ -39,7 +39,7 @@ class Runner:
         self._free = list(range(num_slots))[::-1]
         capacity = max((request.room for request in self._waiting), default=1)
         self._cache = model.new_cache(num_slots, capacity)
-        self._device = model.embedding.weight.device
+        self._device = model.device
         self._seen_SV: Tensor | None = None
         if sampling.repetition_penalty != 1:
             size = (num_slots, model.spec.vocab_size)

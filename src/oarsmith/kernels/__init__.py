@@ -2,7 +2,7 @@
 
 from oarsmith.kernels.activation import activation, gated_activation
 from oarsmith.kernels.adamw import AdamWRule, adamw_step
-from oarsmith.kernels.attention import attention
+from oarsmith.kernels.attention import Scores, SpanBounds, attention
 from oarsmith.kernels.cross_entropy import HeadResult, head_loss, token_logprobs
 from oarsmith.kernels.norm import rms_norm
 from oarsmith.kernels.rope import rope
@@ -11,6 +11,8 @@ from oarsmith.kernels.select import describe, using
 __all__ = [
     "AdamWRule",
     "HeadResult",
+    "Scores",
+    "SpanBounds",
     "activation",
     "adamw_step",
     "attention",

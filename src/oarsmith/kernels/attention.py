@@ -1,13 +1,13 @@
-"""Causal attention over spans of a token stream.
+"""Attention over spans of a token stream.
 
-Shapes: T query tokens, S key slots, H query heads, G kv heads, R = H / G heads that share a kv head, K head dim,
-L queries of a block, M keys of a block.
+Shapes: T query tokens, S key slots, H query heads, G kv heads, R = H / G heads that share a kv head, K key dim, V value
+dim, L queries of a block, M keys of a block, P positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,55 +15,99 @@ from torch.nn import functional
 
 from oarsmith.kernels.select import Library, native_for
 
-# (first query, end of queries, first key slot, end of key slots); the last query sees up to the last key.
-SpanBounds = tuple[int, int, int, int]
+# (first query, end of queries, first key slot, end of key slots, keys that all queries see); beside those, the last
+# query sees up to the last key.
+SpanBounds = tuple[int, int, int, int, int]
 
 # Queries per block. Long documents are cut so that the keys above the diagonal are mostly never touched.
 BLOCK = 256
 
 
-def attention(
-    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, spans: Sequence[SpanBounds], *, scale: float, window: int | None = None
-) -> Tensor:
-    """softmax(scale * q k^T) v within each span, causal, heads grouped; output [T, H, K].
+class Scores(NamedTuple):
+    """What happens to scores q k^T between the product and the softmax.
+
+    Args:
+        scale: factor on them.
+        window: key j is visible to query i iff 0 <= i - j < window.
+        softcap: score -> softcap * tanh(score / softcap).
+        bias_HP: fp32; bias[h, key] - bias[h, query] is added, by positions within the span (ALiBi). No gradient.
+        sinks_H: each head's score without a key: it takes part in the softmax and carries no value.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    bias_HP: Tensor | None = None
+    sinks_H: Tensor | None = None
+
+
+def attention(q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, spans: Sequence[SpanBounds], scores: Scores) -> Tensor:
+    """softmax(scores) v within each span, causal, heads grouped; output [T, H, V].
 
     Args:
         spans: together they hold every query once. Keys of other spans are invisible.
-        window: key j is visible to query i iff 0 <= i - j < window.
     """
-    if native_for(q_THK, k_SGK, v_SGK) is not None:
-        return _SpanAttention.apply(q_THK, k_SGK, v_SGK, spans, scale, window or 0)
-    return attention_reference(q_THK, k_SGK, v_SGK, spans, scale=scale, window=window)
+    assert scores.softcap is None or scores.bias_HP is None, "no model has both"
+    if native_for(q_THK, k_SGK, v_SGV) is not None:
+        return _SpanAttention.apply(q_THK, k_SGK, v_SGV, scores.sinks_H, spans, scores)
+    return attention_reference(q_THK, k_SGK, v_SGV, spans, scores)
 
 
 def attention_reference(
-    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, spans: Sequence[SpanBounds], *, scale: float, window: int | None = None
+    q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, spans: Sequence[SpanBounds], scores: Scores
 ) -> Tensor:
-    """The plain twin: PyTorch's scaled dot product attention, span by span."""
+    """The plain twin, span by span: PyTorch's scaled dot product attention, or written out where it cannot say it."""
     outputs = []
-    for q0, q1, k0, k1 in spans:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q_THK[q0:q1], k_SGK[k0:k1], v_SGK[k0:k1]))
-        causal = q1 - q0 == k1 - k0 and window is None
-        mask = None
-        if not causal and (q1 - q0 > 1 or window is not None):
-            query = torch.arange(k1 - k0 - (q1 - q0), k1 - k0, device=q.device)[:, None]
-            key = torch.arange(k1 - k0, device=q.device)
-            mask = key <= query
-            if window is not None:
-                mask = mask & (query - key < window)
-        out = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        outputs.append(out[0].transpose(0, 1))
+    for q0, q1, k0, k1, prefix in spans:
+        q, k, v = (x.transpose(0, 1) for x in (q_THK[q0:q1], k_SGK[k0:k1], v_SGV[k0:k1]))
+        query = torch.arange(k1 - k0 - (q1 - q0), k1 - k0, device=q.device)[:, None]
+        key = torch.arange(k1 - k0, device=q.device)
+        visible = (key <= query) | (key < prefix)
+        if scores.window is not None:
+            visible = visible & (query - key < scores.window)
+        plain = scores.softcap is None and scores.bias_HP is None and scores.sinks_H is None
+        if plain:
+            causal = q1 - q0 == k1 - k0 and scores.window is None and prefix == 0
+            mask = None if causal or (q1 - q0 == 1 and scores.window is None) else visible
+            out = functional.scaled_dot_product_attention(
+                q[None], k[None], v[None], attn_mask=mask, is_causal=causal, scale=scores.scale, enable_gqa=True
+            )[0]
+        else:
+            out = _written_out(q, k, v, visible, query[:, 0], scores)
+        outputs.append(out.transpose(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _blocks(span: SpanBounds, window: int) -> Iterator[tuple[int, int, int, int, int, int]]:
-    """(q from, q to, key slot from, key slot to, index of the first query, index of the first key) of each block.
+def _written_out(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, query: Tensor, scores: Scores) -> Tensor:
+    """[H, L, V] of one span from [H, L, K], [G, M, K], [G, M, V]; softmax in fp32."""
+    share = q.shape[0] // k.shape[0]
+    k, v = k.repeat_interleave(share, 0), v.repeat_interleave(share, 0)
+    s = (q @ k.transpose(1, 2)).float() * scores.scale
+    if scores.softcap is not None:
+        s = (s / scores.softcap).tanh() * scores.softcap
+    if scores.bias_HP is not None:
+        s = s + scores.bias_HP[:, None, : k.shape[1]] - scores.bias_HP[:, query, None]
+    s = s.masked_fill(~visible, -torch.inf)
+    if scores.sinks_H is not None:
+        s = torch.cat((s, scores.sinks_H.float()[:, None, None].expand(-1, s.shape[1], 1)), -1)
+    p = s.softmax(-1).to(v.dtype)
+    return p[..., : k.shape[1]] @ v
 
-    Indices count from the span's first key.
-    """
-    q0, q1, k0, k1 = span
+
+class _Block(NamedTuple):
+    """Queries [start, stop) against key slots [key_from, key_to) of a span. The rest counts from its first key."""
+
+    start: int
+    stop: int
+    key_from: int
+    key_to: int
+    first_query: int
+    first_key: int
+    prefix: int
+
+
+def _blocks(span: SpanBounds, window: int | None) -> Iterator[_Block]:
+    q0, q1, k0, k1, prefix = span
     if q0 == q1:
         return
     offset = (k1 - k0) - (q1 - q0)
@@ -71,21 +115,21 @@ def _blocks(span: SpanBounds, window: int) -> Iterator[tuple[int, int, int, int,
     for start in range(q0, q1, step):
         stop = min(start + step, q1)
         first = start - q0 + offset
-        last_key = stop - q0 + offset
-        first_key = max(first - window + 1, 0) if window > 0 else 0
-        yield start, stop, k0 + first_key, k0 + last_key, first, first_key
+        last_key = max(stop - q0 + offset, min(prefix, k1 - k0))
+        first_key = max(first - window + 1, 0) if window is not None else 0
+        yield _Block(start, stop, k0 + first_key, k0 + last_key, first, first_key, prefix)
 
 
-def _fold(x_THK: Tensor, start: int, stop: int, groups: int) -> Tensor:
+def _fold(x_THK: Tensor, block: _Block, groups: int) -> Tensor:
     """[T, H, K] rows -> [G, R * L, K]: queries that share keys in one matrix."""
     dim = x_THK.shape[-1]
-    return x_THK[start:stop].unflatten(1, (groups, -1)).permute(1, 2, 0, 3).reshape(groups, -1, dim)
+    return x_THK[block.start : block.stop].unflatten(1, (groups, -1)).permute(1, 2, 0, 3).reshape(groups, -1, dim)
 
 
-def _unfold_into(out_THK: Tensor, start: int, stop: int, x_GNK: Tensor) -> None:
+def _unfold_into(out_THK: Tensor, block: _Block, x_GNK: Tensor) -> None:
     groups, _, dim = x_GNK.shape
-    target = out_THK[start:stop].unflatten(1, (groups, -1))
-    target.copy_(x_GNK.view(groups, -1, stop - start, dim).permute(2, 0, 1, 3))
+    target = out_THK[block.start : block.stop].unflatten(1, (groups, -1))
+    target.copy_(x_GNK.view(groups, -1, block.stop - block.start, dim).permute(2, 0, 1, 3))
 
 
 class _SpanAttention(torch.autograd.Function):
@@ -96,73 +140,98 @@ class _SpanAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, spans: Sequence[SpanBounds], scale: float, window: int
+        ctx: Any,
+        q_THK: Tensor,
+        k_SGK: Tensor,
+        v_SGV: Tensor,
+        sinks_H: Tensor | None,
+        spans: Sequence[SpanBounds],
+        scores: Scores,
     ) -> Tensor:
-        library = native_for(q_THK, k_SGK, v_SGK)
+        library = native_for(q_THK, k_SGK, v_SGV)
         assert library is not None
         groups = k_SGK.shape[1]
-        o_THK = torch.empty(q_THK.shape, dtype=q_THK.dtype)
+        wide_sinks_H = None if sinks_H is None else sinks_H.detach().float().contiguous()
+        scores = scores._replace(sinks_H=wide_sinks_H)
+        o_THV = torch.empty((*q_THK.shape[:2], v_SGV.shape[2]), dtype=q_THK.dtype)
         sums: list[Tensor] = []
         for span in spans:
-            for block in _blocks(span, window):
-                start, stop, key_from, key_to, first, key0 = block
-                k_GMK, v_GMK = k_SGK[key_from:key_to].transpose(0, 1), v_SGK[key_from:key_to].transpose(0, 1)
-                p_GNM = torch.bmm(_fold(q_THK, start, stop, groups), k_GMK.transpose(1, 2))
+            for block in _blocks(span, scores.window):
+                k_GMK, v_GMV = (x[block.key_from : block.key_to].transpose(0, 1) for x in (k_SGK, v_SGV))
+                p_GNM = torch.bmm(_fold(q_THK, block, groups), k_GMK.transpose(1, 2))
                 lse = torch.empty(p_GNM.shape[:2])
-                _softmax(library, "softmax_forward", p_GNM, lse, stop - start, first, key0, window, scale)
+                _softmax(library, p_GNM, lse, block, scores, known=False)
                 sums.append(lse)
-                _unfold_into(o_THK, start, stop, torch.bmm(p_GNM, v_GMK))
-        ctx.save_for_backward(q_THK, k_SGK, v_SGK, *sums)
-        ctx.spans, ctx.scale, ctx.window = spans, scale, window
-        return o_THK
+                _unfold_into(o_THV, block, torch.bmm(p_GNM, v_GMV))
+        ctx.save_for_backward(q_THK, k_SGK, v_SGV, *sums)
+        ctx.spans, ctx.scores = spans, scores
+        ctx.sinks_dtype = None if sinks_H is None else sinks_H.dtype
+        return o_THV
 
     @staticmethod
-    def backward(ctx: Any, do_THK: Tensor) -> tuple[Tensor | None, ...]:
-        q_THK, k_SGK, v_SGK, *sums = ctx.saved_tensors
+    def backward(ctx: Any, do_THV: Tensor) -> tuple[Tensor | None, ...]:
+        q_THK, k_SGK, v_SGV, *sums = ctx.saved_tensors
         dq_THK = torch.empty(q_THK.shape, dtype=q_THK.dtype)
-        dk_SGK, dv_SGK = torch.zeros_like(k_SGK), torch.zeros_like(v_SGK)
+        dk_SGK, dv_SGV = torch.zeros_like(k_SGK), torch.zeros_like(v_SGV)
+        d_sinks_H = None if ctx.scores.sinks_H is None else torch.zeros_like(ctx.scores.sinks_H)
         lse = iter(sums)
         for span in ctx.spans:
-            blocks = list(_blocks(span, ctx.window))
-            _, _, k0, k1 = span
+            blocks = list(_blocks(span, ctx.scores.window))
+            k0, k1 = span[2:4]
             # One block writes straight; several add up in fp32, or bf16 rounding would grow with the document.
             wide = len(blocks) > 1 and q_THK.dtype != torch.float32
-            dk, dv = dk_SGK[k0:k1], dv_SGK[k0:k1]
+            dk, dv = dk_SGK[k0:k1], dv_SGV[k0:k1]
             if wide:
                 dk, dv = dk.float(), dv.float()
             for block in blocks:
-                dk_MGK, dv_MGK = _block_backward(ctx, block, (q_THK, k_SGK, v_SGK, do_THK), next(lse), dq_THK)
-                rows = slice(block[2] - k0, block[3] - k0)
+                saved = (q_THK, k_SGK, v_SGV, do_THV)
+                dk_MGK, dv_MGV = _block_backward(ctx.scores, block, saved, next(lse), dq_THK, d_sinks_H)
+                rows = slice(block.key_from - k0, block.key_to - k0)
                 dk[rows] += dk_MGK
-                dv[rows] += dv_MGK
+                dv[rows] += dv_MGV
             if wide:
-                dk_SGK[k0:k1], dv_SGK[k0:k1] = dk.to(k_SGK.dtype), dv.to(v_SGK.dtype)
-        return dq_THK, dk_SGK, dv_SGK, None, None, None
+                dk_SGK[k0:k1], dv_SGV[k0:k1] = dk.to(k_SGK.dtype), dv.to(v_SGV.dtype)
+        if d_sinks_H is not None:
+            d_sinks_H = d_sinks_H.to(ctx.sinks_dtype)
+        return dq_THK, dk_SGK, dv_SGV, d_sinks_H, None, None
 
 
 def _block_backward(
-    ctx: Any, block: tuple[int, ...], saved: tuple[Tensor, ...], lse: Tensor, dq_THK: Tensor
+    scores: Scores,
+    block: _Block,
+    saved: tuple[Tensor, ...],
+    lse: Tensor,
+    dq_THK: Tensor,
+    d_sinks_H: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Writes dq of the block's queries; returns dk and dv [M, G, K] of its keys."""
-    start, stop, key_from, key_to, first, key0 = block
-    q_THK, k_SGK, v_SGK, do_THK = saved
+    """Writes dq of the block's queries and adds to the sinks' gradient; returns dk and dv of its keys."""
+    q_THK, k_SGK, v_SGV, do_THV = saved
     library = native_for(q_THK)
     assert library is not None
     groups = k_SGK.shape[1]
-    k_GMK, v_GMK = k_SGK[key_from:key_to].transpose(0, 1), v_SGK[key_from:key_to].transpose(0, 1)
-    q_GNK, do_GNK = _fold(q_THK, start, stop, groups), _fold(do_THK, start, stop, groups)
+    k_GMK, v_GMV = (x[block.key_from : block.key_to].transpose(0, 1) for x in (k_SGK, v_SGV))
+    q_GNK, do_GNV = _fold(q_THK, block, groups), _fold(do_THV, block, groups)
     p_GNM = torch.bmm(q_GNK, k_GMK.transpose(1, 2))
-    _softmax(library, "softmax_again", p_GNM, lse, stop - start, first, key0, ctx.window, ctx.scale)
-    dv_GMK = torch.bmm(p_GNM.transpose(1, 2), do_GNK)
-    ds_GNM = torch.bmm(do_GNK, v_GMK.transpose(1, 2))
-    rows = ds_GNM.shape[0] * ds_GNM.shape[1]
-    library.call("softmax_backward", p_GNM.dtype, p_GNM, ds_GNM, rows, ds_GNM.shape[2], ctx.scale)
-    _unfold_into(dq_THK, start, stop, torch.bmm(ds_GNM, k_GMK))
-    return torch.bmm(ds_GNM.transpose(1, 2), q_GNK).transpose(0, 1), dv_GMK.transpose(0, 1)
+    _softmax(library, p_GNM, lse, block, scores, known=True)
+    dv_GMV = torch.bmm(p_GNM.transpose(1, 2), do_GNV)
+    ds_GNM = torch.bmm(do_GNV, v_GMV.transpose(1, 2))
+    rows, keys = ds_GNM.shape[0] * ds_GNM.shape[1], ds_GNM.shape[2]
+    dots = None if d_sinks_H is None else torch.empty(lse.shape)
+    sizes = (rows, keys, scores.scale, scores.softcap or 0.0)
+    library.call("softmax_backward", p_GNM.dtype, p_GNM, ds_GNM, lse, dots, *sizes)
+    if d_sinks_H is not None and dots is not None:
+        assert scores.sinks_H is not None
+        lse_HL, dots_HL = (x.reshape(len(d_sinks_H), -1) for x in (lse, dots))
+        d_sinks_H -= ((scores.sinks_H[:, None] - lse_HL).exp() * dots_HL).sum(1)
+    _unfold_into(dq_THK, block, torch.bmm(ds_GNM, k_GMK))
+    return torch.bmm(ds_GNM.transpose(1, 2), q_GNK).transpose(0, 1), dv_GMV.transpose(0, 1)
 
 
-def _softmax(
-    library: Library, name: str, p_GNM: Tensor, lse: Tensor, rows: int, first: int, key0: int, window: int, scale: float
-) -> None:
+def _softmax(library: Library, p_GNM: Tensor, lse: Tensor, block: _Block, scores: Scores, *, known: bool) -> None:
     groups, folded, keys = p_GNM.shape
-    library.call(name, p_GNM.dtype, p_GNM, lse, groups, folded // rows, rows, keys, first, key0, window, scale)
+    rows = block.stop - block.start
+    sizes = (groups, folded // rows, rows, keys, block.first_query, block.first_key, scores.window or 0, scores.scale)
+    bias = scores.bias_HP
+    positions = 0 if bias is None else bias.shape[1]
+    extra = (int(known), bias, positions, scores.softcap or 0.0, scores.sinks_H, block.prefix)
+    library.call("softmax", p_GNM.dtype, p_GNM, lse, *sizes, *extra)

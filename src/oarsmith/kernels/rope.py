@@ -10,35 +10,41 @@ from torch import Tensor
 from oarsmith.kernels.select import native_for
 
 
-def rope(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-    """Rotate pairs (i, i + F) of each head by the tables' angles, in fp32; entries from 2F on pass (Su et al. 2021)."""
+def rope(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, adjacent: bool = False) -> Tensor:
+    """Rotate pairs of entries of each head by the tables' angles, in fp32 (Su et al. 2021).
+
+    Pairs are (i, i + F), or (2i, 2i + 1) with ``adjacent``; entries from 2F on pass.
+    """
     if native_for(x_THK) is not None:
-        return _Rope.apply(x_THK, cos_TF, sin_TF)
-    return rope_reference(x_THK, cos_TF, sin_TF)
+        return _Rope.apply(x_THK, cos_TF, sin_TF, adjacent)
+    return rope_reference(x_THK, cos_TF, sin_TF, adjacent=adjacent)
 
 
-def rope_reference(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+def rope_reference(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, adjacent: bool = False) -> Tensor:
     """The plain twin."""
     freqs = cos_TF.shape[-1]
     cos, sin = cos_TF[:, None], sin_TF[:, None]
-    a, b = x_THK[..., :freqs].float(), x_THK[..., freqs : 2 * freqs].float()
-    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_THK.dtype)
+    wide = x_THK[..., : 2 * freqs].float()
+    a, b = (wide[..., 0::2], wide[..., 1::2]) if adjacent else (wide[..., :freqs], wide[..., freqs:])
+    pair = a * cos - b * sin, b * cos + a * sin
+    turned = (torch.stack(pair, -1).flatten(-2) if adjacent else torch.cat(pair, -1)).to(x_THK.dtype)
     return turned if 2 * freqs == x_THK.shape[-1] else torch.cat((turned, x_THK[..., 2 * freqs :]), -1)
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+    def forward(ctx: Any, x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, adjacent: bool) -> Tensor:
         ctx.save_for_backward(cos_TF, sin_TF)
-        return _rotate(x_THK, cos_TF, sin_TF, 1.0)
+        ctx.adjacent = adjacent
+        return _rotate(x_THK, cos_TF, sin_TF, 1.0, adjacent)
 
     @staticmethod
     def backward(ctx: Any, dy_THK: Tensor) -> tuple[Tensor | None, ...]:
         cos_TF, sin_TF = ctx.saved_tensors
-        return _rotate(dy_THK, cos_TF, sin_TF, -1.0), None, None
+        return _rotate(dy_THK, cos_TF, sin_TF, -1.0, ctx.adjacent), None, None, None
 
 
-def _rotate(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, sign: float) -> Tensor:
+def _rotate(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, sign: float, adjacent: bool) -> Tensor:
     if x_THK.stride(-1) != 1:
         x_THK = x_THK.contiguous()
     tokens, heads, dim = x_THK.shape
@@ -49,5 +55,7 @@ def _rotate(x_THK: Tensor, cos_TF: Tensor, sin_TF: Tensor, sign: float) -> Tenso
     assert library is not None
     stride_t, stride_h, _ = x_THK.stride()
     sizes = (tokens, heads, dim, cos_TF.shape[-1], stride_t, stride_h)
-    library.call("rope", x_THK.dtype, x_THK, out_THK, cos_TF.contiguous(), sin_TF.contiguous(), *sizes, sign)
+    library.call(
+        "rope", x_THK.dtype, x_THK, out_THK, cos_TF.contiguous(), sin_TF.contiguous(), *sizes, sign, int(adjacent)
+    )
     return out_THK

@@ -26,13 +26,12 @@ _TYPES: dict[str, type[ctypes._SimpleCData[Any]]] = {
 _SIGNATURES = {
     "rms_forward": "pppplllfi",
     "rms_backward": "pppppplllii",
-    "rope": "ppppllllllf",
+    "rope": "ppppllllllfi",
     "gated_forward": "pplli",
     "gated_backward": "ppplli",
-    "softmax_forward": "pplllllllf",
-    "softmax_again": "pplllllllf",
-    "softmax_backward": "ppllf",
-    "cross_entropy": "ppppplli",
+    "softmax": "pplllllllfiplfpl",
+    "softmax_backward": "ppppllff",
+    "cross_entropy": "pppppllif",
     "adamw_split": "ppppplffffffff",
 }
 

@@ -1,19 +1,23 @@
 """Grouped-query attention over a token stream.
 
-Shapes: T tokens, D hidden, H query heads, G kv heads, K head dim, S key slots.
+Shapes: T tokens, D hidden, H query heads, G kv heads, R = H / G, K head dim, S key slots.
 """
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor, nn
 
 from oarsmith import kernels
-from oarsmith.models.layout import KVCache, Layout
+from oarsmith.kernels import Scores, SpanBounds
+from oarsmith.models.layout import CacheShape, KVCache, Layout
 from oarsmith.models.linear import build_linear
-from oarsmith.models.norm import RMSNorm
-from oarsmith.models.spec import GQA, Rope
-
-RopeTables = dict[Rope, tuple[Tensor, Tensor]]
+from oarsmith.models.norm import build_norm
+from oarsmith.models.position import PositionTables
+from oarsmith.models.spec_parts import GQA, QKNorm
+from oarsmith.models.spec_position import Alibi
 
 
 class Attention(nn.Module):
@@ -23,27 +27,58 @@ class Attention(nn.Module):
         self.layer = layer
         self.qkv = build_linear(spec.qkv)
         self.out = build_linear(spec.out)
-        self.q_norm = RMSNorm(spec.q_norm) if spec.q_norm else None
-        self.k_norm = RMSNorm(spec.k_norm) if spec.k_norm else None
+        self.q_norm = build_norm(spec.qk_norm.q) if spec.qk_norm else None
+        self.k_norm = build_norm(spec.qk_norm.k) if spec.qk_norm else None
+        self.sinks = nn.Parameter(torch.empty(spec.num_heads)) if spec.sinks else None
 
-    def forward(self, x_TD: Tensor, layout: Layout, tables: RopeTables, cache: KVCache | None) -> Tensor:
+    @property
+    def cache_shape(self) -> CacheShape:
+        head = (self.spec.num_kv_heads, self.spec.head_dim)
+        return CacheShape(slots=(head, head))
+
+    def forward(self, x_TD: Tensor, layout: Layout, tables: PositionTables, cache: KVCache | None) -> Tensor:
         spec = self.spec
-        q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        q, k, v = self.qkv(x_TD).split((q_size, kv_size, kv_size), dim=-1)
-        q_THK = q.unflatten(-1, (spec.num_heads, spec.head_dim))
-        k_TGK = k.unflatten(-1, (spec.num_kv_heads, spec.head_dim))
-        v_TGK = v.unflatten(-1, (spec.num_kv_heads, spec.head_dim))
-        if self.q_norm is not None:
-            q_THK = self.q_norm(q_THK)
-        if self.k_norm is not None:
-            k_TGK = self.k_norm(k_TGK)
-        if spec.rope is not None:
-            cos_TF, sin_TF = tables[spec.rope]
-            q_THK, k_TGK = kernels.rope(q_THK, cos_TF, sin_TF), kernels.rope(k_TGK, cos_TF, sin_TF)
-        if cache is None:
-            k_SGK, v_SGK = k_TGK, v_TGK
-        else:
-            k_SGK, v_SGK = cache.write(self.layer, k_TGK, v_TGK)
-        spans = [(span.q_start, span.q_stop, span.k_start, span.k_stop) for span in layout.spans]
-        o_THK = kernels.attention(q_THK, k_SGK, v_SGK, spans, scale=spec.scale, window=spec.window)
+        q_THK, k_TGK, v_TGK = self._project(x_TD)
+        bias_HP = None
+        if isinstance(spec.position, Alibi):
+            bias_HP = tables.biases[spec.position]
+        elif spec.position is not None:
+            rotate = tables.rotations[spec.position]
+            q_THK, k_TGK = rotate(q_THK), rotate(k_TGK)
+        if spec.log_n is not None and not self.training:
+            growth_T = ((layout.positions_T + 1).float().log() / math.log(spec.log_n)).clamp_min(1)
+            q_THK = q_THK * growth_T[:, None, None].to(q_THK.dtype)
+        k_SGK, v_SGK = (k_TGK, v_TGK) if cache is None else cache.write(self.layer, k_TGK, v_TGK)
+        scores = Scores(spec.scale, spec.window, spec.softcap, bias_HP, self.sinks)
+        o_THK = kernels.attention(q_THK, k_SGK, v_SGK, span_bounds(layout), scores)
         return self.out(o_THK.flatten(-2))
+
+    def _project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, H, K], keys and values [T, G, K], with their norms."""
+        spec, qkv = self.spec, self.qkv(x_TD)
+        heads, groups, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        if spec.packing == "grouped":
+            share = heads // groups
+            q, k, v = qkv.unflatten(-1, (groups, share + 2, dim)).split((share, 1, 1), dim=2)
+            q, k, v = q.flatten(1), k.flatten(1), v.flatten(1)
+        else:
+            q, k, v = qkv.split((heads * dim, groups * dim, groups * dim), dim=-1)
+        if spec.qk_norm is not None and spec.qk_norm.over == "projection":
+            q, k = self._normed(spec.qk_norm, q, k)
+        q_THK, k_TGK, v_TGK = (
+            q.unflatten(-1, (heads, dim)),
+            k.unflatten(-1, (groups, dim)),
+            v.unflatten(-1, (groups, dim)),
+        )
+        if spec.qk_norm is not None and spec.qk_norm.over == "head":
+            q_THK, k_TGK = self._normed(spec.qk_norm, q_THK, k_TGK)
+        return q_THK, k_TGK, v_TGK
+
+    def _normed(self, norm: QKNorm, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.q_norm is not None and self.k_norm is not None, norm
+        return self.q_norm(q), self.k_norm(k)
+
+
+def span_bounds(layout: Layout) -> list[SpanBounds]:
+    """The spans as the kernel takes them."""
+    return [(span.q_start, span.q_stop, span.k_start, span.k_stop, span.prefix) for span in layout.spans]

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens (of a row or of the stream), D hidden, V vocabulary, N 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from oarsmith import kernels
 from oarsmith.errors import ModelError
+from oarsmith.models import visibility
 from oarsmith.models.block import Block
+from oarsmith.models.embedding import Embedding
+from oarsmith.models.head import Head
 from oarsmith.models.layout import KVCache, Layout
 from oarsmith.models.norm import build_norm
-from oarsmith.models.position import rope_tables
+from oarsmith.models.position import position_tables
 from oarsmith.models.spec import DecoderSpec
 
 
@@ -40,30 +44,22 @@ class Decoder(nn.Module):
         self.generation_config: str | None = None
         self.file_names: dict[str, str] = {}
         self.recompute = False
-        self.embedding = _embedding(spec.vocab_size, spec.hidden_size)
-        if spec.learned_positions is not None:
-            self.position_embedding = _embedding(spec.learned_positions, spec.hidden_size)
+        self.embedding = Embedding(spec.embedding, spec.vocab_size)
         self.layers = nn.ModuleList(Block(layer, index) for index, layer in enumerate(spec.layers))
-        self.final_norm = build_norm(spec.final_norm)
-        if not spec.tied:
-            self.head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.final_norm = build_norm(spec.final_norm) if spec.final_norm is not None else None
+        self.head = Head(spec.head, spec.vocab_size, spec.hidden_size)
 
     @property
-    def head_weight(self) -> Tensor:
-        """The output matrix [V, D]: the head's own, or the embedding table where they are tied."""
-        return self.embedding.weight if self.spec.tied else self.head.weight
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.embedding.weight.device
 
     def hidden(self, input_ids_T: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
         """Hidden states [T, D] of a token stream before the final norm."""
-        x_TD = self.embedding(input_ids_T)
-        if self.spec.embedding_scale is not None:
-            # Rounded to the stream's dtype first, as the authors do: in bf16 the rounding is part of the model.
-            x_TD = x_TD * torch.tensor(self.spec.embedding_scale, dtype=x_TD.dtype, device=x_TD.device)
-        if self.spec.learned_positions is not None:
-            self._check_learned_positions(layout)
-            x_TD = x_TD + self.position_embedding(layout.positions_T)
-        ropes = {layer.attention.rope for layer in self.spec.layers} - {None}
-        tables = {rope: rope_tables(rope, layout.positions_T, layout.lengths_T) for rope in ropes if rope is not None}
+        layout = visibility.apply(self.spec.visibility, input_ids_T, layout, cache)
+        x_TD = self.embedding(input_ids_T, layout.positions_T)
+        rules = {layer.attention.position for layer in self.spec.layers} - {None}
+        tables = position_tables([rule for rule in rules if rule is not None], layout, self.training)
         for block in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x_TD = checkpoint(block, x_TD, layout, tables, cache, use_reentrant=False)
@@ -71,9 +67,21 @@ class Decoder(nn.Module):
                 x_TD = block(x_TD, layout, tables, cache)
         return x_TD
 
+    def head_inputs(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """What is multiplied with the output matrix (final norm and head rule applied), and the matrix [V, D]."""
+        if self.final_norm is not None:
+            hidden_ND = self.final_norm(hidden_ND)
+        return self.head.inputs(hidden_ND), self.head.matrix(self.embedding.weight)
+
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Logits [N, V] of chosen hidden states (final norm and head)."""
-        return functional.linear(self.final_norm(hidden_ND), self.head_weight)
+        """Logits [N, V] of chosen hidden states."""
+        inputs_ND, weight_VD = self.head_inputs(hidden_ND)
+        return self.head.bend(functional.linear(inputs_ND, weight_VD))
+
+    def head_loss(self, hidden_ND: Tensor, targets_N: Tensor, coef_N: Tensor) -> kernels.HeadResult:
+        """sum_n coef_n * -log p(target_n) of chosen hidden states, without their logits (see ``kernels.head_loss``)."""
+        inputs_ND, weight_VD = self.head_inputs(hidden_ND)
+        return kernels.head_loss(inputs_ND, weight_VD, targets_N, coef_N, softcap=self.spec.head.softcap)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor | None = None, documents: Sequence[int] | None = None
@@ -109,9 +117,19 @@ class Decoder(nn.Module):
 
     def new_cache(self, num_sequences: int, capacity: int) -> KVCache:
         """An empty key/value cache that fits this decoder."""
-        shapes = [(layer.attention.num_kv_heads, layer.attention.head_dim) for layer in self.spec.layers]
-        weight = self.embedding.weight
-        return KVCache(shapes, num_sequences=num_sequences, capacity=capacity, dtype=weight.dtype, device=weight.device)
+        return KVCache(
+            [block.attention.cache_shape for block in self.blocks()],
+            num_sequences=num_sequences,
+            capacity=capacity,
+            dtype=self.embedding.weight.dtype,
+            device=self.device,
+        )
+
+    def blocks(self) -> Iterator[Block]:
+        """The layers, typed."""
+        for block in self.layers:
+            assert isinstance(block, Block)
+            yield block
 
     def _check_ids(self, input_ids: Tensor) -> None:
         if input_ids.numel() == 0:
@@ -122,16 +140,3 @@ class Decoder(nn.Module):
                 f"token id {low if low < 0 else high} is outside the vocabulary of {self.spec.vocab_size}",
                 fix="use the tokenizer that belongs to this model",
             )
-
-    def _check_learned_positions(self, layout: Layout) -> None:
-        highest = int(layout.positions_T.max())
-        if highest >= (self.spec.learned_positions or 0):
-            raise ModelError(
-                f"position {highest} is outside the model's table of {self.spec.learned_positions} positions",
-                fix=f"shorten the input to at most {self.spec.learned_positions} tokens",
-            )
-
-
-def _embedding(rows: int, size: int) -> nn.Embedding:
-    """A table without values: drawing them on the meta device would import the compiler, for 2 CPU seconds."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)

@@ -13,10 +13,12 @@ from oarsmith.models.norm import LayerNorm, RMSNorm
 def init_weights(model: Decoder, seed: int) -> None:
     """Normal(0, ``spec.init_std``) for matrices, zero for biases, identity for norms.
 
+    Maps that write to the residual stream have ``spec.residual_init_std`` where the family's paper scales them.
     The same seed gives the same weights on any machine: values are drawn on the CPU in module order.
     """
     generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
+    spec = model.spec
+    for path, module in model.named_modules():
         if isinstance(module, RMSNorm):
             module.weight.fill_(0.0 if module.spec.unit_offset else 1.0)
         elif isinstance(module, LayerNorm):
@@ -24,12 +26,14 @@ def init_weights(model: Decoder, seed: int) -> None:
             if module.bias is not None:
                 module.bias.zero_()
         else:
+            writes = path.startswith("layers.") and path.rsplit(".", 1)[-1] in ("out", "down")
+            std = spec.init_std if spec.residual_init_std is None or not writes else spec.residual_init_std
             for name, parameter in module.named_parameters(recurse=False):
-                _fill(parameter, name, model.spec.init_std, generator)
+                _fill(parameter, name, std, generator)
 
 
 def _fill(parameter: nn.Parameter, name: str, std: float, generator: torch.Generator) -> None:
-    if name == "bias":
+    if name in ("bias", "correction"):
         parameter.zero_()
     else:
         values = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)

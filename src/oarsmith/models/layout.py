@@ -1,6 +1,6 @@
-"""Which keys a query may see, as spans of a token stream; and the cache that carries keys and values between calls.
+"""Which keys a query may see, as spans of a token stream; and the cache that carries state between calls.
 
-Shapes: T tokens of this call, S slots of the key/value store, G kv heads, K head dim.
+Shapes: T tokens of this call, S slots of the key/value store, N sequences of the cache.
 """
 
 from __future__ import annotations
@@ -15,41 +15,81 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Span:
-    """Queries [q_start, q_stop) see keys [k_start, k_stop) causally; the last query is aligned with the last key."""
+    """Queries [q_start, q_stop) see keys [k_start, k_stop) causally; the last query is aligned with the last key.
+
+    The first ``prefix`` keys are seen by all queries of the span.
+    """
 
     q_start: int
     q_stop: int
     k_start: int
     k_stop: int
+    prefix: int = 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens [start, stop) of the stream continue a document of which ``old`` tokens came in earlier calls.
+
+    ``sequence`` is its row in the cache (its number, without one).
+    """
+
+    start: int
+    stop: int
+    old: int
+    sequence: int
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The spans of one call, with each token's position and the current length of the document it belongs to."""
+    """One call: its documents, who sees whom, and each token's position.
 
+    ``lengths_T``: current length of the document a token belongs to; ``prompts_T``: the length it had after its first
+    call. ``blocks_T``: the second row of positions, where the model has two.
+    """
+
+    pieces: tuple[Piece, ...]
     spans: tuple[Span, ...]
     positions_T: Tensor
     lengths_T: Tensor
+    prompts_T: Tensor
+    blocks_T: Tensor | None = None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether all documents begin in this call."""
+        return all(piece.old == 0 for piece in self.pieces)
 
     @staticmethod
     def documents(bounds: Sequence[int], positions_T: Tensor) -> Layout:
         """Documents that lie one after another and cannot see each other. ``bounds`` runs from 0 to T."""
         assert bounds[0] == 0 and bounds[-1] == positions_T.shape[0], (bounds, positions_T.shape)
+        pieces = tuple(Piece(a, b, 0, index) for index, (a, b) in enumerate(pairwise(bounds)))
         spans = tuple(Span(a, b, a, b) for a, b in pairwise(bounds))
         sizes = torch.tensor([b - a for a, b in pairwise(bounds)], device=positions_T.device)
-        return Layout(spans, positions_T, sizes.repeat_interleave(sizes))
+        lengths_T = sizes.repeat_interleave(sizes)
+        return Layout(pieces, spans, positions_T, lengths_T, lengths_T)
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What one layer keeps: ``slots``, a shape for each tensor kept per token; ``state``, one kept per sequence."""
+
+    slots: tuple[tuple[int, ...], ...]
+    state: tuple[int, ...] | None = None
 
 
 class KVCache:
-    """Keys and values of ``num_sequences`` sequences, each with its own contiguous room of ``capacity`` tokens.
+    """What attention keeps of ``num_sequences`` sequences, each with its own contiguous room of ``capacity`` tokens.
 
-    Args:
-        shapes: (num_kv_heads, head_dim) of each layer.
+    Attributes:
+        used: tokens of each sequence so far; set one to 0 to give its room to another.
+        marks: what the visibility rule remembers of each sequence (see ``visibility.py``).
     """
 
     def __init__(
         self,
-        shapes: Sequence[tuple[int, int]],
+        shapes: Sequence[CacheShape],
         *,
         num_sequences: int,
         capacity: int,
@@ -58,10 +98,16 @@ class KVCache:
     ) -> None:
         self.capacity = capacity
         self.used = [0] * num_sequences
+        self.marks: list[tuple[int, ...]] = [()] * num_sequences
+        self._prompts = [0] * num_sequences
         size = num_sequences * capacity
-        self._keys = [torch.empty(size, heads, dim, dtype=dtype, device=device) for heads, dim in shapes]
-        self._values = [torch.empty(size, heads, dim, dtype=dtype, device=device) for heads, dim in shapes]
-        self._slots = torch.empty(0, dtype=torch.int64, device=device)
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device=device)
+
+        self._slots = [[empty(size, *slot) for slot in shape.slots] for shape in shapes]
+        self._states = [None if shape.state is None else empty(num_sequences, *shape.state) for shape in shapes]
+        self._chosen = torch.empty(0, dtype=torch.int64, device=device)
 
     def extend(self, counts: Sequence[int], sequences: Sequence[int] | None = None) -> Layout:
         """Make room for ``counts[i]`` new tokens of ``sequences[i]`` (all, in order, by default); their layout.
@@ -69,22 +115,34 @@ class KVCache:
         The tokens of the next decoder call must lie in this order, sequence after sequence.
         """
         chosen = range(len(self.used)) if sequences is None else sequences
-        spans, positions, lengths, slots, start = [], [], [], [], 0
+        pieces, spans, slots, start = [], [], [], 0
+        positions, lengths, prompts = [], [], []
         for sequence, count in zip(chosen, counts, strict=True):
             old, room = self.used[sequence], sequence * self.capacity
             assert old + count <= self.capacity, (old, count, self.capacity)
+            if old == 0:
+                self.marks[sequence], self._prompts[sequence] = (), count
+            pieces.append(Piece(start, start + count, old, sequence))
             spans.append(Span(start, start + count, room, room + old + count))
             positions.append(torch.arange(old, old + count))
             lengths.append(torch.full((count,), old + count))
+            prompts.append(torch.full((count,), self._prompts[sequence]))
             slots.append(torch.arange(room + old, room + old + count))
             self.used[sequence] = old + count
             start += count
-        device = self._slots.device
-        self._slots = torch.cat(slots).to(device)
-        return Layout(tuple(spans), torch.cat(positions).to(device), torch.cat(lengths).to(device))
+        device = self._chosen.device
+        self._chosen = torch.cat(slots).to(device)
+        where, length, prompt = (torch.cat(parts).to(device) for parts in (positions, lengths, prompts))
+        return Layout(tuple(pieces), tuple(spans), where, length, prompt)
 
-    def write(self, layer: int, k_TGK: Tensor, v_TGK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store this call's keys and values of a layer; all keys and values [S, G, K] of that layer."""
-        self._keys[layer].index_copy_(0, self._slots, k_TGK.to(self._keys[layer].dtype))
-        self._values[layer].index_copy_(0, self._slots, v_TGK.to(self._values[layer].dtype))
-        return self._keys[layer], self._values[layer]
+    def write(self, layer: int, *new: Tensor) -> list[Tensor]:
+        """Store this call's tensors [T, ...] of a layer; all slots [S, ...] of each."""
+        for store, values in zip(self._slots[layer], new, strict=True):
+            store.index_copy_(0, self._chosen, values.to(store.dtype))
+        return self._slots[layer]
+
+    def state(self, layer: int) -> Tensor:
+        """The layer's state [N, ...], to be read and written in place."""
+        state = self._states[layer]
+        assert state is not None, layer
+        return state

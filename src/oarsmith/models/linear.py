@@ -1,12 +1,14 @@
-"""The linear map of the decoder. Shapes: T tokens, I in features, O out features."""
+"""The linear maps of the decoder. Shapes: T tokens, I in features, O out features, E experts."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from oarsmith.models.spec import LinearSpec
+from oarsmith.models.spec_parts import LinearSpec
 
 
 class Linear(nn.Module):
@@ -15,13 +17,27 @@ class Linear(nn.Module):
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.weight = nn.Parameter(torch.empty(spec.out_features, spec.in_features))
-        self.bias = nn.Parameter(torch.empty(spec.out_features)) if spec.bias else None
+        leading = () if spec.experts is None else (spec.experts,)
+        self.weight = nn.Parameter(torch.empty(*leading, spec.out_features, spec.in_features))
+        self.bias = nn.Parameter(torch.empty(*leading, spec.out_features)) if spec.bias else None
 
     def forward(self, x_TI: Tensor) -> Tensor:
         return functional.linear(x_TI, self.weight, self.bias)
 
 
+class ExpertLinear(Linear):
+    """E maps side by side, weight [E, O, I]: the first ``counts[0]`` rows of x go through the first, and so on."""
+
+    def forward(self, x_TI: Tensor, counts: Sequence[int] = ()) -> Tensor:
+        # unbind, not indexing: the backward of an index would allocate all experts' gradients once for each expert.
+        weights = self.weight.unbind()
+        biases = [None] * len(weights) if self.bias is None else self.bias.unbind()
+        parts = zip(x_TI.split(list(counts)), weights, biases, strict=True)
+        return torch.cat([functional.linear(x, weight, bias) for x, weight, bias in parts if len(x)])
+
+
 def build_linear(spec: LinearSpec) -> Linear:
     """The module for a spec: plain, or what its rewrite builds."""
-    return spec.rewrite.build(spec) if spec.rewrite is not None else Linear(spec)
+    if spec.rewrite is not None:
+        return spec.rewrite.build(spec)
+    return Linear(spec) if spec.experts is None else ExpertLinear(spec)

@@ -1,4 +1,4 @@
-"""Feed-forward parts. Shapes: T tokens, D hidden, I intermediate."""
+"""Dense feed-forward parts. Shapes: T tokens, D hidden, I intermediate."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from oarsmith import kernels
 from oarsmith.models.linear import build_linear
-from oarsmith.models.spec import FFN, MLP, GatedMLP
+from oarsmith.models.spec_parts import MLP, Activation, ClampedSwiGLU, GatedMLP
 
 
 class GatedFeedForward(nn.Module):
@@ -17,7 +17,7 @@ class GatedFeedForward(nn.Module):
         self.down = build_linear(spec.down)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down(kernels.gated_activation(self.gate_up(x_TD), self.activation))
+        return self.down(gated(self.gate_up(x_TD), self.activation))
 
 
 class FeedForward(nn.Module):
@@ -31,9 +31,10 @@ class FeedForward(nn.Module):
         return self.down(kernels.activation(self.up(x_TD), self.activation))
 
 
-def build_ffn(spec: FFN) -> GatedFeedForward | FeedForward:
-    match spec:
-        case GatedMLP():
-            return GatedFeedForward(spec)
-        case MLP():
-            return FeedForward(spec)
+def gated(gate_up: Tensor, activation: Activation | ClampedSwiGLU) -> Tensor:
+    """[T, 2I], gate first, to [T, I]."""
+    if isinstance(activation, ClampedSwiGLU):
+        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+        return gate * (gate * activation.alpha).sigmoid() * (up + 1)
+    return kernels.gated_activation(gate_up, activation)

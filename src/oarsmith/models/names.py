@@ -12,17 +12,25 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from oarsmith.models.spec import LayerNormSpec, LinearSpec, NormSpec
+from oarsmith.models.spec_parts import LayerNormSpec, LinearSpec, NormSpec
 
 
 @dataclass(frozen=True)
 class Place:
-    """File tensor ``file`` is ``view(parameter)``. ``segment`` names the projection inside a fused linear map."""
+    """File tensor ``file`` is ``view(parameter)``.
+
+    Args:
+        segment: name of the projection inside a fused linear map, for weights and biases of linear maps.
+        expert: which of the stacked experts; None for all other tensors.
+        shape: of the file's tensor, where the view has the same elements under more axes.
+    """
 
     file: str
     parameter: str
     view: Callable[[Tensor], Tensor]
     segment: str | None = None
+    expert: int | None = None
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,20 +85,43 @@ class Rows:
         return tensor[self.start : self.stop]
 
 
+@dataclass(frozen=True)
+class ExpertRows:
+    """Rows [start, stop) of one expert of a stacked parameter."""
+
+    expert: int
+    start: int
+    stop: int
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor[self.expert, self.start : self.stop]
+
+
 def linear(file: str, parameter: str, spec: LinearSpec) -> Iterator[Place]:
     """One file tensor per segment, ``{file}.{segment}.weight`` and ``.bias``, stacked in the fused parameter."""
     for segment, start, stop in spec.bounds():
         view = whole if len(spec.segments) == 1 else Rows(start, stop)
         for kind in ("weight", "bias") if spec.bias else ("weight",):
-            yield Place(f"{file}.{segment.name}.{kind}", f"{parameter}.{kind}", view, segment.name)
+            yield Place(join(file, segment.name, kind), f"{parameter}.{kind}", view, segment.name)
 
 
 def conv1d(file: str, parameter: str, spec: LinearSpec) -> Iterator[Place]:
     """As :func:`linear` for one segment whose weight is stored transposed (GPT-2)."""
     (segment,) = spec.segments
-    yield Place(f"{file}.{segment.name}.weight", f"{parameter}.weight", transposed, segment.name)
+    yield Place(join(file, segment.name, "weight"), f"{parameter}.weight", transposed, segment.name)
     if spec.bias:
-        yield Place(f"{file}.{segment.name}.bias", f"{parameter}.bias", whole, segment.name)
+        yield Place(join(file, segment.name, "bias"), f"{parameter}.bias", whole, segment.name)
+
+
+def expert_linears(file: str, parameter: str, spec: LinearSpec) -> Iterator[Place]:
+    """One file tensor per expert and segment: ``file`` holds ``{}`` where the expert's number stands."""
+    assert spec.experts is not None, spec
+    for expert in range(spec.experts):
+        for segment, start, stop in spec.bounds():
+            for kind in ("weight", "bias") if spec.bias else ("weight",):
+                name = join(file.format(expert), segment.name, kind)
+                view = ExpertRows(expert, start, stop)
+                yield Place(name, f"{parameter}.{kind}", view, segment.name, expert)
 
 
 def norm(file: str, parameter: str, spec: NormSpec) -> Iterator[Place]:
@@ -98,3 +129,8 @@ def norm(file: str, parameter: str, spec: NormSpec) -> Iterator[Place]:
     yield Place(f"{file}.weight", f"{parameter}.weight", whole)
     if isinstance(spec, LayerNormSpec) and spec.bias:
         yield Place(f"{file}.bias", f"{parameter}.bias", whole)
+
+
+def join(*parts: str) -> str:
+    """Parts of a tensor's name with dots between them; empty ones are left out."""
+    return ".".join(part for part in parts if part)

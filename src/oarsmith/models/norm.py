@@ -1,4 +1,4 @@
-"""Normalisation layers. Shapes: T tokens, D features of the normalised axis (always the last)."""
+"""Normalisation layers. Shapes: T tokens, D features of the normalised axis (always the last), H heads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from oarsmith import kernels
-from oarsmith.models.spec import LayerNormSpec, NormSpec, RMSNormSpec
+from oarsmith.models.spec_parts import LayerNormSpec, NormSpec, RMSNormSpec
 
 
 class RMSNorm(nn.Module):
@@ -24,11 +24,15 @@ class LayerNorm(nn.Module):
     def __init__(self, spec: LayerNormSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.weight = nn.Parameter(torch.empty(spec.size))
-        self.bias = nn.Parameter(torch.empty(spec.size)) if spec.bias else None
+        shape = (spec.size,) if spec.heads is None else (spec.heads, spec.size)
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(shape)) if spec.bias else None
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return functional.layer_norm(x_TD, (self.spec.size,), self.weight, self.bias, self.spec.eps)
+        if self.spec.heads is None:
+            return functional.layer_norm(x_TD, (self.spec.size,), self.weight, self.bias, self.spec.eps)
+        y_THD = functional.layer_norm(x_TD, (self.spec.size,), eps=self.spec.eps) * self.weight
+        return y_THD if self.bias is None else y_THD + self.bias
 
 
 def build_norm(spec: NormSpec) -> RMSNorm | LayerNorm:

@@ -2,224 +2,194 @@
 
 A family turns a ``config.json`` into a :class:`DecoderSpec`. Capabilities (adapters, quantized linears, sharding)
 rewrite the spec; nothing patches modules afterwards. Where families differ in kind, the slot holds a sum type
-(``GatedMLP | MLP``, ``RMSNormSpec | LayerNormSpec``, ``Rope | None``), never a set of flags.
+(``GQA | MLA | LFA``, ``GatedMLP | MLP | MoE``, ``Rope | Alibi | None``), never a set of flags. Modules are named like
+the fields here, so a field's path in the spec is its module's path in the decoder.
+
+``spec_parts.py`` holds what a block is made of, ``spec_position.py`` how positions enter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
-if TYPE_CHECKING:
-    from oarsmith.models.linear import Linear
-
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-
-
-class LinearRewrite(Protocol):
-    """Builds the module of one linear map in place of the plain one (an adapter, a quantized weight)."""
-
-    def build(self, spec: LinearSpec) -> Linear: ...
+from oarsmith.models.spec_parts import FFN, AttentionSpec, LinearSpec, NormSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segment:
-    """Named rows of a fused linear map: the name is the one the family's checkpoint gives that projection."""
+class PreNorm:
+    """x + scale * f(norm(x))."""
 
-    name: str
-    size: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearSpec:
-    """y = x W^T + b, with the rows of W in named segments (a fused q, k, v is one map with three segments)."""
-
-    in_features: int
-    segments: tuple[Segment, ...]
-    bias: bool = False
-    rewrite: LinearRewrite | None = None
-
-    @property
-    def out_features(self) -> int:
-        return sum(segment.size for segment in self.segments)
-
-    def bounds(self) -> Iterator[tuple[Segment, int, int]]:
-        """Each segment with its first row and the row after its last."""
-        start = 0
-        for segment in self.segments:
-            yield segment, start, start + segment.size
-            start += segment.size
+    norm: NormSpec
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class RMSNormSpec:
-    """x / rms(x) * w, or * (1 + w) with ``unit_offset`` (Gemma). Zhang and Sennrich 2019, eq. 4."""
+class Sandwich:
+    """x + post_norm(f(norm(x)))."""
 
-    size: int
-    eps: float
-    unit_offset: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerNormSpec:
-    """(x - mean) / std * w + b. Ba et al. 2016."""
-
-    size: int
-    eps: float
-    bias: bool = True
-
-
-NormSpec = RMSNormSpec | LayerNormSpec
+    norm: NormSpec
+    post_norm: NormSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearScaling:
-    """Positions divided by ``factor`` (position interpolation, Chen et al. 2023)."""
+class OutputNorm:
+    """x + norm(f(x))."""
 
-    factor: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class DynamicScaling:
-    """NTK-aware base that grows with the sequence once it is longer than ``original_length``."""
-
-    factor: float
-    original_length: int
+    norm: NormSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Llama3Scaling:
-    """Llama 3.1: long wavelengths divided by ``factor``, short ones kept, a linear ramp between."""
+class PostNorm:
+    """norm(x + f(x))."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_length: int
+    norm: NormSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class YarnScaling:
-    """YaRN (Peng et al. 2023): interpolation by parts and a factor on the attention logits through cos and sin."""
+class NormedStream:
+    """h = norm(x); scale * h + f(h): the normed input is what goes on."""
 
-    factor: float
-    original_length: int
-    beta_fast: float
-    beta_slow: float
-    attention_factor: float
-    truncate: bool = True
+    norm: NormSpec
+    scale: float = 1.0
 
 
-RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling
+Residual = PreNorm | Sandwich | OutputNorm | PostNorm | NormedStream
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rope:
-    """Rotary embedding of the first ``dim`` entries of each head, half-split pairs (i, i + dim / 2)."""
+class Sequential:
+    """Attention, then the feed-forward part, each with its residual rule."""
 
-    dim: int
-    theta: float
-    scaling: RopeScaling | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class GQA:
-    """Grouped-query attention. ``qkv`` has q rows first, then k, then v. ``window`` W: j is seen iff 0 <= i - j < W."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    qkv: LinearSpec
-    out: LinearSpec
-    rope: Rope | None
-    window: int | None = None
-    q_norm: RMSNormSpec | None = None
-    k_norm: RMSNormSpec | None = None
+    attention: Residual
+    ffn: Residual
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatedMLP:
-    """down(act(gate(x)) * up(x)). ``gate_up`` has the gate rows first (Shazeer 2020, GLU variants)."""
+class Parallel:
+    """x + attention(norm(x)) + ffn(norm(x)); one norm for both unless ``ffn_norm`` is there."""
 
-    gate_up: LinearSpec
-    down: LinearSpec
-    activation: Activation
-
-
-@dataclass(frozen=True, kw_only=True)
-class MLP:
-    """down(act(up(x)))."""
-
-    up: LinearSpec
-    down: LinearSpec
-    activation: Activation
-
-
-FFN = GatedMLP | MLP
+    norm: NormSpec
+    ffn_norm: NormSpec | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """A pre-norm residual block: x += attention(norm(x)); x += ffn(norm(x))."""
+    """A residual block."""
 
-    attention: GQA
+    attention: AttentionSpec
     ffn: FFN
-    attention_norm: NormSpec
-    ffn_norm: NormSpec
+    wiring: Sequential | Parallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedPositions:
+    """A table of ``size`` usable positions after ``offset`` rows that are never used (OPT)."""
+
+    size: int
+    offset: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingSpec:
+    """Token ids to the first hidden state: table, scale, projection, positions, norm, in this order.
+
+    ``size``: of a table row, where it is not the hidden size (then ``projection`` leads there). ``padding_id``: this
+    row gets no gradient from the input.
+    """
+
+    size: int
+    scale: float | None = None
+    positions: LearnedPositions | None = None
+    norm: NormSpec | None = None
+    projection: LinearSpec | None = None
+    padding_id: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSpec:
+    """The last hidden state to logits: projection, matrix, scale, softcap, in this order.
+
+    ``tied``: the matrix is the embedding table. ``normalized``: its rows are divided by their length. ``softcap`` c:
+    logits become c * tanh(logit / c).
+    """
+
+    tied: bool
+    projection: LinearSpec | None = None
+    normalized: bool = False
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixLM:
+    """Tokens before ``start_id`` see each other in both directions; those after it are generated (ChatGLM-6B).
+
+    From ``start_id`` on the position stays that of the first token of ``mask_ids`` that the prefix holds, the earlier
+    ids preferred, and the second row counts 1, 2, ...; before it the second row is 0.
+    """
+
+    start_id: int
+    mask_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResetAfter:
+    """Tokens after ``end_id`` see neither it nor anything before it; positions go on (Yuan 2)."""
+
+    end_id: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
     """Everything the decoder is, and nothing about how it is trained, stored or run.
 
-    ``max_positions`` is the context the checkpoint states; ``learned_positions`` is the size of a learned position
-    table (None: positions enter by rope). ``tied``: the head is the embedding table. ``init_std``: deviation of fresh
-    weights.
+    ``max_positions`` is the context the checkpoint states. ``visibility``: who sees whom beside plain causality within
+    a document. ``init_std``: deviation of fresh weights; ``residual_init_std``: of the maps that write to the residual
+    stream, where the family's paper has its own for them.
     """
 
     vocab_size: int
     hidden_size: int
+    embedding: EmbeddingSpec
     layers: tuple[LayerSpec, ...]
-    final_norm: NormSpec
-    tied: bool
+    final_norm: NormSpec | None
+    head: HeadSpec
     max_positions: int
-    embedding_scale: float | None = None
-    learned_positions: int | None = None
+    visibility: PrefixLM | ResetAfter | None = None
     init_std: float = 0.02
+    residual_init_std: float | None = None
 
 
 def linear_specs(spec: DecoderSpec) -> Iterator[tuple[str, LinearSpec]]:
     """Every linear map of the layers with its module path (``layers.3.attention.qkv``)."""
     for index, layer in enumerate(spec.layers):
-        for name, linear in _linears_of(layer):
-            yield f"layers.{index}.{name}", linear
+        yield from _linears(layer, f"layers.{index}")
 
 
 def rewrite_linears(spec: DecoderSpec, rule: Callable[[str, LinearSpec], LinearSpec]) -> DecoderSpec:
     """A copy of ``spec`` with each linear map of the layers replaced by ``rule(path, linear)``."""
-
-    def rewritten(layer: LayerSpec, index: int) -> LayerSpec:
-        new = {name: rule(f"layers.{index}.{name}", old) for name, old in _linears_of(layer)}
-        attention = replace(layer.attention, qkv=new["attention.qkv"], out=new["attention.out"])
-        ffn: FFN
-        match layer.ffn:
-            case GatedMLP():
-                ffn = replace(layer.ffn, gate_up=new["ffn.gate_up"], down=new["ffn.down"])
-            case MLP():
-                ffn = replace(layer.ffn, up=new["ffn.up"], down=new["ffn.down"])
-        return replace(layer, attention=attention, ffn=ffn)
-
-    return replace(spec, layers=tuple(rewritten(layer, index) for index, layer in enumerate(spec.layers)))
+    layers = tuple(_rewritten(layer, f"layers.{index}", rule) for index, layer in enumerate(spec.layers))
+    return replace(spec, layers=layers)
 
 
-def _linears_of(layer: LayerSpec) -> Iterator[tuple[str, LinearSpec]]:
-    yield "attention.qkv", layer.attention.qkv
-    yield "attention.out", layer.attention.out
-    match layer.ffn:
-        case GatedMLP():
-            yield "ffn.gate_up", layer.ffn.gate_up
-            yield "ffn.down", layer.ffn.down
-        case MLP():
-            yield "ffn.up", layer.ffn.up
-            yield "ffn.down", layer.ffn.down
+def _linears(part: Any, path: str) -> Iterator[tuple[str, LinearSpec]]:
+    """Linear maps at any depth of a part: modules are named like the fields."""
+    for field in fields(part):
+        value, name = getattr(part, field.name), f"{path}.{field.name}"
+        if isinstance(value, LinearSpec):
+            yield name, value
+        elif is_dataclass(value):
+            yield from _linears(value, name)
+
+
+def _rewritten(part: Any, path: str, rule: Callable[[str, LinearSpec], LinearSpec]) -> Any:
+    changes: dict[str, Any] = {}
+    for field in fields(part):
+        value, name = getattr(part, field.name), f"{path}.{field.name}"
+        if isinstance(value, LinearSpec):
+            changes[field.name] = rule(name, value)
+        elif is_dataclass(value):
+            changes[field.name] = _rewritten(value, name, rule)
+    return replace(part, **changes) if changes else part

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from oarsmith import kernels
 from oarsmith.data.batch import Batch
 from oarsmith.errors import DataError
 from oarsmith.models.decoder import Decoder
@@ -56,13 +55,13 @@ def text_perplexity(model: Decoder, ids: list[int], window: int = 1024) -> float
     """exp(mean -log p) of a text cut into windows of ``window`` tokens, each scored from its second token on."""
     targets, scores = 0, 0.0
     for start in range(0, len(ids), window):
-        piece = torch.tensor(ids[start : start + window], device=model.embedding.weight.device)
+        piece = torch.tensor(ids[start : start + window], device=model.device)
         if len(piece) < 2:
             continue
         layout = Layout.documents((0, len(piece)), torch.arange(len(piece), device=piece.device))
-        hidden_TD = model.final_norm(model.hidden(piece, layout)[:-1])
+        hidden_TD = model.hidden(piece, layout)[:-1]
         ones = torch.ones(len(piece) - 1, device=piece.device)
-        scores += float(kernels.head_loss(hidden_TD, model.head_weight, piece[1:], ones).loss)
+        scores += float(model.head_loss(hidden_TD, piece[1:], ones).loss)
         targets += len(piece) - 1
     if targets == 0:
         raise DataError("the text is shorter than two tokens", fix="give a longer text")

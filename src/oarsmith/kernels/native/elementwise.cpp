@@ -60,21 +60,31 @@ static void rms_backward(const T* dy, const T* x, const T* w, const float* rstd,
   }
 }
 
-// out[t, h, :] = rotate(x[t, h, :]); pairs (i, i + F). Elements from 2F on are copied. sign = -1 is the inverse rotation.
+// out[t, h, :] = rotate(x[t, h, :]); pairs (i, i + F), or (2i, 2i + 1) if adjacent. Elements from 2F on are copied.
+// sign = -1 is the inverse rotation.
 template <class T>
 static void rope_apply(const T* x, T* out, const float* cos, const float* sin, int64_t tokens, int64_t heads, int64_t dim,
-                       int64_t freqs, int64_t stride_t, int64_t stride_h, float sign) {
+                       int64_t freqs, int64_t stride_t, int64_t stride_h, float sign, int adjacent) {
 #pragma omp parallel for schedule(static) if (tokens * heads * dim > SERIAL)
   for (int64_t t = 0; t < tokens; ++t) {
     const float *c = cos + t * freqs, *s = sin + t * freqs;
     for (int64_t h = 0; h < heads; ++h) {
       const T* a = x + t * stride_t + h * stride_h;
       T* o = out + (t * heads + h) * dim;
+      if (adjacent) {
 #pragma omp simd
-      for (int64_t i = 0; i < freqs; ++i) {
-        float u = load(a + i), v = load(a + freqs + i), si = sign * s[i];
-        store(o + i, u * c[i] - v * si);
-        store(o + freqs + i, v * c[i] + u * si);
+        for (int64_t i = 0; i < freqs; ++i) {
+          float u = load(a + 2 * i), v = load(a + 2 * i + 1), si = sign * s[i];
+          store(o + 2 * i, u * c[i] - v * si);
+          store(o + 2 * i + 1, v * c[i] + u * si);
+        }
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < freqs; ++i) {
+          float u = load(a + i), v = load(a + freqs + i), si = sign * s[i];
+          store(o + i, u * c[i] - v * si);
+          store(o + freqs + i, v * c[i] + u * si);
+        }
       }
       for (int64_t i = 2 * freqs; i < dim; ++i) o[i] = a[i];
     }
@@ -138,8 +148,9 @@ template <class T, int ACT> static void gated_backward(const T* dout, const T* g
     rms_backward<T>(dy, x, w, rstd, dx, partial, rows, dim, stride, unit_offset, threads);                               \
   }                                                                                                                      \
   extern "C" void rope_##suffix(const T* x, T* out, const float* cos, const float* sin, int64_t tokens, int64_t heads,   \
-                                int64_t dim, int64_t freqs, int64_t stride_t, int64_t stride_h, float sign) {            \
-    rope_apply<T>(x, out, cos, sin, tokens, heads, dim, freqs, stride_t, stride_h, sign);                                \
+                                int64_t dim, int64_t freqs, int64_t stride_t, int64_t stride_h, float sign,              \
+                                int adjacent) {                                                                          \
+    rope_apply<T>(x, out, cos, sin, tokens, heads, dim, freqs, stride_t, stride_h, sign, adjacent);                      \
   }                                                                                                                      \
   extern "C" void gated_forward_##suffix(const T* gu, T* out, int64_t tokens, int64_t inner, int activation) {           \
     switch (activation) {                                                                                                \

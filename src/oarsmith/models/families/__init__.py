@@ -37,10 +37,10 @@ def find(config: Mapping[str, Any]) -> Family:
     model_type = config.get("model_type")
     architectures = config.get("architectures") or []
     for family in _FAMILIES:
-        if model_type in family.model_types:
+        if model_type in family.model_types and family.matches(config):
             return family
     for family in _FAMILIES:
-        if set(architectures) & set(family.architectures) and model_type is None:
+        if model_type is None and set(architectures) & set(family.architectures) and family.matches(config):
             return family
     names = [name for family in _FAMILIES for name in family.model_types]
     near = difflib.get_close_matches(str(model_type), names, n=1)

@@ -1,4 +1,4 @@
-"""What a family is, and the reading of config values that all families share."""
+"""What a family is, and the typed reading of ``config.json`` values."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from dataclasses import dataclass
 from typing import Any
 
 from oarsmith.errors import ModelError
+from oarsmith.models.families.naming import Names, name_map
 from oarsmith.models.names import NameMap
-from oarsmith.models.spec import (
-    Activation,
-    DecoderSpec,
-    DynamicScaling,
-    LinearScaling,
-    LinearSpec,
-    Llama3Scaling,
-    Rope,
-    RopeScaling,
-    Segment,
-    YarnScaling,
-)
+from oarsmith.models.spec import DecoderSpec
+from oarsmith.models.spec_parts import Activation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A model family: ``build(config) -> DecoderSpec`` and ``names(spec) -> NameMap``."""
+    """A model family: how its config becomes a spec, and what it calls its tensors.
+
+    Args:
+        matches: of several families with a model type in common, the first whose config this accepts is taken.
+    """
 
     name: str
     description: str
     model_types: tuple[str, ...]
     architectures: tuple[str, ...]
     build: Callable[[Mapping[str, Any]], DecoderSpec]
-    names: Callable[[DecoderSpec], NameMap]
+    tensor_names: Names
+    matches: Callable[[Mapping[str, Any]], bool] = lambda _: True
+
+    def names(self, spec: DecoderSpec) -> NameMap:
+        """The operators between the family's files and a decoder of this spec."""
+        return name_map(spec, self.tensor_names)
 
 
 class ConfigReader:
@@ -65,8 +65,43 @@ class ConfigReader:
             raise ModelError(f"{key} must be true or false, got {value!r}", where="config.json")
         return value
 
+    def count(self, key: str, default: int) -> int:
+        """An integer that may be zero."""
+        value = self.config.get(key)
+        return default if value is None else 0 if value == 0 and not isinstance(value, bool) else self.integer(key)
+
     def optional_integer(self, key: str) -> int | None:
         return None if self.config.get(key) is None else self.integer(key)
+
+    def optional_number(self, key: str) -> float | None:
+        return None if self.config.get(key) is None else self.number(key)
+
+    def integers(self, key: str) -> tuple[int, ...] | None:
+        """A list of integers, or None where the key is missing or null."""
+        value = self.config.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or any(isinstance(item, bool) or not isinstance(item, int) for item in value):
+            raise ModelError(f"{key} must be a list of integers, got {value!r}", where="config.json")
+        return tuple(value)
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of finite numbers."""
+        value = self.config.get(key)
+        good = isinstance(value, list) and all(
+            isinstance(item, (int, float)) and not isinstance(item, bool) and math.isfinite(item) for item in value
+        )
+        if not good:
+            raise ModelError(f"{key} must be a list of numbers, got {str(value)[:80]}", where="config.json")
+        return tuple(float(item) for item in value or ())
+
+    def renamed(self, **names: str) -> ConfigReader:
+        """The same config where a missing key may stand under another name (``hidden_size="n_embd"``)."""
+        config = dict(self.config)
+        for new, old in names.items():
+            if config.get(new) is None and config.get(old) is not None:
+                config[new] = config[old]
+        return ConfigReader(config)
 
     def activation(self, *keys: str, default: str | None = None) -> Activation:
         """The activation function under the first of ``keys`` that is set."""
@@ -78,6 +113,7 @@ class ConfigReader:
             "gelu_new": "gelu_tanh",
             "gelu_pytorch_tanh": "gelu_tanh",
             "gelu_fast": "gelu_tanh",
+            "gelu_python": "gelu",
             "relu": "relu",
         }
         if value not in known:
@@ -85,92 +121,3 @@ class ConfigReader:
                 f"unknown activation {value!r} in {keys[0]}", where="config.json", fix=f"known: {list(known)}"
             )
         return known[value]
-
-
-def fused(in_features: int, *segments: tuple[str, int], bias: bool = False) -> LinearSpec:
-    """A linear map whose output rows are the named segments in order."""
-    return LinearSpec(
-        in_features=in_features, segments=tuple(Segment(name=name, size=size) for name, size in segments), bias=bias
-    )
-
-
-def read_rope(read: ConfigReader, dim: int, theta: float = 10000.0) -> Rope:
-    """Rope in either spelling: ``rope_theta`` and ``rope_scaling``, or transformers 5's ``rope_parameters``."""
-    raw = read.config.get("rope_parameters") or read.config.get("rope_scaling") or {}
-    if not isinstance(raw, Mapping):
-        raise ModelError(f"rope_scaling must be an object, got {raw!r}", where="config.json")
-    scaling = ConfigReader(raw)
-    base = scaling.number("rope_theta", read.number("rope_theta", theta))
-    partial = scaling.number("partial_rotary_factor", read.number("partial_rotary_factor", 1.0))
-    return Rope(dim=int(dim * partial), theta=base, scaling=_read_scaling(scaling, read))
-
-
-def _read_scaling(scaling: ConfigReader, read: ConfigReader) -> RopeScaling | None:
-    kind = scaling.config.get("rope_type", scaling.config.get("type", "default"))
-    trained = scaling.integer("original_max_position_embeddings", read.integer("max_position_embeddings", 2048))
-    match kind:
-        case "default":
-            return None
-        case "linear":
-            return LinearScaling(factor=scaling.number("factor"))
-        case "dynamic":
-            length = read.integer("max_position_embeddings", 2048)
-            return DynamicScaling(factor=scaling.number("factor"), original_length=length)
-        case "llama3":
-            return Llama3Scaling(
-                factor=scaling.number("factor"),
-                low_freq_factor=scaling.number("low_freq_factor"),
-                high_freq_factor=scaling.number("high_freq_factor"),
-                original_length=trained,
-            )
-        case "yarn":
-            return YarnScaling(
-                factor=scaling.number("factor"),
-                original_length=trained,
-                beta_fast=scaling.number("beta_fast", 32.0),
-                beta_slow=scaling.number("beta_slow", 1.0),
-                attention_factor=_yarn_attention_factor(scaling),
-                truncate=scaling.flag("truncate", True),
-            )
-    raise ModelError(
-        f"unknown rope scaling {kind!r}", where="config.json: rope_scaling", fix="known: linear, dynamic, llama3, yarn"
-    )
-
-
-def _yarn_attention_factor(scaling: ConfigReader) -> float:
-    if scaling.config.get("attention_factor") is not None:
-        return scaling.number("attention_factor")
-    factor = scaling.number("factor")
-
-    def mscale(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-    if scaling.config.get("mscale") and scaling.config.get("mscale_all_dim"):
-        return mscale(scaling.number("mscale")) / mscale(scaling.number("mscale_all_dim"))
-    return mscale(1.0)
-
-
-def head_counts(read: ConfigReader, head_dim: int | None = None) -> tuple[int, int, int]:
-    """(query heads, kv heads, head dim) with the field's defaults and their consistency checked."""
-    hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
-    kv_heads = read.integer("num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise ModelError(f"{heads} heads cannot be shared by {kv_heads} key/value heads", where="config.json")
-    if head_dim is None and read.config.get("head_dim") is None and hidden % heads:
-        raise ModelError(f"hidden_size {hidden} is not a multiple of {heads} heads", where="config.json")
-    return heads, kv_heads, read.integer("head_dim", head_dim or hidden // heads)
-
-
-def window_size(read: ConfigReader) -> int | None:
-    """``sliding_window``: null means none, a missing key the 4096 that the families' own defaults say."""
-    return read.optional_integer("sliding_window") if "sliding_window" in read.config else 4096
-
-
-def layer_windows(read: ConfigReader, num_layers: int, window: int | None, first_sliding: int) -> list[int | None]:
-    """Each layer's sliding window: from ``layer_types`` where stated, else layers from ``first_sliding`` on slide."""
-    types = read.config.get("layer_types")
-    if types is None:
-        return [window if index >= first_sliding else None for index in range(num_layers)]
-    if len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}:
-        raise ModelError(f"layer_types {types!r} does not describe {num_layers} layers", where="config.json")
-    return [window if kind == "sliding_attention" else None for kind in types]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from oarsmith.errors import ModelError
-from oarsmith.models import names
-from oarsmith.models.families.base import ConfigReader, Family, fused
-from oarsmith.models.names import Duplicate, Ignored, NameMap
-from oarsmith.models.spec import GQA, MLP, DecoderSpec, LayerNormSpec, LayerSpec
+from oarsmith.models.families.base import ConfigReader, Family
+from oarsmith.models.families.naming import Names
+from oarsmith.models.families.parts import decoder, fused
+from oarsmith.models.names import Ignored
+from oarsmith.models.spec import DecoderSpec, EmbeddingSpec, LayerSpec, LearnedPositions, PreNorm, Sequential
+from oarsmith.models.spec_parts import GQA, MLP, LayerNormSpec
 
 
 def build(config: Mapping[str, Any]) -> DecoderSpec:
-    read = ConfigReader(config)
-    hidden, heads, num_layers = read.integer("n_embd", 768), read.integer("n_head", 12), read.integer("n_layer", 12)
+    read = ConfigReader({"n_embd": 768, "vocab_size": 50257, **config}).renamed(hidden_size="n_embd")
+    hidden, heads, num_layers = read.integer("n_embd"), read.integer("n_head", 12), read.integer("n_layer", 12)
     positions = read.integer("n_positions", read.integer("n_ctx", 1024))
     if hidden % heads:
         raise ModelError(f"n_embd {hidden} is not a multiple of n_head {heads}", where="config.json")
@@ -31,47 +34,21 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
             scale=scale / (index + 1) if by_layer else scale,
             qkv=fused(hidden, ("c_attn", 3 * hidden), bias=True),
             out=fused(hidden, ("c_proj", hidden), bias=True),
-            rope=None,
+            position=None,
         )
         ffn = MLP(
             up=fused(hidden, ("c_fc", inner), bias=True),
             down=fused(inner, ("c_proj", hidden), bias=True),
             activation=read.activation("activation_function", default="gelu_new"),
         )
-        return LayerSpec(attention=attention, ffn=ffn, attention_norm=norm, ffn_norm=norm)
+        return LayerSpec(
+            attention=attention, ffn=ffn, wiring=Sequential(attention=PreNorm(norm=norm), ffn=PreNorm(norm=norm))
+        )
 
-    return DecoderSpec(
-        vocab_size=read.integer("vocab_size", 50257),
-        hidden_size=hidden,
-        layers=tuple(layer(index) for index in range(num_layers)),
-        final_norm=norm,
-        tied=read.flag("tie_word_embeddings", True),
-        max_positions=positions,
-        learned_positions=positions,
-        init_std=read.number("initializer_range", 0.02),
-    )
-
-
-def name_map(spec: DecoderSpec) -> NameMap:
-    found: list[names.Place | Ignored | Duplicate] = [
-        names.Place("transformer.wte.weight", "embedding.weight", names.whole),
-        names.Place("transformer.wpe.weight", "position_embedding.weight", names.whole),
-    ]
-    for index, layer in enumerate(spec.layers):
-        file, here, ffn = f"transformer.h.{index}", f"layers.{index}", layer.ffn
-        assert isinstance(ffn, MLP)
-        found += names.norm(f"{file}.ln_1", f"{here}.attention_norm", layer.attention_norm)
-        found += names.conv1d(f"{file}.attn", f"{here}.attention.qkv", layer.attention.qkv)
-        found += names.conv1d(f"{file}.attn", f"{here}.attention.out", layer.attention.out)
-        found += names.norm(f"{file}.ln_2", f"{here}.ffn_norm", layer.ffn_norm)
-        found += names.conv1d(f"{file}.mlp", f"{here}.ffn.up", ffn.up)
-        found += names.conv1d(f"{file}.mlp", f"{here}.ffn.down", ffn.down)
-    found += names.norm("transformer.ln_f", "final_norm", spec.final_norm)
-    head: names.Place | Duplicate = Duplicate("lm_head.weight", "embedding.weight")
-    if not spec.tied:
-        head = names.Place("lm_head.weight", "head.weight", names.whole)
-    found += [head, Ignored(r"transformer\.h\.\d+\.attn\.(masked_)?bias", "the causal mask, a constant")]
-    return NameMap(tuple(found), optional_prefix="transformer.")
+    embedding = EmbeddingSpec(size=hidden, positions=LearnedPositions(size=positions))
+    layers = [layer(index) for index in range(num_layers)]
+    spec = decoder(read, layers, norm, tied=True, embedding=embedding, max_positions=positions)
+    return replace(spec, residual_init_std=spec.init_std / (2 * num_layers) ** 0.5)
 
 
 FAMILY = Family(
@@ -80,5 +57,16 @@ FAMILY = Family(
     model_types=("gpt2",),
     architectures=("GPT2LMHeadModel", "GPT2Model"),
     build=build,
-    names=name_map,
+    tensor_names=Names(
+        embedding="transformer.wte",
+        positions="transformer.wpe",
+        layers="transformer.h",
+        attention="attn",
+        attention_norm="ln_1",
+        ffn_norm="ln_2",
+        final_norm="transformer.ln_f",
+        optional_prefix="transformer.",
+        transposed=True,
+        ignored=(Ignored(r"transformer\.h\.\d+\.attn\.(masked_)?bias", "the causal mask, a constant"),),
+    ),
 )

@@ -1,7 +1,7 @@
 """LLaMA 1, 2, 3, 3.1, 3.2, 3.3 and what copies their layout (SmolLM, TinyLlama, Yi, DeepSeek-LLM, ...).
 
-Touvron et al. 2023; the block of pre-norm RMSNorm, rotary grouped-query attention and SwiGLU is also the base of the
-Mistral, Qwen and Gemma files beside this one, which differ in the arguments.
+Touvron et al. 2023; the block of pre-norm RMSNorm, rotary grouped-query attention and SwiGLU is also the base of many
+files beside this one, which differ in the arguments.
 """
 
 from __future__ import annotations
@@ -10,113 +10,45 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from oarsmith.models import names
-from oarsmith.models.families.base import ConfigReader, Family, fused, head_counts, read_rope
-from oarsmith.models.names import Duplicate, Ignored, NameMap
-from oarsmith.models.spec import GQA, Activation, DecoderSpec, GatedMLP, LayerSpec, RMSNormSpec
+from oarsmith.models.families.base import ConfigReader, Family
+from oarsmith.models.families.naming import Names
+from oarsmith.models.families.parts import attention, decoder, gated_mlp, head_counts
+from oarsmith.models.families.rope import read_rope
+from oarsmith.models.spec import DecoderSpec, LayerSpec, PreNorm, Sequential
+from oarsmith.models.spec_parts import FFN, GQA, RMSNormSpec
 
 
-def block_spec(
-    read: ConfigReader,
-    *,
-    activation: Activation,
-    head_dim: int | None = None,
-    qkv_bias: bool = False,
-    out_bias: bool = False,
-    mlp_bias: bool = False,
-    unit_offset: bool = False,
-    qk_norm: bool = False,
-) -> LayerSpec:
-    """The block of the Llama line with a family's switches set."""
-    hidden, inner = read.integer("hidden_size"), read.integer("intermediate_size")
-    heads, kv_heads, dim = head_counts(read, head_dim)
-    eps = read.number("rms_norm_eps", 1e-6)
-    norm = RMSNormSpec(size=hidden, eps=eps, unit_offset=unit_offset)
-    head_norm = RMSNormSpec(size=dim, eps=eps) if qk_norm else None
-    attention = GQA(
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=dim,
-        scale=dim**-0.5,
-        qkv=fused(
-            hidden, ("q_proj", heads * dim), ("k_proj", kv_heads * dim), ("v_proj", kv_heads * dim), bias=qkv_bias
-        ),
-        out=fused(heads * dim, ("o_proj", hidden), bias=out_bias),
-        rope=read_rope(read, dim),
-        q_norm=head_norm,
-        k_norm=head_norm,
-    )
-    ffn = GatedMLP(
-        gate_up=fused(hidden, ("gate_proj", inner), ("up_proj", inner), bias=mlp_bias),
-        down=fused(inner, ("down_proj", hidden), bias=mlp_bias),
-        activation=activation,
-    )
-    return LayerSpec(attention=attention, ffn=ffn, attention_norm=norm, ffn_norm=norm)
+def rms_norm(read: ConfigReader, eps: float = 1e-6) -> RMSNormSpec:
+    """The norm of the hidden size with the config's epsilon."""
+    return RMSNormSpec(size=read.integer("hidden_size"), eps=read.number("rms_norm_eps", eps))
 
 
-def decoder_spec(
-    read: ConfigReader,
-    block: LayerSpec,
-    *,
-    windows: Sequence[int | None] | None = None,
-    tied: bool = False,
-    embedding_scale: float | None = None,
-) -> DecoderSpec:
-    """``num_hidden_layers`` copies of ``block``, each with its window."""
-    num_layers = read.integer("num_hidden_layers")
-    layers = tuple(
-        replace(block, attention=replace(block.attention, window=window)) for window in windows or [None] * num_layers
-    )
-    return DecoderSpec(
-        vocab_size=read.integer("vocab_size"),
-        hidden_size=read.integer("hidden_size"),
-        layers=layers,
-        final_norm=block.attention_norm,
-        tied=read.flag("tie_word_embeddings", tied),
-        max_positions=read.integer("max_position_embeddings", 2048),
-        embedding_scale=embedding_scale,
-        init_std=read.number("initializer_range", 0.02),
+def pre_norm_layer(attention: GQA, ffn: FFN, norm: RMSNormSpec) -> LayerSpec:
+    """x += attention(norm(x)); x += ffn(norm(x))."""
+    return LayerSpec(
+        attention=attention, ffn=ffn, wiring=Sequential(attention=PreNorm(norm=norm), ffn=PreNorm(norm=norm))
     )
 
 
-def name_map(spec: DecoderSpec) -> NameMap:
-    """The tensor names of the Llama line."""
-    found: list[names.Place | Ignored | Duplicate] = [
-        names.Place("model.embed_tokens.weight", "embedding.weight", names.whole)
-    ]
-    for index, layer in enumerate(spec.layers):
-        file, here = f"model.layers.{index}", f"layers.{index}"
-        attention, ffn = layer.attention, layer.ffn
-        assert isinstance(ffn, GatedMLP)
-        found += names.norm(f"{file}.input_layernorm", f"{here}.attention_norm", layer.attention_norm)
-        found += names.linear(f"{file}.self_attn", f"{here}.attention.qkv", attention.qkv)
-        found += names.linear(f"{file}.self_attn", f"{here}.attention.out", attention.out)
-        if attention.q_norm and attention.k_norm:
-            found += names.norm(f"{file}.self_attn.q_norm", f"{here}.attention.q_norm", attention.q_norm)
-            found += names.norm(f"{file}.self_attn.k_norm", f"{here}.attention.k_norm", attention.k_norm)
-        found += names.norm(f"{file}.post_attention_layernorm", f"{here}.ffn_norm", layer.ffn_norm)
-        found += names.linear(f"{file}.mlp", f"{here}.ffn.gate_up", ffn.gate_up)
-        found += names.linear(f"{file}.mlp", f"{here}.ffn.down", ffn.down)
-    found += names.norm("model.norm", "final_norm", spec.final_norm)
-    if spec.tied:
-        found.append(Duplicate("lm_head.weight", "embedding.weight"))
-    else:
-        found.append(names.Place("lm_head.weight", "head.weight", names.whole))
-    found.append(Ignored(r".*rotary_emb\.inv_freq", "computed from the config"))
-    return NameMap(tuple(found), optional_prefix="model.")
+def with_windows(layer: LayerSpec, windows: Sequence[int | None]) -> list[LayerSpec]:
+    """One layer for each window."""
+    assert isinstance(layer.attention, GQA), layer
+    return [replace(layer, attention=replace(layer.attention, window=window)) for window in windows]
 
 
 def build(config: Mapping[str, Any]) -> DecoderSpec:
     read = ConfigReader(config)
-    bias = read.flag("attention_bias", False)
-    block = block_spec(
-        read,
-        activation=read.activation("hidden_act", default="silu"),
-        qkv_bias=bias,
-        out_bias=bias,
-        mlp_bias=read.flag("mlp_bias", False),
+    bias, norm = read.flag("attention_bias", False), rms_norm(read)
+    *_, dim = head_counts(read)
+    mixer = attention(read, read_rope(read, dim), bias=bias, out_bias=bias)
+    ffn = gated_mlp(
+        read.integer("hidden_size"),
+        read.integer("intermediate_size"),
+        read.activation("hidden_act", default="silu"),
+        bias=read.flag("mlp_bias", False),
     )
-    return decoder_spec(read, block)
+    layer = pre_norm_layer(mixer, ffn, norm)
+    return decoder(read, [layer] * read.integer("num_hidden_layers"), norm)
 
 
 FAMILY = Family(
@@ -125,5 +57,5 @@ FAMILY = Family(
     model_types=("llama",),
     architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
     build=build,
-    names=name_map,
+    tensor_names=Names(),
 )

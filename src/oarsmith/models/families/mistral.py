@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from oarsmith.models.families.base import ConfigReader, Family, layer_windows, window_size
-from oarsmith.models.families.llama import block_spec, decoder_spec, name_map
+from oarsmith.models.families.base import ConfigReader, Family
+from oarsmith.models.families.llama import pre_norm_layer, rms_norm, with_windows
+from oarsmith.models.families.naming import Names
+from oarsmith.models.families.parts import attention, decoder, gated_mlp, head_counts, layer_windows, window_size
+from oarsmith.models.families.rope import read_rope
 from oarsmith.models.spec import DecoderSpec
 
 
 def build(config: Mapping[str, Any]) -> DecoderSpec:
     read = ConfigReader(config)
-    block = block_spec(read, activation=read.activation("hidden_act", default="silu"))
-    windows = layer_windows(read, read.integer("num_hidden_layers"), window_size(read), 0)
-    return decoder_spec(read, block, windows=windows)
+    norm = rms_norm(read)
+    *_, dim = head_counts(read)
+    activation = read.activation("hidden_act", default="silu")
+    ffn = gated_mlp(read.integer("hidden_size"), read.integer("intermediate_size"), activation)
+    layer = pre_norm_layer(attention(read, read_rope(read, dim)), ffn, norm)
+    windows = layer_windows(read, window_size(read), lambda _: True)
+    return decoder(read, with_windows(layer, windows), norm)
 
 
 FAMILY = Family(
@@ -23,5 +30,5 @@ FAMILY = Family(
     model_types=("mistral",),
     architectures=("MistralForCausalLM",),
     build=build,
-    names=name_map,
+    tensor_names=Names(),
 )

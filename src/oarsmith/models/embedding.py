@@ -1,0 +1,55 @@
+"""Token ids to the first hidden state. Shapes: T tokens, V vocabulary, E table row, D hidden."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from oarsmith.errors import ModelError
+from oarsmith.models.linear import build_linear
+from oarsmith.models.norm import build_norm
+from oarsmith.models.spec import EmbeddingSpec, LearnedPositions
+
+
+class Embedding(nn.Module):
+    """``weight`` [V, E] is the table; a tied head uses it too."""
+
+    def __init__(self, spec: EmbeddingSpec, vocab_size: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(torch.empty(vocab_size, spec.size))
+        self.positions = PositionEmbedding(spec) if spec.positions is not None else None
+        self.norm = build_norm(spec.norm) if spec.norm is not None else None
+        self.projection = build_linear(spec.projection) if spec.projection is not None else None
+
+    def forward(self, ids_T: Tensor, positions_T: Tensor) -> Tensor:
+        x_TE = functional.embedding(ids_T, self.weight, self.spec.padding_id)
+        if self.spec.scale is not None:
+            # Rounded to the stream's dtype first, as the authors do: in bf16 the rounding is part of the model.
+            x_TE = x_TE * torch.tensor(self.spec.scale, dtype=x_TE.dtype, device=x_TE.device)
+        if self.projection is not None:
+            x_TE = self.projection(x_TE)
+        if self.positions is not None:
+            x_TE = x_TE + self.positions(positions_T)
+        return x_TE if self.norm is None else self.norm(x_TE)
+
+
+class PositionEmbedding(nn.Module):
+    """A learned vector for each position. Shapes: T tokens, D hidden."""
+
+    def __init__(self, spec: EmbeddingSpec) -> None:
+        super().__init__()
+        assert spec.positions is not None
+        self.spec: LearnedPositions = spec.positions
+        size = spec.size if spec.projection is None else spec.projection.out_features
+        self.weight = nn.Parameter(torch.empty(self.spec.offset + self.spec.size, size))
+
+    def forward(self, positions_T: Tensor) -> Tensor:
+        highest = int(positions_T.max())
+        if highest >= self.spec.size:
+            raise ModelError(
+                f"position {highest} is outside the model's table of {self.spec.size} positions",
+                fix=f"shorten the input to at most {self.spec.size} tokens",
+            )
+        return functional.embedding(positions_T + self.spec.offset, self.weight)
