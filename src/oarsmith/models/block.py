@@ -12,7 +12,7 @@ from oarsmith.models.lfa import FilteredAttention
 from oarsmith.models.mla import LatentAttention
 from oarsmith.models.mlp import FeedForward, GatedFeedForward
 from oarsmith.models.moe import MixtureOfExperts
-from oarsmith.models.norm import build_norm
+from oarsmith.models.norm import LayerNorm, RMSNorm, build_norm
 from oarsmith.models.position import PositionTables
 from oarsmith.models.spec import (
     LayerSpec,
@@ -24,8 +24,9 @@ from oarsmith.models.spec import (
     Residual,
     Sandwich,
     Sequential,
+    named_norms,
 )
-from oarsmith.models.spec_parts import FFN, GQA, LFA, MLA, MLP, AttentionSpec, GatedMLP, MoE
+from oarsmith.models.spec_parts import FFN, GQA, LFA, MLA, MLP, AttentionSpec, GatedMLP, MoE, NormSpec
 
 AttentionModule = Attention | LatentAttention | FilteredAttention
 
@@ -38,18 +39,11 @@ class Block(nn.Module):
         self.wiring = spec.wiring
         self.attention = build_attention(spec.attention, layer)
         self.ffn = build_ffn(spec.ffn)
-        match spec.wiring:
-            case Sequential(attention=attention, ffn=ffn):
-                self.attention_norm = build_norm(attention.norm)
-                self.ffn_norm = build_norm(ffn.norm)
-                if isinstance(attention, Sandwich):
-                    self.attention_post_norm = build_norm(attention.post_norm)
-                if isinstance(ffn, Sandwich):
-                    self.ffn_post_norm = build_norm(ffn.post_norm)
-            case Parallel(norm=norm, ffn_norm=ffn_norm):
-                self.attention_norm = build_norm(norm)
-                if ffn_norm is not None:
-                    self.ffn_norm = build_norm(ffn_norm)
+        norms = named_norms(spec.wiring)
+        self.attention_norm = build_norm(norms["attention_norm"])
+        self.attention_post_norm = _optional(norms.get("attention_post_norm"))
+        self.ffn_norm = _optional(norms.get("ffn_norm"))
+        self.ffn_post_norm = _optional(norms.get("ffn_post_norm"))
 
     def forward(self, x_TD: Tensor, layout: Layout, tables: PositionTables, cache: KVCache | None) -> Tensor:
         def attend(h_TD: Tensor) -> Tensor:
@@ -57,27 +51,40 @@ class Block(nn.Module):
 
         match self.wiring:
             case Sequential(attention=attention, ffn=ffn):
-                x_TD = self._residual(attention, "attention", attend, x_TD)
-                return self._residual(ffn, "ffn", self.ffn, x_TD)
-            case Parallel(ffn_norm=ffn_norm):
+                assert self.ffn_norm is not None, ffn
+                x_TD = _add(attention, attend, self.attention_norm, self.attention_post_norm, x_TD)
+                return _add(ffn, self.ffn, self.ffn_norm, self.ffn_post_norm, x_TD)
+            case Parallel():
                 h_TD = self.attention_norm(x_TD)
-                return x_TD + attend(h_TD) + self.ffn(h_TD if ffn_norm is None else self.ffn_norm(x_TD))
+                return x_TD + attend(h_TD) + self.ffn(h_TD if self.ffn_norm is None else self.ffn_norm(x_TD))
 
-    def _residual(self, rule: Residual, name: str, part: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
-        norm = self.get_submodule(f"{name}_norm")
-        match rule:
-            case PreNorm(scale=scale):
-                y_TD = part(norm(x_TD))
-                return x_TD + (y_TD if scale == 1.0 else y_TD * scale)
-            case Sandwich():
-                return x_TD + self.get_submodule(f"{name}_post_norm")(part(norm(x_TD)))
-            case OutputNorm():
-                return x_TD + norm(part(x_TD))
-            case PostNorm():
-                return norm(x_TD + part(x_TD))
-            case NormedStream(scale=scale):
-                h_TD = norm(x_TD)
-                return h_TD * scale + part(h_TD)
+
+def _optional(spec: NormSpec | None) -> RMSNorm | LayerNorm | None:
+    return None if spec is None else build_norm(spec)
+
+
+def _add(
+    rule: Residual,
+    part: Callable[[Tensor], Tensor],
+    norm: Callable[[Tensor], Tensor],
+    post_norm: Callable[[Tensor], Tensor] | None,
+    x_TD: Tensor,
+) -> Tensor:
+    """The stream after ``part``."""
+    match rule:
+        case PreNorm(scale=scale):
+            y_TD = part(norm(x_TD))
+            return x_TD + (y_TD if scale == 1.0 else y_TD * scale)
+        case Sandwich():
+            assert post_norm is not None, rule
+            return x_TD + post_norm(part(norm(x_TD)))
+        case OutputNorm():
+            return x_TD + norm(part(x_TD))
+        case PostNorm():
+            return norm(x_TD + part(x_TD))
+        case NormedStream(scale=scale):
+            h_TD = norm(x_TD)
+            return h_TD * scale + part(h_TD)
 
 
 def build_attention(spec: AttentionSpec, layer: int) -> AttentionModule:

@@ -74,6 +74,20 @@ class Parallel:
     ffn_norm: NormSpec | None = None
 
 
+def named_norms(wiring: Sequential | Parallel) -> dict[str, NormSpec]:
+    """The norms of a block under their modules' names."""
+    match wiring:
+        case Sequential(attention=attention, ffn=ffn):
+            found = {"attention_norm": attention.norm, "ffn_norm": ffn.norm}
+            if isinstance(attention, Sandwich):
+                found["attention_post_norm"] = attention.post_norm
+            if isinstance(ffn, Sandwich):
+                found["ffn_post_norm"] = ffn.post_norm
+            return found
+        case Parallel(norm=norm, ffn_norm=ffn_norm):
+            return {"attention_norm": norm} | ({} if ffn_norm is None else {"ffn_norm": ffn_norm})
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     """A residual block."""

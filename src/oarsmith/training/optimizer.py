@@ -21,7 +21,7 @@ class AdamWSettings:
 
 
 class AdamW:
-    """Decoupled weight decay Adam (Loshchilov and Hutter 2019). Decay spares vectors: biases and norm weights.
+    """Decoupled weight decay Adam (Loshchilov and Hutter 2019). Decay spares biases and norms.
 
     State per parameter: two fp32 moments, and for a bf16 parameter an int16 remainder that completes it to its fp32
     master. Tensors are created at once, so that memory does not grow at the first step.
@@ -51,7 +51,7 @@ class AdamW:
                 beta1=self.settings.beta1,
                 beta2=self.settings.beta2,
                 eps=self.settings.eps,
-                weight_decay=self.settings.weight_decay if parameter.dim() > 1 else 0.0,
+                weight_decay=self.settings.weight_decay if _decays(name, parameter) else 0.0,
                 step=self.step_count,
                 grad_scale=grad_scale,
             )
@@ -79,3 +79,9 @@ class AdamW:
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
         self.step_count = step_count
+
+
+def _decays(name: str, parameter: Tensor) -> bool:
+    """Matrices do. The biases of stacked experts and norms with weights for each head are no matrices."""
+    *_, owner, leaf = ["", *name.split(".")]
+    return parameter.dim() > 1 and leaf != "bias" and not owner.endswith("norm")

@@ -19,7 +19,7 @@ from oarsmith.models.names import (
     norm,
     whole,
 )
-from oarsmith.models.spec import DecoderSpec, LayerSpec, Parallel, Sandwich, Sequential
+from oarsmith.models.spec import DecoderSpec, LayerSpec, named_norms
 from oarsmith.models.spec_parts import FFN, GQA, LFA, MLA, MLP, AttentionSpec, GatedMLP, LinearSpec, MoE
 
 Operator = Place | Ignored | Duplicate
@@ -92,22 +92,13 @@ def _embedding(spec: DecoderSpec, names: Names) -> Iterator[Operator]:
 
 
 def _layer(layer: LayerSpec, file: str, here: str, names: Names) -> Iterator[Operator]:
-    match layer.wiring:
-        case Sequential(attention=attention, ffn=ffn):
-            norms = {"attention_norm": attention.norm, "ffn_norm": ffn.norm}
-            if isinstance(attention, Sandwich):
-                norms["attention_post_norm"] = attention.post_norm
-            if isinstance(ffn, Sandwich):
-                norms["ffn_post_norm"] = ffn.post_norm
-        case Parallel(norm=shared, ffn_norm=own):
-            norms = {"attention_norm": shared} | ({"ffn_norm": own} if own is not None else {})
     words = {
         "attention_norm": names.attention_norm,
         "attention_post_norm": names.attention_post_norm,
         "ffn_norm": names.ffn_norm,
         "ffn_post_norm": names.ffn_post_norm,
     }
-    for part, spec in norms.items():
+    for part, spec in named_norms(layer.wiring).items():
         yield from norm(join(file, words[part]), f"{here}.{part}", spec)
     yield from _attention(layer.attention, join(file, names.attention), f"{here}.attention", names)
     yield from _ffn(layer.ffn, join(file, names.ffn), f"{here}.ffn", names)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from oarsmith.errors import ModelError
 from oarsmith.models.families.base import ConfigReader
+from oarsmith.models.families.rope import context_length
 from oarsmith.models.spec import DecoderSpec, EmbeddingSpec, HeadSpec, LayerSpec
 from oarsmith.models.spec_parts import (
     GQA,
@@ -111,7 +112,7 @@ def decoder(
         layers=tuple(layers),
         final_norm=final_norm,
         head=replace(head, tied=read.flag("tie_word_embeddings", tied)),
-        max_positions=max_positions or read.integer("max_position_embeddings", 2048),
+        max_positions=max_positions or context_length(read),
         init_std=read.number("initializer_range", 0.02),
     )
 

@@ -46,6 +46,20 @@ def read_rope(
     return Rope(dim=turned, theta=base, scaling=_read_scaling(scaling, read, turned), pairs=pairs)
 
 
+def context_length(read: ConfigReader, default: int = 2048) -> int:
+    """Tokens the model is made for: what the config states, times the factor of a rule that stretches it.
+
+    ``max_position_embeddings`` is the stretched length with llama3 and longrope, and the original one with the others.
+    """
+    stated = read.integer("max_position_embeddings", default)
+    raw = read.config.get("rope_parameters") or read.config.get("rope_scaling") or {}
+    if not isinstance(raw, Mapping) or raw.get("rope_type", raw.get("type")) not in ("linear", "dynamic", "yarn"):
+        return stated
+    scaling = ConfigReader(raw)
+    original = scaling.integer("original_max_position_embeddings", stated)
+    return max(stated, int(original * scaling.number("factor")))
+
+
 def _read_scaling(scaling: ConfigReader, read: ConfigReader, dim: int) -> RopeScaling | None:
     kind = scaling.config.get("rope_type", scaling.config.get("type", "default"))
     trained = scaling.integer("original_max_position_embeddings", read.integer("max_position_embeddings", 2048))
