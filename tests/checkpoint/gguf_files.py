@@ -12,9 +12,12 @@ from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from oarsmith.checkpoint.gguf_pretokenizers import PRE_TOKENIZERS
 
 F32 = gguf.GGMLQuantizationType.F32
 _TEXT = [
@@ -112,6 +115,62 @@ def add_byte_level_tokenizer(writer: gguf.GGUFWriter, *, pre: str | None = "gpt-
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(0)
+
+
+def save_tokenizer(directory: Path, *, pre: str = "gpt-2") -> None:
+    """tokenizer.json and its config for the vocabulary of `byte_level_tokens`."""
+    tokens, merges = byte_level_tokens()
+    known = PRE_TOKENIZERS[pre]
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=known.ignore_merges))
+    tokenizer.pre_tokenizer = known.build()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(tokens[:3])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
+        "chat_template": "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def save_directory(model: Any, directory: Path) -> Path:
+    """A transformers model with a tokenizer, as a model directory."""
+    model.save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+def random_model(config: transformers.PretrainedConfig) -> Any:
+    """A float32 model of any native family, every parameter random; norms around the value that means 1."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    shifted = "gemma" in config.model_type  # these norms are stored less 1
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.1)
+            if parameter.dim() == 1 and name.endswith("weight") and not shifted:
+                parameter.add_(1.0)
+        for name, buffer in model.named_buffers():
+            if "e_score_correction_bias" in name:
+                buffer.normal_(std=0.1)
+    return model
+
+
+def llama_cpp_logits(path: Path, input_ids: torch.Tensor) -> torch.Tensor:
+    """What llama.cpp computes from the file: [T, V]."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    llama = llama_cpp.Llama(
+        model_path=str(path), verbose=False, logits_all=True, n_ctx=64, n_threads=1, flash_attn=False
+    )
+    llama.eval(input_ids[0].tolist())
+    logits = torch.from_numpy(np.array(llama.scores[: input_ids.shape[1]]))
+    llama.close()
+    return logits
 
 
 def _permute(weight: np.ndarray, num_heads: int) -> np.ndarray:

@@ -30,6 +30,15 @@ CONFIGS = {
     "gemma": {**_LLAMA, "model_type": "gemma", "architectures": ["GemmaForCausalLM"], "head_dim": 16},
     # Shorter than prompt and answer together, so that the window moves during decoding.
     "mistral": {**_LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 7},
+    # Shorter than prompt and answer together, so that the rotation changes during decoding.
+    "phi3_long": {
+        **_LLAMA,
+        "model_type": "phi3",
+        "architectures": ["Phi3ForCausalLM"],
+        "pad_token_id": 0,
+        "original_max_position_embeddings": 16,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.5], "long_factor": [1.5, 2, 5, 9]},
+    },
     "gpt2": {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],

@@ -43,10 +43,15 @@ def problem(num_tokens: int, dtype: torch.dtype, vocab: int = 37, dim: int = 9) 
     return hidden, weight, targets, torch.rand(num_tokens, generator=generator)
 
 
-def exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def exact(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """fp64 leaves and the log-probabilities."""
     leaves = hidden.double().detach().requires_grad_(), weight.double().detach().requires_grad_()
-    return *leaves, -functional.cross_entropy(leaves[0] @ leaves[1].t(), targets, reduction="none")
+    logits = leaves[0] @ leaves[1].t()
+    if softcap is not None:
+        logits = (logits / softcap).tanh() * softcap
+    return *leaves, -functional.cross_entropy(logits, targets, reduction="none")
 
 
 def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -95,6 +100,40 @@ def test_token_logprobs(backend: str, chunks: int, dtype: torch.dtype) -> None:
     for leaf, wide in zip(leaves, (wide_hidden, wide_weight), strict=True):
         assert leaf.grad is not None and wide.grad is not None
         close(leaf.grad, wide.grad, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 65, 150])
+def test_softcap(backend: str, chunks: int, num_tokens: int, dtype: torch.dtype) -> None:
+    """Logits far into the bend (up to 4 times the cap): values and both gradients, through either function."""
+    hidden, weight, targets, coef = problem(num_tokens, dtype)
+    cap = 2.0
+    assert num_tokens == 1 or float((hidden.float() @ weight.float().t()).abs().max()) > 4 * cap
+    wide_hidden, wide_weight, logprobs = exact(hidden, weight, targets, cap)
+    (-(coef.double() * logprobs).sum()).backward()
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    result = head_loss(*leaves, targets, coef, softcap=cap)
+    found = token_logprobs(*leaves, targets, softcap=cap)
+    close(result.logprobs_N, logprobs.detach(), dtype)
+    close(found.detach(), logprobs.detach(), dtype)
+    close(result.loss.detach(), -(coef.double() * logprobs.detach()).sum(), dtype)
+    for loss in (result.loss, -(coef * found).sum()):
+        for have, wide in zip(torch.autograd.grad(loss, leaves), (wide_hidden, wide_weight), strict=True):
+            assert wide.grad is not None and have.dtype == dtype
+            close(have, wide.grad, dtype)
+    with torch.no_grad():
+        free = head_loss(*leaves, targets, coef)
+    assert not torch.allclose(free.logprobs_N, result.logprobs_N)
+
+
+def test_softcap_of_huge_logits(backend: str) -> None:
+    """tanh is flat there: a finite loss, and a gradient of exactly zero."""
+    hidden = torch.tensor([[300.0], [-300.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    loss = head_loss(hidden, weight, torch.tensor([1, 1]), torch.ones(2), softcap=5.0).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(10.0, abs=1e-3)
+    assert hidden.grad is not None and not hidden.grad.any()
 
 
 def test_loss_scaled_from_outside(backend: str) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
 from oarsmith.errors import ModelError
 from oarsmith.models import families
+from oarsmith.models.spec_position import LongScaling, Rope
 
-from .variants import GQA
+from .conftest import VARIANTS
+from .variants import GQA, experts
 
 LLAMA = {**GQA, "model_type": "llama"}
+MOE = {**experts.QWEN2, "model_type": "qwen2_moe"}
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_head": 4}
 
 
@@ -40,6 +44,21 @@ GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_head": 4}
         ({**LLAMA, "model_type": "qwen2", "layer_types": ["full_attention"]}, ["does not describe 3 layers"]),
         ({**LLAMA, "model_type": "mistral", "layer_types": ["chunked"] * 3}, ["['chunked', 'chunked', 'chunked']"]),
         ({**LLAMA, "model_type": "mistral", "sliding_window": 0}, ["sliding_window must be a positive integer, got 0"]),
+        ({**MOE, "num_experts_per_tok": 7}, ["num_experts_per_tok 7 is more than the 6 experts"]),
+        ({**MOE, "mlp_only_layers": 1}, ["mlp_only_layers must be a list of integers, got 1"]),
+        ({**LLAMA, "model_type": "smollm3", "no_rope_layers": [1, 0]}, ["0 or 1 for each of 3 layers, got [1, 0]"]),
+        ({**LLAMA, "model_type": "smollm3", "no_rope_layers": [1, 0, 2]}, ["0 or 1 for each", "[1, 0, 2]"]),
+        ({**LLAMA, "model_type": "gemma2", "use_bidirectional_attention": True}, ["this is an encoder"]),
+        (
+            {**LLAMA, "model_type": "gemma2", "final_logit_softcapping": 0},
+            ["final_logit_softcapping must be above zero"],
+        ),
+        ({**LLAMA, "model_type": "granite", "logits_scaling": -1.0}, ["logits_scaling must be above zero, got -1"]),
+        ({**LLAMA, "model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, ["Gemma 3 does not have", "null"]),
+        (
+            {**LLAMA, "model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [2]}},
+            ["short_factor must hold 4 positive numbers, one for each frequency, got 1"],
+        ),
         ({**GPT2, "n_head": 5}, ["n_embd 32 is not a multiple of n_head 5"]),
         ({**GPT2, "activation_function": "elu"}, ["unknown activation 'elu' in activation_function"]),
     ],
@@ -58,6 +77,31 @@ def test_architectures_where_the_type_is_missing() -> None:
 
 
 def test_every_family_is_described() -> None:
+    names = [family.name for family in families.known()]
     types = [name for family in families.known() for name in family.model_types]
-    assert len(types) == len(set(types)) and {"llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2"} <= set(types)
+    shared = {"chatglm", "falcon", "RefinedWeb", "RefinedWebModel"}  # told apart by Family.matches
+    assert len(names) == len(set(names)) and {name for name in types if types.count(name) > 1} == shared
+    assert {"llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2"} <= set(types)
     assert all(family.description and family.architectures for family in families.known())
+
+
+# DeepSeek's papers state an initialisation that transformers' defaults do not follow.
+CLASSES = {kind.model_type: kind for kind, _ in VARIANTS.values() if not kind.model_type.startswith("deepseek")}
+
+
+@pytest.mark.parametrize("model_type", CLASSES)
+def test_missing_keys_mean_the_defaults_of_the_config_class(model_type: str) -> None:
+    full = CLASSES[model_type]().to_dict()
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sparse = {"model_type": model_type, **{key: full[key] for key in sizes if key in full}}
+    assert families.build_spec(sparse)[1] == families.build_spec(full)[1]
+
+
+@pytest.mark.parametrize("kind", ["su", "yarn", "longrope"])
+def test_phi3_means_long_rope(kind: str) -> None:
+    scaling = {"type": kind, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = {**LLAMA, "model_type": "phi3", "rope_scaling": scaling, "max_position_embeddings": 16384}
+    rope = families.build_spec(config)[1].layers[0].attention.position
+    factor = (1 + math.log(4) / math.log(4096)) ** 0.5
+    expected = LongScaling(short=(1.0,) * 4, long=(2.0,) * 4, original_length=4096, attention_factor=factor)
+    assert rope == Rope(dim=8, theta=10000.0, scaling=expected)

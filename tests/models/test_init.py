@@ -10,13 +10,28 @@ from oarsmith.models.decoder import Decoder
 from oarsmith.models.init import init_weights
 
 from .conftest import tokens
-from .variants import GPT2, GQA
+from .variants import GPT2, GQA, SIZES, experts
+
+# GPT-2 (section 2.3), BLOOM and OPT (section 2.2): maps into the residual stream are scaled by 1 / sqrt(2 * layers).
+SCALED = ("gpt2", "bloom", "opt", "qwen")
 
 CONFIGS = {
     "llama": {**GQA, "model_type": "llama", "initializer_range": 0.05},
     "gemma": {**GQA, "model_type": "gemma", "head_dim": 8},
+    "gemma3": {**GQA, "model_type": "gemma3_text", "head_dim": 8},
     "qwen3": {**GQA, "model_type": "qwen3", "attention_bias": True, "head_dim": 8},
+    "qwen2_moe": {**experts.QWEN2, "model_type": "qwen2_moe"},
+    "starcoder2": {**GQA, "model_type": "starcoder2", "initializer_range": 0.05},
+    "cohere": {**GQA, "model_type": "cohere", "use_qk_norm": True},
     "gpt2": {**GPT2, "model_type": "gpt2"},
+    "bloom": {**GQA, "model_type": "bloom"},
+    "opt": {**GQA, "model_type": "opt", "ffn_dim": 40, "init_std": 0.006, "word_embed_proj_dim": 20},
+    "falcon": {**GQA, "model_type": "falcon", "new_decoder_architecture": True},
+    "qwen": {**GQA, "model_type": "qwen", "kv_channels": 8, "seq_length": 16},
+    "internlm2": {**GQA, "model_type": "internlm2"},
+    "baichuan": {**SIZES, "model_type": "baichuan", "norm_head": True},
+    "yuan": {**SIZES, "model_type": "yuan", "pad_token_id": 0},
+    "chatglm2": {"model_type": "chatglm", "padded_vocab_size": 101, "hidden_size": 32, "num_layers": 3},
 }
 
 
@@ -44,18 +59,18 @@ def test_the_seed_decides(name: str) -> None:
 def test_values(name: str) -> None:
     model = fresh(name, 0)
     model.requires_grad_(False)
-    std = CONFIGS[name].get("initializer_range", 0.02)
+    std = CONFIGS[name].get("initializer_range", CONFIGS[name].get("init_std", 0.02))
     for key, parameter in model.named_parameters():
         if "norm" in key:
-            expected = 0.0 if key.endswith("bias") or name == "gemma" else 1.0
+            expected = 0.0 if key.endswith("bias") or name.startswith("gemma") else 1.0
             assert bool((parameter == expected).all()), key
         elif key.endswith("bias"):
             assert not parameter.any(), key
         else:
-            # GPT-2 (section 2.3): maps into the residual stream are scaled by 1 / sqrt(number of residual layers).
-            writes = name == "gpt2" and key.endswith((".out.weight", ".down.weight"))
+            writes = name in SCALED and key.endswith((".out.weight", ".down.weight"))
             expected_std = std / 6**0.5 if writes else std
-            assert float(parameter.std()) == pytest.approx(expected_std, rel=0.1), key
-            assert abs(float(parameter.mean())) < std / 5, key
+            error = max(0.1, 3 / parameter.numel() ** 0.5)  # three deviations of what few numbers show
+            assert float(parameter.std()) == pytest.approx(expected_std, rel=error), key
+            assert abs(float(parameter.mean())) < 2 * error * std, key
     with torch.no_grad():
         assert model(tokens(1, 5)).isfinite().all()

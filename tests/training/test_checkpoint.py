@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from oarsmith.checkpoint.atomic import atomic_write_text
+from oarsmith.atomic import atomic_write_text
 from oarsmith.errors import CheckpointError
 from oarsmith.training.checkpoint import CheckpointStore, read_checkpoint
 

@@ -1,13 +1,14 @@
 """LoRA: y = x W^T + scale * x A^T B^T on chosen projections (Hu et al. 2021); rsLoRA's scale (Kalajdzievski 2023).
 
-Shapes: T tokens, I in features, O out features, R the ranks of all segments of a fused map together.
+Shapes: T tokens, I in features, O out features, R the ranks of all segments of a fused map together, E experts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from oarsmith.models.spec_parts import LinearSpec
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSegment:
-    """The adapter of one segment: rank and the factor on its product."""
+    """The adapter of one segment (of every expert, where maps are stacked): rank and the factor on its product."""
 
     name: str
     rank: int
@@ -48,35 +49,50 @@ class LoraLinear(Linear):
     """A linear map with low-rank additions on some of its segments.
 
     ``lora_A[name]`` [r, I] and ``lora_B[name]`` [segment size, r] are fp32 and trainable whatever the base's dtype:
-    they are small, and updates are not lost to rounding. Products run in the base's dtype.
+    they are small, and updates are not lost to rounding. Products run in the base's dtype. Stacked maps have one such
+    pair for each expert, along a leading axis.
     """
 
     def __init__(self, spec: LinearSpec, lora: Lora) -> None:
         super().__init__(spec)
         self.lora = lora
+        lead = () if spec.experts is None else (spec.experts,)
         sizes = {segment.name: segment.size for segment in spec.segments}
-        self.lora_A = nn.ParameterDict({s.name: torch.empty(s.rank, spec.in_features) for s in lora.segments})
-        self.lora_B = nn.ParameterDict({s.name: torch.empty(sizes[s.name], s.rank) for s in lora.segments})
+        self.lora_A = nn.ParameterDict({s.name: torch.empty(*lead, s.rank, spec.in_features) for s in lora.segments})
+        self.lora_B = nn.ParameterDict({s.name: torch.empty(*lead, sizes[s.name], s.rank) for s in lora.segments})
 
-    def forward(self, x_TI: Tensor) -> Tensor:
-        a_RI, b_OR = self._stacked(x_TI.dtype)
+    def forward(self, x_TI: Tensor, counts: Sequence[int] = ()) -> Tensor:
+        """``counts``: for stacked maps, how many rows of x go through each."""
+        a, b = self._stacked(x_TI.dtype)
+        if self.spec.experts is None:
+            return self._adapted(x_TI, self.weight, self.bias, a, b)
+        biases = [None] * self.spec.experts if self.bias is None else self.bias.unbind()
+        maps = zip(self.weight.unbind(), biases, a.unbind(), b.unbind(), strict=True)
+        rows = zip(x_TI.split(list(counts)), maps, strict=True)
+        return torch.cat([self._adapted(x, *weights) for x, weights in rows if len(x)])
+
+    def _adapted(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor) -> Tensor:
         if self.lora.dropout > 0 and self.training:
-            base = functional.linear(x_TI, self.weight, self.bias)
+            base = functional.linear(x_TI, weight_OI, bias_O)
             dropped_TI = functional.dropout(x_TI, self.lora.dropout)
             return base + functional.linear(functional.linear(dropped_TI, a_RI), b_OR)
-        return _LoraProduct.apply(x_TI, self.weight, self.bias, a_RI, b_OR)
+        return _LoraProduct.apply(x_TI, weight_OI, bias_O, a_RI, b_OR)
 
     def _stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A of all segments stacked, and B with its scale as a block-diagonal matrix."""
+        """A of all segments stacked [R, I], and B with its scale as a block-diagonal matrix [O, R]; or [E, ...]."""
         by_name = {segment.name: segment for segment in self.lora.segments}
+        rows = [self.lora_A[s.name] for s in self.spec.segments if s.name in by_name]
         blocks = [
             self.lora_B[s.name] * by_name[s.name].scale
             if s.name in by_name
-            else torch.zeros(s.size, 0, device=self.weight.device)
+            else torch.zeros(*self.weight.shape[:-2], s.size, 0, device=self.weight.device)
             for s in self.spec.segments
         ]
-        rows = [self.lora_A[s.name] for s in self.spec.segments if s.name in by_name]
-        return torch.cat(rows).to(dtype), torch.block_diag(*blocks).to(dtype)
+        if self.spec.experts is None:
+            diagonal = torch.block_diag(*blocks)
+        else:
+            diagonal = torch.stack([torch.block_diag(*each) for each in zip(*blocks, strict=True)])
+        return torch.cat(rows, -2).to(dtype), diagonal.to(dtype)
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
@@ -88,13 +104,13 @@ class LoraLinear(Linear):
             self.lora_B[name].zero_()
 
     @torch.no_grad()
-    def deltas(self) -> Iterator[tuple[str, slice, Tensor]]:
-        """(segment, its rows, scale * B A in fp32) for each adapted segment."""
+    def deltas(self) -> Iterator[tuple[str, tuple[EllipsisType, slice, slice], Tensor]]:
+        """(segment, where it lies in the weight, scale * B A in fp32) for each adapted segment."""
         by_name = {segment.name: segment for segment in self.lora.segments}
         for segment, start, stop in self.spec.bounds():
             if segment.name in by_name:
                 product = self.lora_B[segment.name].float() @ self.lora_A[segment.name].float()
-                yield segment.name, slice(start, stop), product * by_name[segment.name].scale
+                yield segment.name, (..., slice(start, stop), slice(None)), product * by_name[segment.name].scale
 
 
 class _LoraProduct(torch.autograd.Function):

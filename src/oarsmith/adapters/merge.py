@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from oarsmith.adapters.lora import lora_modules
 from oarsmith.models.decoder import Decoder
-from oarsmith.models.linear import Linear
+from oarsmith.models.linear import ExpertLinear, Linear
 from oarsmith.models.spec import rewrite_linears
 
 
@@ -21,9 +21,10 @@ def merge_lora(model: Decoder) -> Decoder:
     Works in place (one copy of the weights); the returned decoder is the same object, now plain.
     """
     for path, module in list(lora_modules(model)):
-        for _, rows, delta in module.deltas():
-            module.weight[rows] = (module.weight[rows].float() + delta).to(module.weight.dtype)
-        plain = Linear.__new__(Linear)
+        for _, where, delta in module.deltas():
+            module.weight[where] = (module.weight[where].float() + delta).to(module.weight.dtype)
+        kind = Linear if module.spec.experts is None else ExpertLinear
+        plain = kind.__new__(kind)
         nn.Module.__init__(plain)
         plain.spec = replace(module.spec, rewrite=None)
         plain.weight, plain.bias = module.weight, module.bias
@@ -52,7 +53,7 @@ class MergeProof:
 @torch.no_grad()
 def prompt_logits(model: Decoder, prompts: Iterable[list[int]]) -> list[Tensor]:
     """fp32 logits [T, V] of each prompt."""
-    return [model(torch.tensor([ids], device=model.embedding.weight.device))[0].float() for ids in prompts]
+    return [model(torch.tensor([ids], device=model.device))[0].float() for ids in prompts]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from oarsmith.adapters.lora import LoraSegment, lora_modules, lora_scale
 from oarsmith.adapters.targets import lora_rewrite
-from oarsmith.checkpoint.atomic import atomic_write_text
+from oarsmith.atomic import atomic_write_text
 from oarsmith.checkpoint.hf import projection_places
 from oarsmith.checkpoint.safetensors_stream import SafetensorsWriter, TensorInfo, check_safetensors
 from oarsmith.errors import CheckpointError
@@ -29,7 +29,7 @@ from oarsmith.models.spec import DecoderSpec
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 # Options that change the arithmetic and belong to other methods: refusing beats computing something else.
 _MUST_BE_EMPTY = (
     "use_dora",
@@ -84,7 +84,7 @@ def adapter_rewrite(directory: Path) -> Callable[[Family, DecoderSpec], DecoderS
     ranks = {}
     for name, info in check_safetensors(directory / WEIGHTS).items():
         if name.endswith(".lora_A.weight"):
-            ranks[name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")] = info.shape[0]
+            ranks[name.removeprefix(PREFIX).removesuffix(".lora_A.weight")] = info.shape[0]
 
     def choose(modules: list[str]) -> Mapping[str, LoraSegment]:
         unknown = sorted(set(ranks) - set(modules))
@@ -140,14 +140,15 @@ def load_adapter_weights(model: Decoder, directory: Path) -> None:
 
 
 def adapter_tensors(model: Decoder) -> dict[str, Tensor]:
-    """PEFT key -> the adapter parameter itself."""
+    """PEFT key -> the adapter parameter itself, or an expert's share of it."""
     modules = dict(lora_modules(model))
     found = {}
     for module, place in projection_places(families.find(model.config).names(model.spec)).items():
         linear, segment = modules.get(place.parameter.removesuffix(".weight")), place.segment
         if linear is not None and segment is not None and segment in linear.lora_A:
-            found[f"{_PREFIX}{module}.lora_A.weight"] = linear.lora_A[segment]
-            found[f"{_PREFIX}{module}.lora_B.weight"] = linear.lora_B[segment]
+            a, b = linear.lora_A[segment], linear.lora_B[segment]
+            found[f"{PREFIX}{module}.lora_A.weight"] = a if place.expert is None else a[place.expert]
+            found[f"{PREFIX}{module}.lora_B.weight"] = b if place.expert is None else b[place.expert]
     return found
 
 
@@ -157,8 +158,8 @@ def _bias_slots(model: Decoder) -> dict[str, Tensor]:
     for place in families.find(model.config).names(model.spec).places:
         if place.file.endswith(".bias"):
             target = place.view(parameters[place.parameter].data)
-            found[f"{_PREFIX}{place.file}"] = target
-            found[f"{_PREFIX}{place.file.removesuffix('bias')}base_layer.bias"] = target
+            found[f"{PREFIX}{place.file}"] = target
+            found[f"{PREFIX}{place.file.removesuffix('bias')}base_layer.bias"] = target
     return found
 
 
@@ -174,7 +175,7 @@ def write_adapter(model: Decoder, directory: Path, *, base: str, settings: Mappi
     with SafetensorsWriter(directory / WEIGHTS, infos) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
-    modules = sorted({name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for name in tensors})
+    modules = sorted({name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in tensors})
     places = projection_places(families.find(model.config).names(model.spec))
     config = {
         "peft_type": "LORA",
@@ -183,13 +184,13 @@ def write_adapter(model: Decoder, directory: Path, *, base: str, settings: Mappi
         "bias": "none",
         "fan_in_fan_out": any(places[module].view is transposed for module in modules),
         "inference_mode": True,
-        "target_modules": _shortest(modules, list(places)),
+        "target_modules": shortest_names(modules, list(places)),
         **settings,
     }
     atomic_write_text(directory / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def _shortest(chosen: list[str], everything: list[str]) -> list[str]:
+def shortest_names(chosen: list[str], everything: list[str]) -> list[str]:
     """Leaf names where they select exactly the chosen modules, else the full names."""
     leaves = sorted({name.rsplit(".", 1)[-1] for name in chosen})
     selected = {name for name in everything if name.rsplit(".", 1)[-1] in leaves}

@@ -10,6 +10,7 @@ from oarsmith.adapters.lora import Lora, LoraSegment
 from oarsmith.checkpoint.hf import projection_places
 from oarsmith.errors import ConfigError
 from oarsmith.models.families import Family
+from oarsmith.models.names import Place
 from oarsmith.models.spec import DecoderSpec, rewrite_linears
 from oarsmith.models.spec_parts import LinearSpec
 
@@ -60,18 +61,38 @@ def lora_rewrite(
 
     def rewrite(family: Family, spec: DecoderSpec) -> DecoderSpec:
         places = projection_places(family.names(spec))
-        segments: dict[str, list[LoraSegment]] = {}
-        for module, adapter in choose(list(places)).items():
+        chosen = {module: replace(adapter, name="") for module, adapter in choose(list(places)).items()}
+        _check_experts(chosen, places)
+        segments: dict[str, dict[str, LoraSegment]] = {}
+        for module, adapter in chosen.items():
             place = places[module]
             assert place.segment is not None
             path = place.parameter.removesuffix(".weight")
-            segments.setdefault(path, []).append(replace(adapter, name=place.segment))
+            segments.setdefault(path, {})[place.segment] = replace(adapter, name=place.segment)
 
         def rule(path: str, linear: LinearSpec) -> LinearSpec:
             if path not in segments:
                 return linear
-            return replace(linear, rewrite=Lora(segments=tuple(segments[path]), dropout=dropout))
+            return replace(linear, rewrite=Lora(segments=tuple(segments[path].values()), dropout=dropout))
 
         return rewrite_linears(spec, rule)
 
     return rewrite
+
+
+def _check_experts(chosen: Mapping[str, LoraSegment], places: Mapping[str, Place]) -> None:
+    """Experts lie stacked, so those of a layer have an adapter each, of the same rank and scale, or none has.
+
+    Raises:
+        ConfigError: some of them only; names the first that differs.
+    """
+    expected: dict[tuple[str, str | None], tuple[str, LoraSegment | None]] = {}
+    for module, place in places.items():
+        if place.expert is not None:
+            first, adapter = expected.setdefault((place.parameter, place.segment), (module, chosen.get(module)))
+            if chosen.get(module) != adapter:
+                raise ConfigError(
+                    f"{first} and {module} do not have the same adapter: the experts of a layer are adapted together",
+                    where="lora_target_modules",
+                    fix="name the projection of all experts (gate_proj), with one rank and one alpha",
+                )

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: the Hugging Face directory, GGUF, and the atomic writing they all go through."""
+"""Checkpoints on disk: the Hugging Face directory and GGUF."""

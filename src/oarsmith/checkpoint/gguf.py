@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from gguf.constants import GGMLQuantizationType
 
-from oarsmith.checkpoint.atomic import atomic_directory, atomic_write_text
-from oarsmith.checkpoint.gguf_config import build_config, unknown_architecture
-from oarsmith.checkpoint.gguf_metadata import Metadata, ModelSizes, read_sizes
+from oarsmith.atomic import atomic_directory, atomic_write_text
+from oarsmith.checkpoint.gguf_architectures import family_of_file
+from oarsmith.checkpoint.gguf_family import Config, read_config
+from oarsmith.checkpoint.gguf_metadata import Metadata
+from oarsmith.checkpoint.gguf_plan import ReadPlan, has_tied_head, plan_reading, read_link
 from oarsmith.checkpoint.gguf_reader import GgufFile
-from oarsmith.checkpoint.gguf_tensors import LAYOUTS, PlannedTensor, has_tied_head, plan_tensors, read_planned
 from oarsmith.checkpoint.gguf_tokenizer import GgufTokenizer, build_tokenizer
 from oarsmith.checkpoint.safetensors_stream import ShardedSafetensorsWriter, TensorInfo
 from oarsmith.errors import CheckpointError
@@ -69,19 +70,21 @@ def convert_gguf(
         )
     file = GgufFile(src)
     metadata = Metadata(file)
-    if metadata.architecture not in LAYOUTS:
-        raise unknown_architecture(metadata)
-    sizes = read_sizes(metadata)
+    family = family_of_file(metadata)
+    config = read_config(family, metadata)
+    where = Config(config, str(src))
+    dims = family.dims(where)
     target_dtype = _choose_dtype(file, dtype)
     tied = has_tied_head(file)
-    planned = plan_tensors(file, LAYOUTS[metadata.architecture], sizes.dims(), sizes.layers, tied=tied)
-    tokenizer = build_tokenizer(file, architecture=metadata.architecture, context=sizes.context)
-    if tokenizer.num_tokens > sizes.vocab:
+    plans = plan_reading(file, family.links(where, dims), dims, tied=tied)
+    tokenizer = build_tokenizer(file, architecture=metadata.architecture, context=dims["context"])
+    if tokenizer.num_tokens > dims["vocab"]:
         raise CheckpointError(
-            f"{tokenizer.num_tokens} tokens, but the embedding has {sizes.vocab} rows", where=str(src)
+            f"{tokenizer.num_tokens} tokens, but the embedding has {dims['vocab']} rows", where=str(src)
         )
-    config = build_config(metadata, sizes, tied=tied, dtype=target_dtype, special_ids=tokenizer.special_ids)
-    tensors = {item.target: TensorInfo(target_dtype, _target_shape(item)) for item in planned}
+    config |= {"tie_word_embeddings": tied, "torch_dtype": str(target_dtype).removeprefix("torch.")}
+    config |= {f"{role}_token_id": tokenizer.special_ids.get(role) for role in ("bos", "eos", "pad")}
+    tensors = {name: TensorInfo(target_dtype, shape) for plan in plans for name, shape in plan.targets().items()}
     num_bytes = sum(info.num_bytes for info in tensors.values())
     with atomic_directory(dst, num_bytes=num_bytes) as directory:
         atomic_write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
@@ -90,12 +93,12 @@ def convert_gguf(
         )
         for name, text in tokenizer.files.items():
             atomic_write_text(directory / name, text)
-        _write_weights(directory, file, planned, tensors, sizes, progress)
+        _write_weights(directory, file, plans, tensors, progress)
     return ConvertReport(
         source=src,
         destination=dst,
         architecture=metadata.architecture,
-        model_type=config["model_type"],
+        model_type=family.model_type,
         dtype=str(target_dtype).removeprefix("torch."),
         num_tensors=len(tensors),
         num_parameters=sum(math.prod(info.shape) for info in tensors.values()),
@@ -120,26 +123,23 @@ def _choose_dtype(file: GgufFile, dtype: str) -> torch.dtype:
     return torch.bfloat16
 
 
-def _target_shape(item: PlannedTensor) -> tuple[int, ...]:
-    shape = item.source.shape
-    return tuple(reversed(shape)) if item.change == "transpose" else shape
-
-
 def _write_weights(
     directory: Path,
     file: GgufFile,
-    planned: list[PlannedTensor],
+    plans: list[ReadPlan],
     tensors: Mapping[str, TensorInfo],
-    sizes: ModelSizes,
     progress: Progress | None,
 ) -> None:
-    total = sum(item.source.num_bytes for item in planned)
+    total = sum(source.num_bytes for plan in plans for source in plan.sources)
     done = 0
     with ShardedSafetensorsWriter(directory, tensors) as writer:
-        for item in planned:
-            tensor = read_planned(file, item, tensors[item.target].dtype, sizes.heads, sizes.kv_heads)
-            writer.write(item.target, tensor)
-            done += item.source.num_bytes
+        for plan in plans:
+            for expert in range(plan.num_experts) if plan.link.per_expert else (None,):
+                names = plan.link.hf if expert is None else plan.names(expert)
+                dtype = tensors[names[0]].dtype
+                for name, tensor in zip(names, read_link(file, plan, dtype, expert), strict=True):
+                    writer.write(name, tensor)
+            done += sum(source.num_bytes for source in plan.sources)
             if progress is not None:
                 progress(done, total)
 

@@ -219,31 +219,53 @@ class GgufFile:
         """The tensor's bytes as they lie in the file: uint8 [num_bytes], a view of the memory map."""
         return np.frombuffer(self._data, dtype=np.uint8, count=tensor.num_bytes, offset=tensor.start)
 
-    def read(self, tensor: GgufTensor, dtype: torch.dtype) -> torch.Tensor:
+    def read(self, tensor: GgufTensor, dtype: torch.dtype, *, index: int | None = None) -> torch.Tensor:
         """Dequantize in float32, cast to `dtype`, in chunks of rows.
 
+        Args:
+            index: only this entry of the first dimension (one expert of many).
+
         Returns:
-            A tensor of `tensor.shape`.
+            A tensor of `tensor.shape`, without its first dimension if `index` is given.
 
         Raises:
-            CheckpointError: a type without a float value (integers), or one the gguf package cannot dequantize.
+            CheckpointError: a type without a float value (integers), or one the gguf package cannot dequantize; a value
+                that is not finite, or does not fit into float16.
         """
-        num_rows = math.prod(tensor.shape[:-1])
-        rows = self.raw(tensor).reshape(num_rows, -1)
-        out = torch.empty(num_rows, tensor.shape[-1], dtype=dtype)
-        step = max(1, _CHUNK_ELEMENTS // tensor.shape[-1])
+        shape = tensor.shape if index is None else tensor.shape[1:]
+        num_rows = math.prod(shape[:-1])
+        rows = self.raw(tensor).reshape(math.prod(tensor.shape[:-1]), -1)
+        if index is not None:
+            rows = rows[index * num_rows : (index + 1) * num_rows]
+        out = torch.empty(num_rows, shape[-1], dtype=dtype)
+        step = max(1, _CHUNK_ELEMENTS // shape[-1])
         for first in range(0, num_rows, step):
-            try:
-                values = dequantize(rows[first : first + step], tensor.type)
-            except NotImplementedError as error:
+            part = out[first : first + step]
+            part.copy_(self._dequantize(rows[first : first + step], tensor))
+            if dtype is torch.float16 and not torch.isfinite(part).all():
                 raise CheckpointError(
-                    f"the gguf package cannot dequantize {tensor.type.name}",
+                    "a value does not fit into float16",
                     where=f"{self.path}: {tensor.name}",
-                    fix="pip install --upgrade gguf, or quantize the model to a common type such as Q8_0",
-                ) from error
-            # np.array: float32 comes back as a view of the read-only map, which torch cannot wrap.
-            out[first : first + step] = torch.from_numpy(np.array(values, dtype=np.float32))
-        return out.reshape(tensor.shape)
+                    fix="convert to bfloat16 or float32",
+                )
+        return out.reshape(shape)
+
+    def _dequantize(self, rows: np.ndarray, tensor: GgufTensor) -> torch.Tensor:
+        where = f"{self.path}: {tensor.name}"
+        try:
+            with np.errstate(all="ignore"):  # what comes of damaged scales is checked here
+                # np.array: float32 comes back as a view of the read-only map, which torch cannot wrap.
+                values = np.array(dequantize(rows, tensor.type), dtype=np.float32)
+                finite = math.isfinite(float(values.sum(dtype=np.float64)))
+        except NotImplementedError as error:
+            raise CheckpointError(
+                f"the gguf package cannot dequantize {tensor.type.name}",
+                where=where,
+                fix="pip install --upgrade gguf, or quantize the model to a common type such as Q8_0",
+            ) from error
+        if not finite:
+            raise CheckpointError("the tensor holds NaN or infinite values", where=where, fix=_REFETCH)
+        return torch.from_numpy(values)
 
 
 def _check_version(cursor: _Cursor) -> None:

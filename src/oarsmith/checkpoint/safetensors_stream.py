@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from oarsmith.checkpoint.atomic import atomic_file, atomic_write_text
+from oarsmith.atomic import atomic_file, atomic_write_text
+from oarsmith.checkpoint.files import unique_keys
 from oarsmith.errors import CheckpointError
 
 SAFETENSORS_DTYPES: Mapping[torch.dtype, str] = {
@@ -148,21 +149,31 @@ class ShardedSafetensorsWriter:
         directory: an existing directory.
         tensors: name -> dtype and shape of all tensors; shards are filled in this order.
         max_shard_bytes: upper size of a shard's data; a tensor larger than this gets a shard of its own.
+        stem: first part of the file names, ``model`` for models.
+        metadata: strings for each file's ``__metadata__``.
     """
 
     def __init__(
-        self, directory: Path, tensors: Mapping[str, TensorInfo], *, max_shard_bytes: int = MAX_SHARD_BYTES
+        self,
+        directory: Path,
+        tensors: Mapping[str, TensorInfo],
+        *,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        stem: str = "model",
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
-        self._directory = directory
-        groups = _split_into_shards(tensors, max_shard_bytes)
+        self._directory, self._stem = directory, stem
+        groups = split_into_shards(tensors, max_shard_bytes)
         self._total = sum(info.num_bytes for info in tensors.values())
         self._file_of: dict[str, str] = {}
         self._writers: dict[str, SafetensorsWriter] = {}
         self._stack = ExitStack()
         for index, names in enumerate(groups, start=1):
-            file = "model.safetensors" if len(groups) == 1 else f"model-{index:05}-of-{len(groups):05}.safetensors"
+            part = "" if len(groups) == 1 else f"-{index:05}-of-{len(groups):05}"
+            file = f"{stem}{part}.safetensors"
             self._file_of.update(dict.fromkeys(names, file))
-            self._writers[file] = SafetensorsWriter(directory / file, {name: tensors[name] for name in names})
+            chosen = {name: tensors[name] for name in names}
+            self._writers[file] = SafetensorsWriter(directory / file, chosen, metadata=metadata)
 
     def __enter__(self) -> ShardedSafetensorsWriter:
         with ExitStack() as opening:
@@ -181,11 +192,17 @@ class ShardedSafetensorsWriter:
     ) -> None:
         self._stack.__exit__(kind, error, traceback)
         if error is None and len(self._writers) > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(self._file_of.items()))}
-            atomic_write_text(self._directory / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+            write_index(self._directory / f"{self._stem}.safetensors.index.json", self._file_of, self._total)
 
 
-def _split_into_shards(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> list[list[str]]:
+def write_index(path: Path, file_of: Mapping[str, str], total: int) -> None:
+    """The index of a sharded model: which file holds each tensor, and the number of bytes in all."""
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
+    atomic_write_text(path, json.dumps(index, indent=2) + "\n")
+
+
+def split_into_shards(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> list[list[str]]:
+    """Names in groups whose tensors fit into `max_shard_bytes`, in their order."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, info in tensors.items():
@@ -209,6 +226,21 @@ def check_safetensors(path: Path) -> dict[str, StoredTensor]:
     """
     if not path.is_file():
         raise CheckpointError("no such file", where=str(path), fix="check the path")
+    header, data_start = _read_header(path)
+    header.pop("__metadata__", None)
+    stored = {name: _stored_tensor(f"{path}: {name}", entry, data_start) for name, entry in header.items()}
+    _check_ranges(path, stored.items(), data_start, path.stat().st_size)
+    return stored
+
+
+def safetensors_metadata(path: Path) -> dict[str, Any]:
+    """The header's ``__metadata__``; PaddleNLP's own files say ``{"format": "np"}`` there."""
+    metadata = _read_header(path)[0].get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header and the byte where the data starts."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
@@ -218,21 +250,16 @@ def check_safetensors(path: Path) -> dict[str, StoredTensor]:
                 where=str(path),
                 fix=_REFETCH,
             )
-        header = _parse_header(path, file.read(header_bytes))
-    data_start = 8 + header_bytes
-    stored = {name: _stored_tensor(f"{path}: {name}", entry, data_start) for name, entry in header.items()}
-    _check_ranges(path, stored.items(), data_start, size)
-    return stored
+        return _parse_header(path, file.read(header_bytes)), 8 + header_bytes
 
 
 def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(text.decode("utf-8"))
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"the header is not JSON ({error})", where=str(path), fix=_REFETCH) from error
     if not isinstance(header, dict):
         raise CheckpointError("the header is not a JSON object", where=str(path), fix=_REFETCH)
-    header.pop("__metadata__", None)
     return header
 
 
@@ -242,8 +269,10 @@ def _stored_tensor(where: str, entry: object, data_start: int) -> StoredTensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise CheckpointError(f"unknown dtype {dtype!r}; known are {', '.join(_BITS)}", where=where)
-    if not _whole_numbers(shape):
-        raise CheckpointError(f"shape {shape!r} is not a list of non-negative whole numbers", where=where, fix=_REFETCH)
+    if not _whole_numbers(shape) or not storable(shape):
+        raise CheckpointError(
+            f"shape {shape!r} is not a list of non-negative whole numbers of sane size", where=where, fix=_REFETCH
+        )
     if not _whole_numbers(offsets) or len(offsets) != 2:
         raise CheckpointError(
             f"data_offsets {offsets!r} are not two non-negative whole numbers", where=where, fix=_REFETCH
@@ -256,6 +285,11 @@ def _stored_tensor(where: str, entry: object, data_start: int) -> StoredTensor:
             fix=_REFETCH,
         )
     return StoredTensor(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def storable(shape: Sequence[int]) -> bool:
+    """Whether PyTorch can hold a tensor of this shape, memory aside: few axes, and strides that fit 64 bits."""
+    return len(shape) <= 16 and math.prod(max(size, 1) for size in shape) < 2**60
 
 
 def _whole_numbers(value: object) -> bool:

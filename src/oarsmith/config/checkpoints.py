@@ -16,12 +16,29 @@ class ConvertConfig(JobConfig):
     command: ClassVar[str] = "convert"
     positional: ClassVar[tuple[str, ...]] = ("src", "dst")
 
-    src: str = Field(description="What to read: a GGUF file or a Hugging Face directory.")
-    dst: str = Field(description="The Hugging Face directory to write.")
+    src: str = Field(
+        description="What to read: a model directory (Hugging Face safetensors or pytorch_model.bin, PaddleNLP), a "
+        "GGUF file, or a LoRA adapter (PEFT, PaddleNLP)."
+    )
+    dst: str = Field(description="What to write: a directory, or a .gguf file.")
+    to: Literal["hf", "bin", "gguf", "paddle"] = Field(
+        "hf",
+        description="Layout of dst. hf: safetensors. bin: pytorch_model.bin. gguf: llama.cpp. paddle: PaddleNLP.",
+    )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         description="Number format of the written weights. auto: that of the source; quantized GGUF weights become "
-        "bf16.",
+        "bf16. For gguf see gguf_type.",
+    )
+    gguf_type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = Field(
+        "bf16", description="What matrices are stored as in a GGUF file."
+    )
+    paddle_layout: Literal["safetensors", "pdparams"] = Field(
+        "safetensors", description="PaddleNLP's unified safetensors layout, or its pickled model_state.pdparams."
+    )
+    max_shard_gb: Float = Field(5.0, gt=0, description="Larger models are cut into files of about this many gigabytes.")
+    model_name_or_path: str | None = Field(
+        None, description="For an adapter: its base model. Not given: the one the adapter names."
     )
     overwrite: Bool = Field(False, description="Replace dst if it exists.")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from oarsmith._version import __version__
+from oarsmith.atomic import atomic_write_text
 
 from .base import JobConfig, groups_of
 from .entries import META_KEY
@@ -49,16 +49,4 @@ class Resolved(Generic[C]):
         dumped = self.config.model_dump(mode="json")
         values = {key: dumped[key] for keys in groups_of(type(self.config)).values() for key in keys}
         text = json.dumps({**values, META_KEY: meta}, indent=2, ensure_ascii=False) + "\n"
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=".tmp-")
-        try:
-            os.fchmod(descriptor, 0o644)  # mkstemp's 0600 would hide the file from a shared project's members
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        atomic_write_text(Path(path), text)

@@ -17,6 +17,7 @@ from oarsmith.engine.sampler import choose, penalize
 from oarsmith.engine.sampling import Sampling
 from oarsmith.errors import ModelError
 from oarsmith.models.decoder import Decoder
+from oarsmith.models.spec import reread_after
 
 # Prompt tokens that enter in one step, unless a single prompt is longer: bounds the memory of a prefill.
 PREFILL_TOKENS = 4096
@@ -39,6 +40,7 @@ class Runner:
         self._free = list(range(num_slots))[::-1]
         capacity = max((request.room for request in self._waiting), default=1)
         self._cache = model.new_cache(num_slots, capacity)
+        self._reread_after = reread_after(model.spec)
         self._device = model.device
         self._seen_SV: Tensor | None = None
         if sampling.repetition_penalty != 1:
@@ -59,7 +61,7 @@ class Runner:
         """
         self._admit()
         slots, requests = list(self._running), list(self._running.values())
-        unread = [request.unread for request in requests]
+        unread = [self._unread(slot, request) for slot, request in self._running.items()]
         counts = [len(ids) for ids in unread]
         ids_T = torch.tensor([index for ids in unread for index in ids], device=self._device)
         hidden_TD = self._model.hidden(ids_T, self._cache.extend(counts, slots), self._cache)
@@ -88,6 +90,13 @@ class Runner:
             if self._seen_SV is not None:
                 self._seen_SV[slot] = False
                 self._seen_SV[slot, torch.tensor(request.prompt, device=self._device)] = True
+
+    def _unread(self, slot: int, request: Request) -> list[int]:
+        """What the model reads next of a request: all of it once more where its cached keys have become void."""
+        if not request.ids or self._cache.used[slot] != self._reread_after:
+            return request.unread
+        self._cache.used[slot] = 0
+        return [*request.prompt, *request.ids]
 
     def _choose(self, logits_NV: Tensor, slots: list[int], requests: list[Request]) -> list[int]:
         if not bool(logits_NV.amax(-1).isfinite().all()):

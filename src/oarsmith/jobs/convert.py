@@ -1,21 +1,41 @@
-"""``oarsmith convert``: a GGUF file, or another model directory, into a Hugging Face directory."""
+"""``oarsmith convert``: a model or adapter from one layout into another, checked before success is said."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from oarsmith.adapters.paddle_layout import (
+    PADDLE_CONFIG,
+    is_paddle_adapter,
+    paddle_from_peft,
+    peft_from_paddle,
+    read_paddle_adapter_config,
+)
+from oarsmith.adapters.peft_layout import CONFIG as PEFT_CONFIG
+from oarsmith.adapters.peft_layout import read_adapter_config
+from oarsmith.atomic import temporary_directory
+from oarsmith.checkpoint.config_file import read_config
+from oarsmith.checkpoint.convert import Target, convert_directory, require_known_target
+from oarsmith.checkpoint.files import read_json_object
 from oarsmith.checkpoint.gguf import convert_gguf
+from oarsmith.checkpoint.gguf_write import write_gguf
+from oarsmith.checkpoint.paddle_config import from_paddle_config
+from oarsmith.checkpoint.streamed import Difference, difference, probe_tokens, streamed_logits
 from oarsmith.config.checkpoints import ConvertConfig
 from oarsmith.config.resolved import Resolved
 from oarsmith.errors import CheckpointError
 from oarsmith.jobs.runtime import make_console
-from oarsmith.loading import load_model, resolve, save_model
-from oarsmith.text import load_tokenizer
+from oarsmith.loading import pick_dtype, resolve
+from oarsmith.models import families
+
+Show = Callable[[str, int, int], None]
 
 
 def run(resolved: Resolved[ConvertConfig]) -> int:
@@ -23,34 +43,174 @@ def run(resolved: Resolved[ConvertConfig]) -> int:
     config = resolved.config
     console = make_console()
     src, dst = Path(config.src), Path(config.dst)
-    check_destination(dst, config.overwrite, inputs=[src])
-    if src.is_file() and src.suffix == ".gguf":
-        gguf_to_directory(src, dst, config.dtype, console, overwrite=config.overwrite)
+    if is_adapter(src):
+        check_destination(dst, config.overwrite, inputs=[src])
+        convert_adapter(src, dst, config, console)
+    elif src.is_file() and src.suffix == ".gguf":
+        check_destination(dst, config.overwrite, inputs=[src])
+        from_gguf(src, dst, config, console)
+    elif config.to == "gguf":
+        to_gguf(resolve(src).base, dst, config, console)
     else:
-        where = resolve(src)
-        if where.adapter is not None:
-            raise CheckpointError(
-                "this is an adapter", where=str(src), fix=f"oarsmith merge-adapter {src} {dst} writes a plain model"
-            )
-        save_model(load_model(where.base, dtype=config.dtype), dst, load_tokenizer(where.base))
-    # Reading everything back is the proof that what was written is whole.
-    model = load_model(dst)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    console.print(f"wrote {dst}: {model.config['model_type']}, {count:,} parameters, read back and complete")
-    console.print(f"next:  oarsmith chat {dst}")
+        check_destination(dst, config.overwrite, inputs=[src])
+        directory_to_directory(resolve(src).base, dst, config, console)
     return 0
+
+
+def directory_to_directory(src: Path, dst: Path, config: ConvertConfig, console: Console) -> None:
+    """Between safetensors, PyTorch's and PaddleNLP's layouts: the values do not change unless a dtype is asked for."""
+    target = _target(config)
+    require_known_target(target, read_config(src))
+    dtype = pick_dtype(config.dtype)
+    with progress_bar(console) as show:
+
+        def check(folder: Path) -> None:
+            found = probe(src, folder, show)
+            console.print(f"checked on probe tokens: {describe(found)}")
+            if dtype is None and not found.none:
+                raise CheckpointError(
+                    f"the written model answers differently: max |dlogit| {found.max_logit:g}", where=str(dst)
+                )
+
+        report = convert_directory(
+            src,
+            dst,
+            target,
+            dtype=dtype,
+            max_shard_bytes=int(config.max_shard_gb * 1e9),
+            progress=show,
+            check=check,
+        )
+    count = f"{report.num_tensors:,} tensors, {report.num_parameters:,} parameters"
+    console.print(f"wrote {dst}: {count}, read back: names, shapes and hashes agree")
+    console.print(f"next:  oarsmith chat {dst}")
+
+
+def from_gguf(src: Path, dst: Path, config: ConvertConfig, console: Console) -> None:
+    """A GGUF file becomes a Hugging Face directory; other layouts are made from that."""
+    if config.to == "gguf":
+        raise CheckpointError("the source is a GGUF file already", where=str(src), fix="choose another --to")
+    if config.to == "hf":
+        gguf_to_directory(src, dst, config.dtype, console, overwrite=config.overwrite)
+        with progress_bar(console) as show:
+            probe(dst, dst, show)  # every tensor in its place, read by the decoder itself
+        console.print(f"wrote {dst}: {read_config(dst)['model_type']}, read back and complete")
+        console.print(f"next:  oarsmith chat {dst}")
+        return
+    with temporary_directory(dst) as staged:
+        gguf_to_directory(src, staged / "hf", config.dtype, console)
+        plain = config.model_copy(update={"dtype": "auto"})
+        directory_to_directory(staged / "hf", dst, plain, console)
+
+
+def to_gguf(src: Path, dst: Path, config: ConvertConfig, console: Console) -> None:
+    """Write a GGUF file, read it back, and say how far its answers are from the source's."""
+    if dst.suffix != ".gguf":
+        raise CheckpointError("a GGUF file ends in .gguf", where=str(dst), fix=f"oarsmith convert ... {dst}.gguf")
+    if dst.is_dir() or (dst.exists() and not config.overwrite):
+        raise CheckpointError("the destination exists", where=str(dst), fix="choose another, or add --overwrite")
+    with progress_bar(console) as show, temporary_directory(dst) as staged:
+        report = write_gguf(
+            src,
+            staged / dst.name,
+            type=config.gguf_type,
+            progress=lambda done, total: show("writing", done, total),
+        )
+        convert_gguf(
+            staged / dst.name,
+            staged / "back",
+            "auto",
+            lambda done, total: show("verifying", done, total),
+        )
+        found = probe(src, staged / "back", show)
+        (staged / dst.name).replace(dst)
+    for note in report.notes:
+        console.print(f"note:  {note}")
+    console.print(f"wrote {dst}: {report.architecture}, {report.num_tensors:,} tensors, {config.gguf_type}")
+    console.print(f"read back, and checked on probe tokens: {describe(found)}")
+
+
+def convert_adapter(src: Path, dst: Path, config: ConvertConfig, console: Console) -> None:
+    """Between PEFT's layout and PaddleNLP's."""
+    theirs = read_paddle_adapter_config(src) if is_paddle_adapter(src) else read_adapter_config(src)
+    base = config.model_name_or_path or theirs.get("base_model_name_or_path")
+    model = _base_config(src, base)
+    if is_paddle_adapter(src) and config.to == "hf":
+        count = peft_from_paddle(src, dst, model, base=config.model_name_or_path)
+    elif not is_paddle_adapter(src) and config.to == "paddle":
+        pickled = config.paddle_layout == "pdparams"
+        count = paddle_from_peft(src, dst, model, base=config.model_name_or_path, pickled=pickled)
+    else:
+        raise CheckpointError(
+            f"an adapter of this layout is not converted to {config.to!r}",
+            where=str(src),
+            fix=f"--to {'hf' if is_paddle_adapter(src) else 'paddle'}, or merge it first: oarsmith merge-adapter {src}",
+        )
+    console.print(f"wrote {dst}: {count} adapter tensors, read back: names, shapes and hashes agree")
+
+
+def _base_config(src: Path, base: str | None) -> dict[str, Any]:
+    """The base model's config: of the base itself, or the copy that PaddleNLP puts beside its adapters."""
+    for folder in (src / str(base), Path(str(base))):
+        if base is not None and (folder / "config.json").is_file():
+            return read_config(folder)
+    if is_paddle_adapter(src) and (src / "config.json").is_file():
+        return from_paddle_config(read_json_object(src / "config.json"))
+    raise CheckpointError(
+        f"the adapter's base model {base!r} is not there", where=str(src), fix="name it: --model_name_or_path BASE"
+    )
+
+
+def is_adapter(src: Path) -> bool:
+    """Whether a path is an adapter directory of PEFT or PaddleNLP."""
+    return (src / PADDLE_CONFIG).is_file() or ((src / PEFT_CONFIG).is_file() and not (src / "config.json").is_file())
+
+
+def probe(a: Path, b: Path, show: Show) -> Difference:
+    """Run both models over the same tokens, a layer of them in memory at a time."""
+    show("comparing answers", 0, 2)
+    ids = probe_tokens(families.build_spec(read_config(a))[1])
+    before = streamed_logits(a, ids)
+    show("comparing answers", 1, 2)
+    return difference(before, before if a == b else streamed_logits(b, ids))
+
+
+def describe(found: Difference) -> str:
+    """One line."""
+    if found.none:
+        return "logits are the same, max |dlogit| 0"
+    return f"max |dlogit| {found.max_logit:.3g}, KL {found.kl:.2g} nats, same best token {found.top1:.0%}"
 
 
 def gguf_to_directory(src: Path, dst: Path, dtype: str, console: Console, *, overwrite: bool = False) -> None:
     """Convert with a progress bar."""
-    columns = TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("converting", total=None)
+    with progress_bar(console) as show:
+        convert_gguf(src, dst, dtype, lambda done, total: show("converting", done, total), overwrite=overwrite)
 
-        def show(done: int, total: int) -> None:
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Show]:
+    """What is being done, how far it is and how long it will take."""
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading headers", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            if bar.tasks[0].description != what:
+                bar.reset(task, total=total, description=what)
             bar.update(task, completed=done, total=total)
 
-        convert_gguf(src, dst, dtype, show, overwrite=overwrite)
+        yield show
+
+
+def _target(config: ConvertConfig) -> Target:
+    match config.to:
+        case "paddle":
+            return "pdparams" if config.paddle_layout == "pdparams" else "paddle"
+        case "bin":
+            return "bin"
+        case _:
+            return "hf"
 
 
 def check_destination(dst: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
@@ -62,7 +222,7 @@ def check_destination(dst: Path, overwrite: bool, inputs: Sequence[Path]) -> Non
         return
     if not overwrite:
         raise CheckpointError("the destination is not empty", where=str(dst), fix="choose another, or add --overwrite")
-    if not (dst / "config.json").is_file():
+    if not any((dst / name).is_file() for name in ("config.json", PEFT_CONFIG, PADDLE_CONFIG)):
         raise CheckpointError(
             "the destination holds something else than a model, so it is not replaced",
             where=str(dst),

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from oarsmith.checkpoint.atomic import atomic_file
+from oarsmith.atomic import atomic_file
 from oarsmith.config.inference import GenerateConfig
 from oarsmith.config.resolved import Resolved
 from oarsmith.engine import Completion, Engine, Sampling

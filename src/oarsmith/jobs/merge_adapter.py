@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from oarsmith.adapters.merge import MergeProof, base_logits, merge_lora, prompt_logits, prove
-from oarsmith.checkpoint.atomic import atomic_directory, atomic_write_text
+from oarsmith.atomic import atomic_directory, atomic_write_text
 from oarsmith.checkpoint.hf import write_decoder
 from oarsmith.config.checkpoints import MergeAdapterConfig
 from oarsmith.config.resolved import Resolved

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from oarsmith.checkpoint.hf import read_config
+from oarsmith.checkpoint.config_file import read_config
 from oarsmith.config.resolved import Resolved
 from oarsmith.config.tools import PreviewConfig
 from oarsmith.data.preview import preview

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from oarsmith import demo
-from oarsmith.checkpoint.atomic import atomic_write_text
+from oarsmith.atomic import atomic_write_text
 from oarsmith.checkpoint.demo import find_demo_gguf
 from oarsmith.config.load import load_config
 from oarsmith.config.resolved import Resolved

@@ -16,9 +16,11 @@ from oarsmith import kernels
 from oarsmith.adapters.lora import LoraSegment, attach, lora_scale
 from oarsmith.adapters.peft_layout import load_adapter_weights, write_adapter
 from oarsmith.adapters.targets import lora_rewrite, match_targets
-from oarsmith.checkpoint.atomic import atomic_directory, atomic_write_text
-from oarsmith.checkpoint.hf import DTYPES, fill, load_decoder, read_config, write_decoder
-from oarsmith.checkpoint.source import TensorSource
+from oarsmith.atomic import atomic_directory, atomic_write_text
+from oarsmith.checkpoint.config_file import read_config
+from oarsmith.checkpoint.fill import fill
+from oarsmith.checkpoint.hf import DTYPES, load_decoder, write_decoder
+from oarsmith.checkpoint.source import open_source
 from oarsmith.config.resolved import RUN_FILE, Resolved
 from oarsmith.config.sft import SftConfig
 from oarsmith.errors import ConfigError
@@ -203,7 +205,7 @@ def make_loop(
         if config.lora:
             load_adapter_weights(model, folder)
         else:
-            with TensorSource(folder) as source:
+            with open_source(folder) as source:
                 fill(model, families.find(model.config).names(model.spec), source)
 
     return Loop(

@@ -56,7 +56,7 @@ class Decoder(nn.Module):
 
     def hidden(self, input_ids_T: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
         """Hidden states [T, D] of a token stream before the final norm."""
-        layout = visibility.apply(self.spec.visibility, input_ids_T, layout, cache)
+        layout = visibility.apply(self.spec.visibility, input_ids_T, layout, cache, self.training)
         x_TD = self.embedding(input_ids_T, layout.positions_T)
         rules = {layer.attention.position for layer in self.spec.layers} - {None}
         tables = position_tables([rule for rule in rules if rule is not None], layout, self.training)

@@ -22,7 +22,8 @@ def init_weights(model: Decoder, seed: int) -> None:
         if isinstance(module, RMSNorm):
             module.weight.fill_(0.0 if module.spec.unit_offset else 1.0)
         elif isinstance(module, LayerNorm):
-            module.weight.fill_(1.0)
+            if module.weight is not None:
+                module.weight.fill_(1.0)
             if module.bias is not None:
                 module.bias.zero_()
         else:

@@ -124,8 +124,31 @@ def expert_linears(file: str, parameter: str, spec: LinearSpec) -> Iterator[Plac
                 yield Place(name, f"{parameter}.{kind}", view, segment.name, expert)
 
 
+@dataclass(frozen=True)
+class Interleaved:
+    """Stacked maps transposed, their outputs in ``parts`` equal runs taken in turn: [E, (g u), ..] to [E, .., g, u]."""
+
+    parts: int
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(1, (self.parts, -1)).movedim((1, 2), (-1, -2))
+
+
+def stacked_experts(file: str, parameter: str, spec: LinearSpec, parts: int) -> Iterator[Place]:
+    """One file tensor [expert, in, out] and one [expert, out] of biases, the ``parts`` runs of outputs interleaved."""
+    (segment,) = spec.segments
+    assert spec.experts is not None, spec
+    name, view = join(file, segment.name), Interleaved(parts)
+    shape = (spec.experts, spec.in_features, spec.out_features)
+    yield Place(name, f"{parameter}.weight", view, shape=shape)
+    if spec.bias:
+        yield Place(f"{name}_bias", f"{parameter}.bias", view, shape=(spec.experts, spec.out_features))
+
+
 def norm(file: str, parameter: str, spec: NormSpec) -> Iterator[Place]:
     """Weight, and bias where the norm has one."""
+    if isinstance(spec, LayerNormSpec) and not spec.affine:
+        return
     yield Place(f"{file}.weight", f"{parameter}.weight", whole)
     if isinstance(spec, LayerNormSpec) and spec.bias:
         yield Place(f"{file}.bias", f"{parameter}.bias", whole)

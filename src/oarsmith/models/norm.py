@@ -25,12 +25,13 @@ class LayerNorm(nn.Module):
         super().__init__()
         self.spec = spec
         shape = (spec.size,) if spec.heads is None else (spec.heads, spec.size)
-        self.weight = nn.Parameter(torch.empty(shape))
-        self.bias = nn.Parameter(torch.empty(shape)) if spec.bias else None
+        self.weight = nn.Parameter(torch.empty(shape)) if spec.affine else None
+        self.bias = nn.Parameter(torch.empty(shape)) if spec.affine and spec.bias else None
 
     def forward(self, x_TD: Tensor) -> Tensor:
         if self.spec.heads is None:
             return functional.layer_norm(x_TD, (self.spec.size,), self.weight, self.bias, self.spec.eps)
+        assert self.weight is not None, "norms of single heads have weights"
         y_THD = functional.layer_norm(x_TD, (self.spec.size,), eps=self.spec.eps) * self.weight
         return y_THD if self.bias is None else y_THD + self.bias
 

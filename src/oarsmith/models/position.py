@@ -69,12 +69,11 @@ def position_tables(positions: Iterable[Position], layout: Layout, training: boo
 
 
 def alibi_table(rule: Alibi, num_positions: int, device: torch.device) -> Tensor:
-    """slope * position [H, P] in fp32."""
+    """scale * slope * position [H, P] in fp32."""
     slopes_H = torch.tensor(rule.slopes, dtype=torch.float32, device=device)
     index_P = torch.arange(num_positions, device=device)
-    if rule.bf16:
-        return (slopes_H.bfloat16()[:, None] * index_P).float()
-    return slopes_H[:, None] * index_P
+    bias_HP = (slopes_H.bfloat16()[:, None] * index_P).float() if rule.bf16 else slopes_H[:, None] * index_P
+    return bias_HP if rule.scale == 1.0 else bias_HP * rule.scale
 
 
 def rope_tables(rope: Rope, layout: Layout, positions_T: Tensor, training: bool) -> tuple[Tensor, Tensor]:

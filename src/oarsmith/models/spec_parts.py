@@ -62,12 +62,16 @@ class RMSNormSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerNormSpec:
-    """(x - mean) / std * w + b. Ba et al. 2016. ``heads``: each head has weights of its own (Cohere's q and k)."""
+    """(x - mean) / std * w + b. Ba et al. 2016. ``heads``: each head has weights of its own (Cohere's q and k).
+
+    ``affine``: without it there is neither w nor b.
+    """
 
     size: int
     eps: float
     bias: bool = True
     heads: int | None = None
+    affine: bool = True
 
 
 NormSpec = RMSNormSpec | LayerNormSpec

@@ -105,10 +105,12 @@ class Alibi:
     Args:
         slopes: one for each head.
         bf16: slope * position is rounded to bfloat16, as in the code the model was trained with (Falcon).
+        scale: factor on the penalty after rounding (Falcon scales the scores with the penalty in them).
     """
 
     slopes: tuple[float, ...]
     bf16: bool = False
+    scale: float = 1.0
 
 
 Position = Rope | TwoRowRope | Alibi

@@ -16,15 +16,17 @@ from oarsmith.models.layout import KVCache, Layout, Piece, Span
 from oarsmith.models.spec import PrefixLM, ResetAfter
 
 
-def apply(rule: PrefixLM | ResetAfter | None, ids_T: Tensor, layout: Layout, cache: KVCache | None) -> Layout:
+def apply(
+    rule: PrefixLM | ResetAfter | None, ids_T: Tensor, layout: Layout, cache: KVCache | None, training: bool
+) -> Layout:
     """``layout`` under the model's rule."""
     match rule:
         case None:
             return layout
         case PrefixLM():
             return _prefix_lm(rule, ids_T, layout, cache)
-        case ResetAfter():
-            return _reset(rule, ids_T, layout, cache)
+        case ResetAfter(training_only=training_only):
+            return _reset(rule, ids_T, layout, cache) if training or not training_only else layout
 
 
 def _prefix_lm(rule: PrefixLM, ids_T: Tensor, layout: Layout, cache: KVCache | None) -> Layout:
@@ -47,6 +49,8 @@ def _prefix_lm(rule: PrefixLM, ids_T: Tensor, layout: Layout, cache: KVCache | N
 
 def _find_prefix(rule: PrefixLM, ids: list[int]) -> tuple[int, int]:
     """(length of the prefix, position that tokens after it have)."""
+    if not ids:
+        return 0, 0
     if rule.start_id not in ids:
         raise ModelError(
             f"a document of {len(ids)} tokens has no start token (id {rule.start_id}): this model generates after one",

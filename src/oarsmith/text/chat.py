@@ -10,12 +10,17 @@ from typing import Any
 from oarsmith.errors import CheckpointError, DataError, OarsmithError
 from oarsmith.text.meter import TemplateLimitError
 from oarsmith.text.paddle_template import PaddleBody
+from oarsmith.text.rendered import parse, refuse_marks, without_marks
 from oarsmith.text.sandbox import TEMPLATE_FAILURES, Rendering, compile_template, failure, run_template
 
 Message = Mapping[str, Any]
 
-BUILTIN_TEMPLATES = ("chatml", "llama-3", "mistral", "gemma")
-"""Templates for models without one, see `ChatTemplate.builtin`."""
+BUILTIN_TEMPLATES = (
+    *("chatml", "llama-3", "mistral", "gemma"),
+    *("qwen", "baichuan", "chatglm", "chatglm2", "chatglm3", "internlm2", "yuan2"),
+)
+"""Templates for models without one, see `ChatTemplate.builtin`. Those of the second row are taken without asking by
+the tokenizer classes whose checkpoints carry none (`special.CLASS_RULES`)."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,11 @@ class ChatTemplate:
             return self.body.render(list(messages[:count]), tools, add_generation_prompt, variables)
 
         try:
-            return attempt(len(messages))
+            rendering = attempt(len(messages))
+            if not rendering.marked:
+                return rendering
+            refuse_marks([messages, tools, variables])
+            return _without_marks(rendering)
         except OarsmithError:
             raise
         except TemplateLimitError as error:
@@ -136,6 +145,11 @@ class ChatTemplate:
     def sources(self) -> dict[str, str]:
         """Everything that decides what is rendered, by name (for fingerprints and for saving)."""
         return dict(self.body.sources)
+
+
+def _without_marks(rendering: Rendering) -> Rendering:
+    spans = (tuple(without_marks(rendering.text, at) for at in span) for span in rendering.generated)
+    return Rendering(parse(rendering.text), tuple((start, end) for start, end in spans))
 
 
 def _describe(messages: Sequence[Message], index: int) -> str:

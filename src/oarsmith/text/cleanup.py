@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 _REPLACEMENTS = (
     (" .", "."),
     (" ?", "?"),
@@ -35,3 +37,25 @@ def settled_length(text: str) -> int:
         if " " not in text[end - reach : end]:
             return end
     return 0
+
+
+class Openings:
+    """Which pieces may leave one of some patterns half written at the end of a text.
+
+    Args:
+        patterns: what decoding replaces once it stands there whole.
+    """
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._beginnings = frozenset(text[:size] for text in patterns for size in range(1, len(text)))
+        self._endings = frozenset(text[start:] for text in self._beginnings for start in range(len(text)))
+        self._longest = max(map(len, self._beginnings), default=0)
+
+    def has(self, piece: str) -> bool:
+        """Whether what follows this piece may complete a pattern that begins in it or before it."""
+        ends = (piece[-size:] for size in range(1, min(self._longest, len(piece)) + 1))
+        return piece in self._endings or any(end in self._beginnings for end in ends)
+
+
+CLEANED = Openings(pattern for pattern, _ in _REPLACEMENTS)
+"""For `clean_up_spaces`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,24 +13,49 @@ from oarsmith.text.backends.sentencepiece_model import load_sentencepiece
 from oarsmith.text.backends.tokenizers_json import load_tokenizer_json
 from oarsmith.text.backends.vocab_merges import SPLIT_PATTERNS, load_vocab_merges
 from oarsmith.text.chat import ChatTemplate
-from oarsmith.text.special import CLASS_RULES, GENERIC, SpecialTokens, read_special_tokens, tokenizer_class
+from oarsmith.text.files import json_object, read_some, text_of
+from oarsmith.text.remote import (
+    CHATGLM_CODE,
+    ICE_TEXT,
+    QWEN_RANKS,
+    REMOTE_CLASSES,
+    chat_variables,
+    chatglm_version,
+    class_of_files,
+    class_rule,
+    default_template,
+    load_remote,
+    with_eos_of_model,
+    with_version,
+    with_yuan_config,
+    yuan_config,
+)
+from oarsmith.text.special import (
+    CLASS_RULES,
+    GENERIC,
+    SpecialTokens,
+    tokenizer_class,
+)
+from oarsmith.text.special_files import read_special_tokens
 from oarsmith.text.tokenizer import ADDITIONAL_TEMPLATES, TEMPLATE_FILES, Tokenizer
 
-_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", ICE_TEXT, QWEN_RANKS)
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _SENTENCEPIECE_CLASSES = ("LlamaTokenizer", "GemmaTokenizer")
 _KNOWN = (
     "tokenizer.json (Hugging Face tokenizers); tokenizer.model (sentencepiece, classes LlamaTokenizer and "
-    "GemmaTokenizer); vocab.json with merges.txt (classes GPT2Tokenizer and Qwen2Tokenizer)"
+    "GemmaTokenizer); vocab.json with merges.txt (classes GPT2Tokenizer and Qwen2Tokenizer); and the files of "
+    + ", ".join(REMOTE_CLASSES)
 )
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Load the tokenizer of a Hugging Face directory.
 
-    tokenizer.json is preferred, then tokenizer.model, then vocab.json with merges.txt. The chat template is the first
-    of chat_template.jinja, `chat_template` in tokenizer_config.json, and PaddleNLP's chat_template.json. No code of
-    the directory is run.
+    tokenizer.json is preferred; else the file of the tokenizer's class (see `_KNOWN`). The chat template is the first
+    of chat_template.jinja, `chat_template` in tokenizer_config.json, PaddleNLP's chat_template.json, and, for classes
+    whose checkpoints never carry one, the built-in that does what their authors' code does. No code of the directory
+    is run.
 
     Raises CheckpointError for a missing directory, missing or damaged files, and a layout that is not known.
     """
@@ -42,27 +66,43 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             fix="give the path of a model directory on this machine (nothing is downloaded here)",
         )
     files = _read_files(directory)
-    config = _json_object(files, "tokenizer_config.json", directory)
-    model_config = _json_object(_read_some(directory, ("config.json",)), "config.json", directory)
-    class_name = tokenizer_class(config, model_config)
-    rule = CLASS_RULES.get(class_name or "", GENERIC)
+    config = json_object(files, "tokenizer_config.json", directory)
+    side = read_some(directory, ("config.json", "generation_config.json", CHATGLM_CODE))
+    model_config = json_object(side, "config.json", directory)
+    generation = json_object(side, "generation_config.json", directory)
+    class_name = tokenizer_class(config, model_config) or class_of_files(files)
     if class_name is None and "tokenizer.json" not in files and "tokenizer.model" in files:
-        rule = CLASS_RULES["LlamaTokenizer"]
+        class_name = "LlamaTokenizer"
+    version = None
+    if class_name == "ChatGLMTokenizer":
+        version = chatglm_version(files, config, model_config, side.get(CHATGLM_CODE, b""))
+        files = with_version(files, config, version)
+    elif class_name == "YuanTokenizer":
+        files, config = with_yuan_config(files, config), yuan_config(config)
+    rule = class_rule(class_name, version)
     special = read_special_tokens(
         config,
-        _json_object(files, "special_tokens_map.json", directory),
-        _json_object(files, "added_tokens.json", directory),
-        _json_object(files, "tokenizer.json", directory).get("added_tokens") or [],
+        json_object(files, "special_tokens_map.json", directory),
+        json_object(files, "added_tokens.json", directory),
+        json_object(files, "tokenizer.json", directory).get("added_tokens") or [],
         rule,
     )
+    backend = _backend(files, config, special, class_name, version, directory)
+    eos_ids = _generation_eos(generation, directory)
+    template = _chat_template(files, config, directory)
+    variables = chat_variables(class_name, backend, generation)
+    if template is None and (name := default_template(rule, backend, variables)) is not None:
+        template = ChatTemplate.builtin(name)
+    stops = (backend.token_to_id(token) for token in rule.stops)
     return Tokenizer(
-        backend=_backend(files, config, special, class_name, directory),
-        special=special,
-        chat_template=_chat_template(files, config, directory),
-        eos_ids=_generation_eos(directory),
-        cleans_spaces=bool(config.get("clean_up_tokenization_spaces", False)),
+        backend=backend,
+        special=with_eos_of_model(special, class_name, backend, eos_ids),
+        chat_template=template,
+        eos_ids=(*eos_ids, *(index for index in stops if index is not None)),
+        cleans_spaces=bool(config.get("clean_up_tokenization_spaces", rule.cleans)),
         files=files,
         name_or_path=str(path),
+        chat_variables=variables,
     )
 
 
@@ -71,12 +111,15 @@ def _backend(
     config: Mapping[str, Any],
     special: SpecialTokens,
     class_name: str | None,
+    version: int | None,
     directory: Path,
 ) -> Backend:
     if "tokenizer.json" in files:
         rule = CLASS_RULES.get(class_name or "", GENERIC)
         where = str(directory / "tokenizer.json")
         return load_tokenizer_json(files["tokenizer.json"], config, special, rule, where=where)
+    if class_name is not None and class_name in REMOTE_CLASSES:
+        return load_remote(files, config, special, class_name, version, where=str(directory))
     if "tokenizer.model" in files:
         name = class_name or "LlamaTokenizer"
         _require_class(name, _SENTENCEPIECE_CLASSES, "tokenizer.model", directory)
@@ -108,43 +151,17 @@ def _require_class(name: str, known: tuple[str, ...], layout: str, directory: Pa
 
 def _read_files(directory: Path) -> dict[str, bytes]:
     """Every file that belongs to the tokenizer, by its name relative to the directory."""
-    files = _read_some(directory, (*_VOCABULARY_FILES, *_SIDE_FILES, *TEMPLATE_FILES))
+    files = read_some(directory, (*_VOCABULARY_FILES, *_SIDE_FILES, *TEMPLATE_FILES))
     additional = directory / ADDITIONAL_TEMPLATES
     if additional.is_dir():
         names = sorted(f"{ADDITIONAL_TEMPLATES}/{file.name}" for file in additional.glob("*.jinja"))
-        files |= _read_some(directory, tuple(names))
+        files |= read_some(directory, tuple(names))
     return files
-
-
-def _read_some(directory: Path, names: tuple[str, ...]) -> dict[str, bytes]:
-    files = {}
-    for name in names:
-        file = directory / name
-        if not file.is_file():
-            continue
-        try:
-            files[name] = file.read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"cannot read the file: {error.strerror}", where=str(file)) from error
-    return files
-
-
-def _json_object(files: Mapping[str, bytes], name: str, directory: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} when the file is absent."""
-    if name not in files:
-        return {}
-    try:
-        content = json.loads(files[name])
-    except ValueError as error:
-        raise CheckpointError(f"not valid JSON: {error}", where=str(directory / name)) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"holds a {type(content).__name__}, not an object", where=str(directory / name))
-    return content
 
 
 def _chat_template(files: Mapping[str, bytes], config: Mapping[str, Any], directory: Path) -> ChatTemplate | None:
     named = {
-        "default" if name == "chat_template.jinja" else Path(name).stem: _text(data, directory / name)
+        "default" if name == "chat_template.jinja" else Path(name).stem: text_of(data, directory / name)
         for name, data in files.items()
         if name == "chat_template.jinja" or name.startswith(f"{ADDITIONAL_TEMPLATES}/")
     }
@@ -156,19 +173,12 @@ def _chat_template(files: Mapping[str, bytes], config: Mapping[str, Any], direct
         return ChatTemplate.from_jinja(in_config, origin=origin)
     if in_config is not None:
         return ChatTemplate.from_jinja(_named_templates(in_config, origin), origin=origin)
-    content = _json_object(files, "chat_template.json", directory)
+    content = json_object(files, "chat_template.json", directory)
     origin = str(directory / "chat_template.json")
     if isinstance(content.get("chat_template"), str):
         # Hugging Face processors keep their jinja template under the same file name.
         return ChatTemplate.from_jinja(content["chat_template"], origin=origin)
     return ChatTemplate.from_paddle(content, origin=origin) if content else None
-
-
-def _text(data: bytes, file: Path) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"not UTF-8 text: {error}", where=str(file)) from error
 
 
 def _named_templates(entries: Any, origin: str) -> dict[str, str]:
@@ -184,10 +194,9 @@ def _named_templates(entries: Any, origin: str) -> dict[str, str]:
     return entries
 
 
-def _generation_eos(directory: Path) -> tuple[int, ...]:
-    """eos ids of generation_config.json, () when there is none."""
-    files = _read_some(directory, ("generation_config.json",))
-    value = _json_object(files, "generation_config.json", directory).get("eos_token_id")
+def _generation_eos(generation: Mapping[str, Any], directory: Path) -> tuple[int, ...]:
+    """eos ids of generation_config.json, () when it names none."""
+    value = generation.get("eos_token_id")
     if value is None:
         return ()
     ids = value if isinstance(value, list) else [value]

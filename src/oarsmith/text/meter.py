@@ -45,6 +45,7 @@ class Meter:
     steps: int = 0
     length: int = 0
     spans: list[tuple[int, int]] = field(default_factory=list)
+    marked: bool = False  # whether `control` or `border` was used
 
     def charge(self, steps: int) -> None:
         self.steps += steps

@@ -34,6 +34,7 @@ from oarsmith.text.meter import (
     metered_text,
     scan_cost,
 )
+from oarsmith.text.rendered import border, control
 
 # What a template can raise: its own words (TemplateError) or Python's about values it did not expect.
 TEMPLATE_FAILURES = (
@@ -56,10 +57,12 @@ class Rendering:
         text: what is tokenized (with add_special_tokens=False: the template writes BOS itself).
         generated: [start, end) character spans inside `{% generation %}` blocks (or PaddleNLP bot parts); empty when
             the template marks none.
+        marked: the text still holds the marks of `rendered.control` and `rendered.border`.
     """
 
     text: str
     generated: tuple[tuple[int, int], ...]
+    marked: bool = False
 
 
 class GenerationTag(Extension):
@@ -151,6 +154,16 @@ def _strftime_now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
 
 
+def _control(token: str) -> str:
+    METER.get().marked = True
+    return control(token)
+
+
+def _border() -> str:
+    METER.get().marked = True
+    return border()
+
+
 @lru_cache(maxsize=2)
 def _environment(keep_trailing_newline: bool) -> _Environment:
     environment = _Environment(
@@ -168,6 +181,8 @@ def _environment(keep_trailing_newline: bool) -> _Environment:
     del environment.globals["lipsum"]
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
+    environment.globals["control"] = _control
+    environment.globals["border"] = _border
     return environment
 
 
@@ -180,7 +195,7 @@ def compile_template(source: str, *, keep_trailing_newline: bool = False) -> jin
         raise CheckpointError(
             f"the chat template does not parse: {error.message}",
             where=f"chat template, line {error.lineno}",
-            fix="correct the template, or choose a built-in one (chatml, llama-3, mistral, gemma)",
+            fix="correct the template, or choose a built-in one such as chatml",
         ) from error
 
 
@@ -200,7 +215,7 @@ def run_template(template: jinja2.Template, variables: Mapping[str, Any]) -> Ren
             check_text(meter.length)
     finally:
         METER.reset(token)
-    return Rendering("".join(blocks), tuple(meter.spans))
+    return Rendering("".join(blocks), tuple(meter.spans), meter.marked)
 
 
 def failure(error: Exception, *, where: str) -> DataError:

@@ -1,17 +1,10 @@
-"""Special tokens and flags of a tokenizer directory, read as transformers 4.57 reads them.
-
-Sources, later ones filling what earlier ones leave out: tokenizer_config.json; without `added_tokens_decoder` there,
-also special_tokens_map.json, added_tokens.json and the added tokens of tokenizer.json; last the defaults of the
-tokenizer class. A key that is present with null means "none", not "default".
-"""
+"""Special tokens, and what is known about each tokenizer class beside its files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from oarsmith.errors import CheckpointError
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -47,12 +40,21 @@ class ClassRule:
         adds_bos: default of `add_bos_token`.
         rewrites: True if the class replaces the file's post-processor by [BOS] text [EOS] from `add_bos_token` and
             `add_eos_token`; otherwise these two keys change nothing in a tokenizer.json.
+        additional: further special tokens.
+        cleans: default of `clean_up_tokenization_spaces`.
+        template: built-in chat template of checkpoints that carry none.
+        needs: tokens without which that template means nothing.
+        stops: tokens that end an answer, besides those the files name.
     """
 
     defaults: Mapping[str, str]
     adds_bos: bool = False
     rewrites: bool = False
     additional: tuple[str, ...] = ()
+    cleans: bool = False
+    template: str | None = None
+    needs: tuple[str, ...] = ()
+    stops: tuple[str, ...] = ()
 
 
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -61,6 +63,17 @@ _QWEN2 = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
 _COHERE = {"bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>", "unk_token": "<UNK>"}
 _GEMMA = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
 _BLOOM = {**_LLAMA, "pad_token": "<pad>"}
+_INTERNLM2 = {**_LLAMA, "pad_token": "</s>"}
+_GLM4 = dict.fromkeys(("eos_token", "pad_token"), "<|endoftext|>")
+_CHATML = ("<|im_start|>", "<|im_end|>")
+_GLM_ROLES = ("<|user|>", "<|observation|>")
+# How Yuan 2's authors always load it, whatever the files say.
+YUAN_SETTINGS = {"add_bos_token": False, "add_eos_token": False, "eos_token": "<eod>", "sep_token": "<sep>"}
+YUAN_ADDITIONAL = (
+    *("<sep>", "<pad>", "<mask>", "<predict>", "<FIM_SUFFIX>", "<FIM_PREFIX>", "<FIM_MIDDLE>"),
+    *("<commit_before>", "<commit_msg>", "<commit_after>", "<jupyter_start>", "<jupyter_text>", "<jupyter_code>"),
+    *("<jupyter_output>", "<empty_output>"),
+)
 
 CLASS_RULES: Mapping[str, ClassRule] = {
     "LlamaTokenizer": ClassRule(_LLAMA, adds_bos=True, rewrites=True),
@@ -73,8 +86,38 @@ CLASS_RULES: Mapping[str, ClassRule] = {
     "GPT2Tokenizer": ClassRule(_GPT2),
     "Qwen2Tokenizer": ClassRule(_QWEN2),
     "BloomTokenizer": ClassRule(_BLOOM),
+    # Classes that are code in the checkpoint; ours are written from their behaviour.
+    "BaichuanTokenizer": ClassRule(_LLAMA, adds_bos=True, template="baichuan"),
+    "BaiChuanTokenizer": ClassRule(_LLAMA, adds_bos=True, template="baichuan"),
+    "InternLM2Tokenizer": ClassRule(
+        _INTERNLM2, adds_bos=True, template="internlm2", needs=_CHATML, stops=("<|im_end|>",)
+    ),
+    "QWenTokenizer": ClassRule({}, template="qwen", needs=_CHATML, stops=("<|endoftext|>", *_CHATML)),
+    "ChatGLM4Tokenizer": ClassRule(_GLM4, stops=_GLM_ROLES),
+    "YuanTokenizer": ClassRule({"unk_token": "<unk>"}, template="yuan2", needs=("<sep>", "<eod>")),
 }
 GENERIC = ClassRule({})
+_CHATGLM23 = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+CHATGLM_RULES: Mapping[int | None, ClassRule] = {
+    1: ClassRule(
+        {
+            "bos_token": "<sop>",
+            "eos_token": "<eop>",
+            "unk_token": "<unk>",
+            "pad_token": "<pad>",
+            "mask_token": "[MASK]",
+        },
+        cleans=True,
+        template="chatglm",
+        needs=("[gMASK]", "<sop>", "<eop>"),
+        stops=("<eop>",),
+    ),
+    2: ClassRule(_CHATGLM23, template="chatglm2", needs=("[gMASK]", "sop")),
+    3: ClassRule(_CHATGLM23, template="chatglm3", needs=("[gMASK]", "sop", *_GLM_ROLES), stops=_GLM_ROLES),
+    None: ClassRule(_CHATGLM23, stops=_GLM_ROLES),
+}
+"""`ChatGLMTokenizer` is three different tokenizers: ChatGLM-6B's, ChatGLM2's and ChatGLM3's; None is one of the last
+two, not known which."""
 
 # For directories whose tokenizer_config.json names no class: the class transformers takes for the model type.
 _CLASS_OF_MODEL_TYPE = {
@@ -90,14 +133,20 @@ _CLASS_OF_MODEL_TYPE = {
     ),
     **dict.fromkeys(("cohere", "cohere2"), "CohereTokenizer"),
     "bloom": "BloomTokenizer",
+    "baichuan": "BaichuanTokenizer",
+    "internlm2": "InternLM2Tokenizer",
+    "qwen": "QWenTokenizer",
+    "chatglm": "ChatGLMTokenizer",
+    "yuan": "YuanTokenizer",
 }
 
 
 def tokenizer_class(tokenizer_config: Mapping[str, Any], model_config: Mapping[str, Any]) -> str | None:
     """Name of the transformers class without "Fast", or None when nothing names one."""
     name = tokenizer_config.get("tokenizer_class") or model_config.get("tokenizer_class")
-    if name is None:
-        return _CLASS_OF_MODEL_TYPE.get(str(model_config.get("model_type")))
+    of_type = _CLASS_OF_MODEL_TYPE.get(str(model_config.get("model_type")))
+    if name is None or (of_type == "YuanTokenizer" and name == "LlamaTokenizer"):
+        return of_type
     return str(name).removesuffix("Fast")
 
 
@@ -128,74 +177,3 @@ class SpecialTokens:
         if self.additional:
             variables["additional_special_tokens"] = [token.content for token in self.additional]
         return variables
-
-
-def parse_token(value: Any, *, where: str, special: bool | None = None) -> Token:
-    """A token from JSON: a string, or an object with `content` and flags."""
-    if isinstance(value, str):
-        return Token(value)
-    if not isinstance(value, Mapping) or not isinstance(value.get("content"), str):
-        raise CheckpointError(f"{value!r} is not a token", where=where, fix='write "<s>" or {"content": "<s>", ...}')
-    return Token(
-        content=value["content"],
-        lstrip=bool(value.get("lstrip", False)),
-        rstrip=bool(value.get("rstrip", False)),
-        single_word=bool(value.get("single_word", False)),
-        normalized=value.get("normalized"),
-        special=bool(value.get("special", False)) if special is None else special,
-        bare=False,
-    )
-
-
-def read_special_tokens(
-    config: Mapping[str, Any],
-    special_map: Mapping[str, Any],
-    added_file: Mapping[str, int],
-    json_tokens: Sequence[Mapping[str, Any]],
-    rule: ClassRule,
-) -> SpecialTokens:
-    """Put the sources together; see the file's docstring.
-
-    Args:
-        config: tokenizer_config.json.
-        special_map: special_tokens_map.json ({} when absent).
-        added_file: added_tokens.json, text to id ({} when absent).
-        json_tokens: `added_tokens` of tokenizer.json ([] when absent).
-        rule: of the tokenizer class.
-    """
-    where = "tokenizer_config.json"
-    has_decoder = "added_tokens_decoder" in config
-    values: dict[str, Any] = dict(config) if has_decoder else {**config, **special_map}
-    extra = values.get("extra_special_tokens") or {}
-    candidates = {name: values.get(name, rule.defaults.get(name)) for name in NAMES}
-    candidates |= extra if isinstance(extra, Mapping) else {}
-    named = {
-        name: parse_token(value, where=f"{where}, {name}", special=True)
-        for name, value in candidates.items()
-        if value not in (None, "")
-    }
-    listed = [*(values.get("additional_special_tokens") or []), *(extra if isinstance(extra, list) else [])]
-    if not has_decoder:
-        listed = [*(config.get("additional_special_tokens") or []), *listed]
-    additional: dict[str, Token] = {}
-    for value in (*listed, *rule.additional):
-        token = parse_token(value, where=f"{where}, additional_special_tokens", special=True)
-        additional.setdefault(token.content, token)
-    if has_decoder:
-        added = {
-            int(index): parse_token(value, where=f"{where}, added_tokens_decoder {index}")
-            for index, value in (config["added_tokens_decoder"] or {}).items()
-        }
-    else:
-        names = {token.content for token in (*named.values(), *additional.values())}
-        added = {
-            index: Token(text, normalized=text not in names, special=text in names, bare=False)
-            for text, index in added_file.items()
-        }
-        for entry in json_tokens:
-            if not isinstance(entry, Mapping) or not isinstance(entry.get("id"), int):
-                raise CheckpointError(f"{entry!r} is not an added token", where="tokenizer.json, added_tokens")
-            added[entry["id"]] = parse_token(entry, where="tokenizer.json, added_tokens")
-    by_content = {token.content: token for token in added.values()}
-    named = {name: by_content.get(token.content, token) for name, token in named.items()}
-    return SpecialTokens(named=named, additional=tuple(additional.values()), added=added)

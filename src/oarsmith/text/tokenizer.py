@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from oarsmith.atomic import atomic_write_bytes
 from oarsmith.errors import CheckpointError, DataError, OarsmithError
 from oarsmith.text.backends import Backend
 from oarsmith.text.chat import BUILTIN_TEMPLATES, ChatTemplate, JinjaBody, Message
 from oarsmith.text.cleanup import clean_up_spaces
+from oarsmith.text.rendered import RenderedChat
 from oarsmith.text.special import SpecialTokens
 
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
@@ -35,6 +36,7 @@ class Tokenizer:
         cleans_spaces: bool,
         files: Mapping[str, bytes],
         name_or_path: str,
+        chat_variables: Mapping[str, str] | None = None,
     ) -> None:
         """
         Args:
@@ -45,6 +47,7 @@ class Tokenizer:
             cleans_spaces: `clean_up_tokenization_spaces`.
             files: the files it was read from, by name relative to the directory; `save` writes them again.
             name_or_path: where it was loaded from.
+            chat_variables: template variables beside the special tokens.
         """
         self.backend = backend
         self.special = special
@@ -53,20 +56,45 @@ class Tokenizer:
         self.name_or_path = name_or_path
         self._eos_ids = tuple(eos_ids)
         self._files = dict(files)
+        self._chat_variables = dict(chat_variables or {})
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a text, with BOS and EOS where the model wants them unless add_special_tokens is False."""
+        """Ids of a text, with BOS and EOS where the model wants them unless add_special_tokens is False.
+
+        A rendered conversation of a template with control tokens (`RenderedChat`) has the ids its parts stand for;
+        such a template alone decides about special tokens.
+        """
         return self.encode_batch([text], add_special_tokens)[0]
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Ids of each text. Raises DataError for a text with a lone surrogate, which no tokenizer can encode."""
         try:
+            if any(isinstance(text, RenderedChat) for text in texts):
+                return [self._encode_one(text, add_special_tokens) for text in texts]
             return self.backend.encode_batch(texts, add_special_tokens) if texts else []
-        except (TypeError, RuntimeError):
-            # How the two libraries refuse a text that is no Unicode; anything else they mean stays as it is.
+        except (TypeError, RuntimeError, UnicodeEncodeError):
+            # How the libraries refuse a text that is no Unicode; anything else they mean stays as it is.
             for text in texts:
                 _refuse_surrogates(text)
             raise
+
+    def _encode_one(self, text: str, add_special_tokens: bool) -> list[int]:
+        if not isinstance(text, RenderedChat):
+            return self.backend.encode_batch([text], add_special_tokens)[0]
+        ids: list[int] = []
+        for part in text.parts:
+            ids += [self._control_id(part.text)] if part.is_control else self.backend.encode_content(part.text)
+        return ids
+
+    def _control_id(self, token: str) -> int:
+        index = self.backend.token_to_id(token)
+        if index is None:
+            raise CheckpointError(
+                f"the chat template's token '{token}' is not in the tokenizer",
+                where=self.name_or_path,
+                fix="choose a chat template made for this model",
+            )
+        return index
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of ids. Ids beyond the vocabulary (padded embeddings) give nothing; broken UTF-8 gives U+FFFD."""
@@ -80,8 +108,11 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         **variables: Any,
     ) -> str:
-        """A conversation as text, BOS included where the template writes it. See `ChatTemplate.render_with_spans`."""
-        values = {**self.special.template_variables(), **variables}
+        """A conversation as text, BOS included where the template writes it. See `ChatTemplate.render_with_spans`.
+
+        Give `encode` the text as it is: it may be a `RenderedChat`, which knows more than its characters.
+        """
+        values = {**self._variables(), **variables}
         return self._template().render(messages, tools, add_generation_prompt, **values)
 
     def encode_chat(
@@ -101,11 +132,16 @@ class Tokenizer:
 
         A token that reaches into a block belongs to it. Raises OarsmithError for a tokenizer without character offsets.
         """
-        values = {**self.special.template_variables(), **variables}
+        values = {**self._variables(), **variables}
         rendering = self._template().render_with_spans(messages, tools, False, **values)
+        if isinstance(rendering.text, RenderedChat):
+            raise OarsmithError("character positions of tokens are not available for templates with control tokens")
         ids, offsets = self.backend.encode_with_offsets(rendering.text)
         mask = [any(start < end and a < end and b > start for start, end in rendering.generated) for a, b in offsets]
         return ids, mask
+
+    def _variables(self) -> dict[str, Any]:
+        return {**self.special.template_variables(), **self._chat_variables}
 
     def with_chat_template(self, template: ChatTemplate | None) -> Tokenizer:
         """The same tokenizer with another chat template, or none; `save` writes it so."""
@@ -122,6 +158,7 @@ class Tokenizer:
             cleans_spaces=self.cleans_spaces,
             files={**kept, **(_template_files(template) if template is not None else {})},
             name_or_path=self.name_or_path,
+            chat_variables=self._chat_variables,
         )
 
     def _template(self) -> ChatTemplate:
@@ -195,7 +232,7 @@ class Tokenizer:
         """sha256 of everything that decides ids and renderings; independent of where the files lie."""
         digest = hashlib.sha256(self.backend.content())
         template = None if self.chat_template is None else self.chat_template.sources()
-        facts = [template, self.special.template_variables(), self.cleans_spaces]
+        facts = [template, self._variables(), self.cleans_spaces]
         digest.update(json.dumps(facts, sort_keys=True).encode())
         return digest.hexdigest()
 
@@ -208,8 +245,7 @@ class Tokenizer:
         for name, data in {**self._files, **self.backend.built_files()}.items():
             target = directory / name
             try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _write_atomically(target, data)
+                atomic_write_bytes(target, data)
             except OSError as error:
                 raise CheckpointError(f"cannot write the file: {error.strerror}", where=str(target)) from error
 
@@ -245,17 +281,3 @@ def _template_files(template: ChatTemplate) -> dict[str, bytes]:
 
 def _dump(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _write_atomically(target: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except OSError:
-        os.unlink(temporary)
-        raise

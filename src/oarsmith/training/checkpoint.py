@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from oarsmith.checkpoint.atomic import atomic_directory, atomic_write_text, remove_directory, remove_leftovers
+from oarsmith.atomic import atomic_directory, atomic_write_text, remove_directory, remove_leftovers
 from oarsmith.checkpoint.safetensors_stream import SafetensorsWriter, TensorInfo
 from oarsmith.errors import CheckpointError
 

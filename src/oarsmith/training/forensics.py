@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from oarsmith.checkpoint.atomic import atomic_directory, atomic_write_text
+from oarsmith.atomic import atomic_directory, atomic_write_text
 from oarsmith.data.batch import Batch
 from oarsmith.models.decoder import Decoder
 

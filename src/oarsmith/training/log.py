@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from oarsmith.checkpoint.atomic import atomic_write_text
+from oarsmith.atomic import atomic_write_text
 
 
 class RunLog:

@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 
 from oarsmith._version import __version__
-from oarsmith.checkpoint.atomic import atomic_write_bytes
+from oarsmith.atomic import atomic_write_bytes
 from oarsmith.training.numbers import (
     show_duration,
     show_loss,

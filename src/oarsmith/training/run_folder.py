@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from oarsmith.checkpoint.atomic import remove_directory
+from oarsmith.atomic import remove_directory
 from oarsmith.config.resolved import RUN_FILE
 from oarsmith.errors import ConfigError
 from oarsmith.training.checkpoint import MANIFEST, CheckpointStore

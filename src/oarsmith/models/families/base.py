@@ -20,6 +20,7 @@ class Family:
 
     Args:
         matches: of several families with a model type in common, the first whose config this accepts is taken.
+        inside: model types of larger models (image and text) whose ``text_config`` is one of this family.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Family:
     build: Callable[[Mapping[str, Any]], DecoderSpec]
     tensor_names: Names
     matches: Callable[[Mapping[str, Any]], bool] = lambda _: True
+    inside: tuple[str, ...] = ()
 
     def names(self, spec: DecoderSpec) -> NameMap:
         """The operators between the family's files and a decoder of this spec."""
@@ -56,6 +58,13 @@ class ConfigReader:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ModelError(f"{key} must be a finite number, got {value!r}", where="config.json")
         return float(value)
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A number above zero."""
+        value = self.number(key, default)
+        if value <= 0:
+            raise ModelError(f"{key} must be above zero, got {value:g}", where="config.json")
+        return value
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.config.get(key)
@@ -102,6 +111,15 @@ class ConfigReader:
             if config.get(new) is None and config.get(old) is not None:
                 config[new] = config[old]
         return ConfigReader(config)
+
+    def refuse(self, key: str, *known: object, fix: str) -> None:
+        """Stop where ``key`` has a value that is not among ``known``; a missing or null one is.
+
+        For options of the authors' code that this decoder does not have.
+        """
+        value = self.config.get(key)
+        if value is not None and value not in known:
+            raise ModelError(f"{key} {value!r} is not supported", where="config.json", fix=fix)
 
     def activation(self, *keys: str, default: str | None = None) -> Activation:
         """The activation function under the first of ``keys`` that is set."""

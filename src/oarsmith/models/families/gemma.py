@@ -13,6 +13,8 @@ from oarsmith.models.families.rope import read_rope
 from oarsmith.models.spec import DecoderSpec, EmbeddingSpec
 from oarsmith.models.spec_parts import Activation, RMSNormSpec
 
+DEFAULTS = {"max_position_embeddings": 8192}
+
 
 def gemma_norm(read: ConfigReader, size: int) -> RMSNormSpec:
     """x / rms(x) * (1 + w)."""
@@ -32,7 +34,7 @@ def gemma_activation(read: ConfigReader) -> Activation:
 
 
 def build(config: Mapping[str, Any]) -> DecoderSpec:
-    read = ConfigReader(config)
+    read = ConfigReader({**DEFAULTS, **config})
     bias, hidden = read.flag("attention_bias", False), read.integer("hidden_size")
     *_, dim = head_counts(read, 256)
     mixer = attention(read, read_rope(read, dim), head_dim=256, bias=bias, out_bias=bias)

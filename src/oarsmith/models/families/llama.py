@@ -15,7 +15,7 @@ from oarsmith.models.families.naming import Names
 from oarsmith.models.families.parts import attention, decoder, gated_mlp, head_counts
 from oarsmith.models.families.rope import read_rope
 from oarsmith.models.spec import DecoderSpec, LayerSpec, PreNorm, Sequential
-from oarsmith.models.spec_parts import FFN, GQA, RMSNormSpec
+from oarsmith.models.spec_parts import FFN, GQA, AttentionSpec, RMSNormSpec
 
 
 def rms_norm(read: ConfigReader, eps: float = 1e-6) -> RMSNormSpec:
@@ -23,7 +23,7 @@ def rms_norm(read: ConfigReader, eps: float = 1e-6) -> RMSNormSpec:
     return RMSNormSpec(size=read.integer("hidden_size"), eps=read.number("rms_norm_eps", eps))
 
 
-def pre_norm_layer(attention: GQA, ffn: FFN, norm: RMSNormSpec) -> LayerSpec:
+def pre_norm_layer(attention: AttentionSpec, ffn: FFN, norm: RMSNormSpec) -> LayerSpec:
     """x += attention(norm(x)); x += ffn(norm(x))."""
     return LayerSpec(
         attention=attention, ffn=ffn, wiring=Sequential(attention=PreNorm(norm=norm), ffn=PreNorm(norm=norm))

@@ -12,9 +12,11 @@ from oarsmith.models.families.parts import attention, decoder, gated_mlp, head_c
 from oarsmith.models.families.rope import read_rope
 from oarsmith.models.spec import DecoderSpec
 
+DEFAULTS = {"num_key_value_heads": 8, "max_position_embeddings": 131072}
+
 
 def build(config: Mapping[str, Any]) -> DecoderSpec:
-    read = ConfigReader(config)
+    read = ConfigReader({**DEFAULTS, **config})
     norm = rms_norm(read)
     *_, dim = head_counts(read)
     activation = read.activation("hidden_act", default="silu")

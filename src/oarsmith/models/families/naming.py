@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,12 +18,15 @@ from oarsmith.models.names import (
     join,
     linear,
     norm,
+    stacked_experts,
     whole,
 )
 from oarsmith.models.spec import DecoderSpec, LayerSpec, named_norms
 from oarsmith.models.spec_parts import FFN, GQA, LFA, MLA, MLP, AttentionSpec, GatedMLP, LinearSpec, MoE
 
 Operator = Place | Ignored | Duplicate
+
+_LATER_LAYERS = 16  # far more than any release has
 
 ROPE_BUFFERS = Ignored(r".*rotary_(pos_)?emb\.inv_freq", "computed from the config")
 
@@ -61,6 +65,8 @@ class Names:
     head: str = "lm_head"
     optional_prefix: str = "model."
     transposed: bool = False
+    stacked_experts: bool = False
+    later_layers: str = ""
     ignored: tuple[Ignored, ...] = (ROPE_BUFFERS,)
 
 
@@ -77,6 +83,9 @@ def name_map(spec: DecoderSpec, names: Names) -> NameMap:
         found.append(Duplicate(f"{names.head}.weight", "embedding.weight"))
     else:
         found.append(Place(f"{names.head}.weight", "head.weight", whole))
+    if names.later_layers:
+        numbers = "|".join(str(len(spec.layers) + extra) for extra in range(_LATER_LAYERS))
+        found.append(Ignored(rf"{re.escape(names.layers)}\.({numbers})\..*", names.later_layers))
     return NameMap((*found, *names.ignored), optional_prefix=names.optional_prefix)
 
 
@@ -159,8 +168,12 @@ def _experts(spec: MoE, file: str, here: str, names: Names) -> Iterator[Operator
         yield Place(f"{router}.bias", f"{here}.router.bias", whole)
     if spec.router.correction:
         yield Place(f"{router}.{names.correction}", f"{here}.router.correction", whole)
-    yield from expert_linears(join(file, names.experts), f"{here}.experts.gate_up", spec.experts.gate_up)
-    yield from expert_linears(join(file, names.experts), f"{here}.experts.down", spec.experts.down)
+    for part, linear_spec, runs in (("gate_up", spec.experts.gate_up, 2), ("down", spec.experts.down, 1)):
+        parameter, name = f"{here}.experts.{part}", join(file, names.experts)
+        if names.stacked_experts:
+            yield from stacked_experts(name, parameter, linear_spec, runs)
+        else:
+            yield from expert_linears(name, parameter, linear_spec)
     if spec.shared is not None:
         yield from linear(join(file, names.shared), f"{here}.shared.gate_up", spec.shared.gate_up)
         yield from linear(join(file, names.shared), f"{here}.shared.down", spec.shared.down)

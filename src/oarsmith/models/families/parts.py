@@ -8,7 +8,16 @@ from dataclasses import replace
 from oarsmith.errors import ModelError
 from oarsmith.models.families.base import ConfigReader
 from oarsmith.models.families.rope import context_length
-from oarsmith.models.spec import DecoderSpec, EmbeddingSpec, HeadSpec, LayerSpec
+from oarsmith.models.spec import (
+    DecoderSpec,
+    EmbeddingSpec,
+    HeadSpec,
+    LayerSpec,
+    NormedStream,
+    PreNorm,
+    Residual,
+    Sequential,
+)
 from oarsmith.models.spec_parts import (
     GQA,
     Activation,
@@ -115,6 +124,25 @@ def decoder(
         max_positions=max_positions or context_length(read),
         init_std=read.number("initializer_range", 0.02),
     )
+
+
+def padding_row(read: ConfigReader, default: int | None = None) -> int | None:
+    """``pad_token_id``, whose embedding row gets no gradient from the input in the authors' code; null means none."""
+    value = read.config.get("pad_token_id", default)
+    size = read.integer("vocab_size")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not -size <= value < size:
+        raise ModelError(f"pad_token_id {value!r} is outside the vocabulary of {size}", where="config.json")
+    return value % size
+
+
+def residual_rule(read: ConfigReader, norm: NormSpec) -> Sequential:
+    """Pre-norm; the normed input goes on with ``apply_residual_connection_post_layernorm`` (Megatron's option)."""
+    rule: Residual = PreNorm(norm=norm)
+    if read.flag("apply_residual_connection_post_layernorm", False):
+        rule = NormedStream(norm=norm)
+    return Sequential(attention=rule, ffn=rule)
 
 
 def window_size(read: ConfigReader) -> int | None:

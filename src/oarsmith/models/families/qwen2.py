@@ -12,6 +12,8 @@ from oarsmith.models.families.parts import attention, decoder, gated_mlp, head_c
 from oarsmith.models.families.rope import read_rope
 from oarsmith.models.spec import DecoderSpec
 
+DEFAULTS = {"max_position_embeddings": 32768}
+
 
 def sliding_windows(read: ConfigReader) -> list[int | None]:
     """Windows of the Qwen line: off unless ``use_sliding_window``; layers below ``max_window_layers`` stay full."""
@@ -21,7 +23,7 @@ def sliding_windows(read: ConfigReader) -> list[int | None]:
 
 
 def build(config: Mapping[str, Any]) -> DecoderSpec:
-    read = ConfigReader(config)
+    read = ConfigReader({**DEFAULTS, **config})
     norm = rms_norm(read)
     *_, dim = head_counts(read)
     activation = read.activation("hidden_act", default="silu")

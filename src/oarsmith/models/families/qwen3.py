@@ -14,6 +14,8 @@ from oarsmith.models.families.rope import read_rope
 from oarsmith.models.spec import DecoderSpec
 from oarsmith.models.spec_parts import GQA, QKNorm, RMSNormSpec
 
+DEFAULTS = {"max_position_embeddings": 32768}
+
 
 def qwen3_attention(read: ConfigReader) -> GQA:
     """Attention of the dense and the MoE models."""
@@ -31,7 +33,7 @@ def qwen3_attention(read: ConfigReader) -> GQA:
 
 
 def build(config: Mapping[str, Any]) -> DecoderSpec:
-    read = ConfigReader(config)
+    read = ConfigReader({**DEFAULTS, **config})
     norm, activation = rms_norm(read), read.activation("hidden_act", default="silu")
     ffn = gated_mlp(read.integer("hidden_size"), read.integer("intermediate_size"), activation)
     layer = pre_norm_layer(qwen3_attention(read), ffn, norm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from oarsmith.errors import ModelError
 from oarsmith.models.families.base import ConfigReader
@@ -34,9 +34,7 @@ def read_rope(
         partial: share of the head that turns, unless the config says (``partial_rotary_factor``).
         layer_type: which entry to read where ``rope_parameters`` has one for each type of layer.
     """
-    raw = read.config.get("rope_parameters") or read.config.get("rope_scaling") or {}
-    if not isinstance(raw, Mapping):
-        raise ModelError(f"rope_scaling must be an object, got {raw!r}", where="config.json")
+    raw = rope_mapping(read)
     if layer_type is not None and isinstance(raw.get(layer_type), Mapping):
         raw = raw[layer_type]
     scaling = ConfigReader(raw)
@@ -58,6 +56,14 @@ def context_length(read: ConfigReader, default: int = 2048) -> int:
     scaling = ConfigReader(raw)
     original = scaling.integer("original_max_position_embeddings", stated)
     return max(stated, int(original * scaling.number("factor")))
+
+
+def rope_mapping(read: ConfigReader) -> Mapping[str, Any]:
+    """The object that holds the scaling rule, under either name; empty where there is none."""
+    raw = read.config.get("rope_parameters") or read.config.get("rope_scaling") or {}
+    if not isinstance(raw, Mapping):
+        raise ModelError(f"rope_scaling must be an object, got {raw!r}", where="config.json")
+    return raw
 
 
 def _read_scaling(scaling: ConfigReader, read: ConfigReader, dim: int) -> RopeScaling | None:
@@ -110,7 +116,7 @@ def _yarn_attention_factor(scaling: ConfigReader) -> float:
 
 
 def _long(scaling: ConfigReader, read: ConfigReader, dim: int) -> LongScaling:
-    """LongRoPE of Phi-3: the original context stands beside ``rope_scaling``, and their ratio is the factor."""
+    """LongRoPE of Phi-3: the original context may stand beside ``rope_scaling``; their ratio is the factor."""
     lists = {key: scaling.numbers(key) for key in ("short_factor", "long_factor")}
     for key, values in lists.items():
         if len(values) != dim // 2 or min(values) <= 0:
@@ -122,7 +128,7 @@ def _long(scaling: ConfigReader, read: ConfigReader, dim: int) -> LongScaling:
     original = read.integer(
         "original_max_position_embeddings", scaling.integer("original_max_position_embeddings", longest)
     )
-    factor = longest / original
+    factor = scaling.number("factor", longest / original)
     attention = scaling.optional_number("attention_factor")
     if attention is None:
         attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))

@@ -24,6 +24,9 @@ class Backend(Protocol):
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Ids of each text."""
 
+    def encode_content(self, text: str) -> list[int]:
+        """Ids of a text that a template sets apart from its control tokens (see `rendered.py`)."""
+
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids without special tokens and the [start, end) characters each stands for."""
 

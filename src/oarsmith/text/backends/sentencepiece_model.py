@@ -14,12 +14,10 @@ from enum import Enum
 from functools import cached_property
 from typing import Any
 
-import sentencepiece
-
 from oarsmith.errors import CheckpointError, OarsmithError
-from oarsmith.text.special import ClassRule, SpecialTokens, Token
+from oarsmith.text.backends.spm import UNDERLINE, place_added, read_processor, runs
+from oarsmith.text.special import ClassRule, SpecialTokens
 
-_UNDERLINE = "▁"
 # normalizer_spec { add_dummy_prefix: false }, as protobuf wire bytes: appended to a serialized model it overrides
 # that one field (fields of an embedded message that occurs twice are merged).
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
@@ -56,9 +54,9 @@ class SentencePieceBackend:
         """
         self._model = model
         self._rules = rules
-        self._processor = _processor(model + (_NO_DUMMY_PREFIX if rules.style is Style.LLAMA else b""), where=where)
-        pieces = [self._processor.id_to_piece(i) for i in range(self._processor.get_piece_size())]
-        self._added = _place_added(special, {piece: i for i, piece in enumerate(pieces)})
+        override = _NO_DUMMY_PREFIX if rules.style is Style.LLAMA else b""
+        self._processor, pieces = read_processor(model + override, where=where)
+        self._added = place_added(special, {piece: i for i, piece in enumerate(pieces)})
         # A repeated or unknown piece means its unknown id, as in the model itself.
         self._ids = {piece: i for i, piece in enumerate(pieces)} | {t.content: i for i, t in self._added.items()}
         self._pieces = dict(enumerate(pieces)) | {i: token.content for i, token in self._added.items()}
@@ -90,6 +88,9 @@ class SentencePieceBackend:
         eos = [self._ids[self._rules.eos]] if add_special_tokens and self._rules.eos is not None else []
         return [[*bos, *self._encode(text), *eos] for text in texts]
 
+    def encode_content(self, text: str) -> list[int]:
+        return self.encode_batch([text], False)[0]
+
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         raise OarsmithError(
             "character positions of tokens are not available for a sentencepiece tokenizer.model",
@@ -99,9 +100,9 @@ class SentencePieceBackend:
     def _encode(self, text: str) -> list[int]:
         if self._rules.style is not Style.LLAMA or not text:
             return self._tokens_to_ids(self._tokens(text))
-        text = text.replace(_UNDERLINE, " ")
-        tokens = self._tokens((_UNDERLINE if self._rules.add_prefix_space else "") + text)
-        if len(tokens) > 1 and tokens[0] == _UNDERLINE and tokens[1] in self._special_texts:
+        text = text.replace(UNDERLINE, " ")
+        tokens = self._tokens((UNDERLINE if self._rules.add_prefix_space else "") + text)
+        if len(tokens) > 1 and tokens[0] == UNDERLINE and tokens[1] in self._special_texts:
             tokens = tokens[1:]
         return self._tokens_to_ids(tokens)
 
@@ -143,7 +144,7 @@ class SentencePieceBackend:
         return parts
 
     def _text_tokens(self, text: str) -> list[str]:
-        if self._rules.style is not Style.LLAMA or not text.startswith((_UNDERLINE, " ")):
+        if self._rules.style is not Style.LLAMA or not text.startswith((UNDERLINE, " ")):
             return self._pieces_of(text)
         # sentencepiece drops leading spaces without the dummy prefix; behind the unknown token's text they stay.
         prefix_length = len(self._pieces_of(self._unk))
@@ -166,25 +167,25 @@ class SentencePieceBackend:
 
     def _decode_gemma(self, tokens: Sequence[str]) -> str:
         texts: list[str] = []
-        for is_added, run in _runs(tokens, frozenset(self._by_content)):
+        for is_added, run in runs(tokens, frozenset(self._by_content)):
             texts.extend(run if is_added else [self._join(run)])
-        return "".join(texts).replace(_UNDERLINE, " ")
+        return "".join(texts).replace(UNDERLINE, " ")
 
     def _decode_llama(self, tokens: Sequence[str]) -> str:
         texts: list[str] = []
-        runs = _runs(tokens, self._spaced)
-        for number, (is_spaced, run) in enumerate(runs, start=1):
+        parts = runs(tokens, self._spaced)
+        for number, (is_spaced, run) in enumerate(parts, start=1):
             if is_spaced:
                 texts.extend(run)
                 continue
             text = self._decode_llama_run(run)
             # transformers keeps a last run without text, which makes a trailing space.
-            if text or number == len(runs):
+            if text or number == len(parts):
                 texts.append(text)
         return " ".join(texts)
 
     def _decode_llama_run(self, tokens: list[str]) -> str:
-        if tokens[0].startswith(_UNDERLINE) and self._rules.add_prefix_space:
+        if tokens[0].startswith(UNDERLINE) and self._rules.add_prefix_space:
             tokens = [tokens[0][1:], *tokens[1:]]
         text, pending, after_special = "", list[str](), False
         for i, token in enumerate(tokens):
@@ -194,7 +195,7 @@ class SentencePieceBackend:
                 text += self._join(pending) + token
                 pending, after_special = [], True
             else:
-                bare = not token.startswith(_UNDERLINE)
+                bare = not token.startswith(UNDERLINE)
                 if after_special and i == 1 and self._rules.add_prefix_space and bare:
                     text += " "
                 pending.append(token)
@@ -246,41 +247,3 @@ def load_sentencepiece(
         split_special_tokens=bool(config.get("split_special_tokens", False)),
     )
     return SentencePieceBackend(model, special, rules, where=where)
-
-
-def _processor(model: bytes, *, where: str) -> Any:
-    try:
-        processor = sentencepiece.SentencePieceProcessor()
-        processor.LoadFromSerializedProto(model)
-    except RuntimeError as error:
-        raise CheckpointError(
-            "sentencepiece cannot read the file",
-            where=where,
-            fix="copy or download it again (a Git LFS pointer or a tiktoken file is no sentencepiece model)",
-        ) from error
-    return processor
-
-
-def _place_added(special: SpecialTokens, ids: Mapping[str, int]) -> dict[int, Token]:
-    """Added tokens by id: those with a fixed id, then special ones, at their piece's id or after the last one."""
-    added = dict(special.added)
-    known = {token.content: index for index, token in added.items()}
-    vocabulary = {**ids, **known}
-    for token in special.all():
-        if token.content in known:
-            continue
-        index = vocabulary.setdefault(token.content, len(vocabulary))
-        known[token.content] = index
-        added[index] = token
-    return added
-
-
-def _runs(tokens: Sequence[str], marked: frozenset[str]) -> list[tuple[bool, list[str]]]:
-    """Split into maximal runs of marked and unmarked tokens."""
-    runs: list[tuple[bool, list[str]]] = []
-    for token in tokens:
-        is_marked = token in marked
-        if not runs or runs[-1][0] != is_marked:
-            runs.append((is_marked, []))
-        runs[-1][1].append(token)
-    return runs

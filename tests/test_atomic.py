@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from oarsmith.checkpoint.atomic import (
+from oarsmith.atomic import (
     atomic_directory,
     atomic_file,
     atomic_write_bytes,
@@ -148,7 +148,7 @@ def test_a_replacement_killed_half_way_is_undone(tmp_path: Path) -> None:
 _WRITER = """
 import sys
 from pathlib import Path
-from oarsmith.checkpoint.atomic import atomic_directory
+from oarsmith.atomic import atomic_directory
 final = Path(sys.argv[1])
 for round in range(10**9):
     with atomic_directory(final) as directory:

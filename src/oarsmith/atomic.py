@@ -182,6 +182,18 @@ def atomic_directory(final: Path, *, num_bytes: int | None = None) -> Iterator[P
             shutil.rmtree(temporary)
 
 
+@contextmanager
+def temporary_directory(final: Path) -> Iterator[Path]:
+    """Yield a hidden directory beside `final`, on the same disk, which is removed when the block ends."""
+    temporary = _temporary_for(_destination(final))
+    temporary.mkdir()
+    try:
+        with _disk_errors(final, None):
+            yield temporary
+    finally:
+        shutil.rmtree(temporary)
+
+
 def _temporaries(parent: Path) -> list[tuple[Path, re.Match[str]]]:
     found = ((path, _OURS.fullmatch(path.name)) for path in sorted(parent.iterdir()))
     return [(path, match) for path, match in found if match is not None]

@@ -1,0 +1,103 @@
+"""Peak memory of ``oarsmith convert`` on a model of about a gigabyte, in every direction.
+
+A random Llama is written once; then each conversion runs in a process of its own, whose largest resident set the kernel
+reports. The same command on a tiny model shows how much of that is the libraries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from oarsmith.checkpoint.fill import file_infos
+from oarsmith.checkpoint.safetensors_stream import ShardedSafetensorsWriter
+from oarsmith.models import families
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+
+
+def write_model(folder: Path, **changes: Any) -> int:
+    """A random model, one tensor in memory at a time; its bytes."""
+    config = {**LLAMA, **changes}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    family, spec = families.build_spec(config)
+    infos = file_infos(spec, config, family.names(spec), torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    with ShardedSafetensorsWriter(folder, infos) as writer:
+        for name, info in infos.items():
+            values = torch.empty(info.shape, dtype=torch.float32).normal_(0, 0.02, generator=generator)
+            writer.write(name, values.to(info.dtype))
+    return sum(info.num_bytes for info in infos.values())
+
+
+def convert(src: Path, dst: Path, *options: str) -> tuple[float, float]:
+    """Peak resident memory (MB) and seconds of one conversion."""
+    command = [sys.executable, "-m", "oarsmith", "convert", str(src), str(dst), *options]
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{output}")
+    return usage.ru_maxrss / 1024, time.perf_counter() - start
+
+
+def same(a: Path, b: Path) -> bool:
+    """Whether two directories hold the same tensors bit for bit."""
+    mine, theirs = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=36, help="36 layers are 1.05 GB")
+    parser.add_argument("--folder", type=Path, help="where to work; needs about 8 GB (default: a temporary folder)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        root = Path(name)
+        size = write_model(root / "model", num_hidden_layers=options.layers)
+        write_model(root / "small", num_hidden_layers=1, vocab_size=1000, **SMALL)
+        floor, _ = convert(root / "small", root / "small-bin", "--to", "bin")
+        print(f"model {size / 1e6:,.0f} MB, largest tensor {32000 * 1024 * 2 / 1e6:,.0f} MB; tiny model {floor:,.0f} MB")
+        print("| conversion | peak RSS, MB | above the tiny one's, MB | seconds |\n|---|---|---|---|")
+        for to in ("bin", "paddle", "pdparams", "hf"):
+            words = ["--to", "paddle", "--paddle_layout", "pdparams"] if to == "pdparams" else ["--to", to]
+            there, took = convert(root / "model", root / to, *words)
+            print(f"| safetensors to {to} | {there:,.0f} | {there - floor:,.0f} | {took:.1f} |")
+            back, took = convert(root / to, root / "back")
+            print(f"| {to} to safetensors | {back:,.0f} | {back - floor:,.0f} | {took:.1f} |", flush=True)
+            if not same(root / "model", root / "back"):
+                raise RuntimeError(f"{to}: the round trip changed a tensor")
+            for folder in (to, "back"):
+                subprocess.run(["rm", "-r", str(root / folder)], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""``config.json`` of a model directory, in the Hugging Face spelling whatever the weights are stored as."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from oarsmith.checkpoint.files import read_json_object, require_inside
+from oarsmith.checkpoint.paddle_config import from_paddle_config
+from oarsmith.checkpoint.paddle_source import is_paddle
+from oarsmith.errors import CheckpointError
+from oarsmith.models import families
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """``config.json`` of a model directory; PaddleNLP's is translated, an image and text model's is its text part's.
+
+    Raises:
+        CheckpointError: no such directory or file, or not a JSON object.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        if directory.is_file():
+            fix = f"oarsmith convert {directory} OUT" if directory.suffix == ".gguf" else "name the model's directory"
+            raise CheckpointError("this is a file, not a model directory", where=str(directory), fix=fix)
+        what = "no config.json in the directory" if directory.is_dir() else "no such directory"
+        raise CheckpointError(what, where=str(directory), fix="check the path to the model")
+    config = read_json_object(require_inside(directory, path))
+    return from_paddle_config(config) if is_paddle(directory) else families.text_config(config)

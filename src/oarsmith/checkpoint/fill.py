@@ -1,0 +1,168 @@
+"""Decoders without values, and filling them from a source of tensors through the family's name operators."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oarsmith.checkpoint.safetensors_stream import TensorInfo
+from oarsmith.checkpoint.tensors import FLOATS, TensorSource
+from oarsmith.errors import CheckpointError
+from oarsmith.models.decoder import Decoder
+from oarsmith.models.names import Duplicate, Ignored, NameMap, Place
+from oarsmith.models.spec import DecoderSpec
+
+
+def meta_decoder(spec: DecoderSpec, config: Mapping[str, Any], dtype: torch.dtype) -> Decoder:
+    """A decoder without memory: shapes and dtypes only.
+
+    Parameters get ``dtype``, but for those whose module asks for one of its own (a router's float32 bias).
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return Decoder(spec, config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def empty_decoder(
+    spec: DecoderSpec, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device | None = None
+) -> Decoder:
+    """A decoder with memory but no values."""
+    model = meta_decoder(spec, config, dtype)
+    materialise(model, device or torch.device("cpu"))
+    return model
+
+
+def materialise(root: nn.Module, device: torch.device) -> None:
+    """Give meta parameters memory. `Module.to_empty` would import the compiler, for 0.8 CPU seconds."""
+    for module in root.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(module, name, nn.Parameter(memory, requires_grad=parameter.requires_grad))
+        assert not any(buffer.is_meta for buffer in module.buffers(recurse=False)), "a buffer lost its values on meta"
+
+
+def file_infos(
+    spec: DecoderSpec, config: Mapping[str, Any], names: NameMap, dtype: torch.dtype
+) -> dict[str, TensorInfo]:
+    """Canonical name -> dtype and shape of every tensor of a model of ``dtype``, as its family's files have them."""
+    parameters = dict(meta_decoder(spec, config, dtype).named_parameters())
+    found = {}
+    for place in names.places:
+        view = place.view(parameters[place.parameter])
+        found[place.file] = TensorInfo(view.dtype, place.shape or tuple(view.shape))
+    return found
+
+
+@torch.no_grad()
+def fill(model: Decoder, names: NameMap, source: TensorSource, *, mapped: bool = False) -> None:
+    """Bring every tensor of the source to its place; each parameter the family names must be filled exactly.
+
+    Args:
+        mapped: let parameters on the CPU be mappings of the file where that is possible, in place of copies.
+    """
+    file_names = match_names(names, source)
+    parameters = dict(model.named_parameters())
+    places: dict[str, list[Place]] = {}
+    for place in names.places:
+        places.setdefault(place.parameter, []).append(place)
+    for name, group in places.items():
+        fill_parameter(parameters[name], group, file_names, source, mapped=mapped)
+    model.file_names = {name: actual for name, actual in file_names.items() if name != actual}
+
+
+def fill_parameter(
+    parameter: nn.Parameter,
+    places: list[Place],
+    file_names: Mapping[str, str],
+    source: TensorSource,
+    *,
+    mapped: bool = False,
+) -> None:
+    """One parameter from all the file tensors that lie in it."""
+    views = [(place.view(parameter), file_names[place.file]) for place in places]
+    for place, (target, name) in zip(places, views, strict=True):
+        check_tensor(source, name, place.shape or tuple(target.shape))
+    count = sum(target.numel() for target, _ in views)
+    assert count == parameter.numel(), f"{places[0].parameter}: {count} of {parameter.numel()} elements have a place"
+    if mapped and _map(parameter, views, source):
+        return
+    for target, name in views:
+        source.read_into(name, target)
+
+
+def _map(parameter: nn.Parameter, views: list[tuple[Tensor, str]], source: TensorSource) -> bool:
+    """Point the parameter at the file, if the file holds it whole: in this dtype, in order, without gaps."""
+    codes = {source.dtypes[name] for _, name in views}
+    whole = all(target.is_contiguous() for target, _ in views) and parameter.device.type == "cpu"
+    if not whole or len(codes) != 1 or FLOATS.get(codes.pop()) != parameter.dtype:
+        return False
+    ordered = sorted(views, key=lambda item: item[0].storage_offset())
+    flat = source.mapped([name for _, name in ordered])
+    if flat is None or flat.dtype != parameter.dtype:
+        return False
+    parameter.data = flat.view(parameter.shape)
+    return True
+
+
+def check_tensor(source: TensorSource, name: str, shape: tuple[int, ...]) -> None:
+    """A float tensor of this shape, or an error that says which of config and files is wrong."""
+    if source.dtypes[name] not in FLOATS:
+        raise CheckpointError(
+            f"tensor {name} is stored as {source.dtypes[name]}: quantized weights",
+            where=str(source.directory),
+            fix="use the model's unquantized checkpoint",
+        )
+    if source.shapes[name] != shape:
+        raise CheckpointError(
+            f"tensor {name} has shape {source.shapes[name]}, the config asks for {shape}",
+            where=str(source.directory),
+            fix="config.json and weights do not belong together; copy both from the same model",
+        )
+
+
+def match_names(names: NameMap, source: TensorSource) -> dict[str, str]:
+    """Canonical name -> name in the file, for every place; the rest of the file must be ignorable.
+
+    Raises:
+        CheckpointError: missing or surplus tensors, the first of each named.
+    """
+    prefix, present = names.optional_prefix, set(source.shapes)
+    found, missing = {}, []
+    for place in names.places:
+        short = place.file.removeprefix(prefix)
+        actual = next((name for name in (place.file, short) if name in present), None)
+        if actual is None:
+            missing.append(place.file)
+        else:
+            found[place.file] = actual
+    surplus = present - set(found.values())
+    for operator in names.operators:
+        if isinstance(operator, Ignored):
+            surplus = {n for n in surplus if not any(re.fullmatch(operator.pattern, c) for c in (n, prefix + n))}
+        elif isinstance(operator, Duplicate):
+            surplus.discard(operator.file)
+    if missing or surplus:
+        raise _mismatch(missing, sorted(surplus), source)
+    return found
+
+
+def _mismatch(missing: list[str], surplus: list[str], source: TensorSource) -> CheckpointError:
+    parts = []
+    if missing:
+        near = difflib.get_close_matches(missing[0], surplus[:10_000], n=1)
+        hint = f" (the file has {near[0]})" if near else ""
+        parts.append(f"{len(missing)} tensors are missing, first {missing[0]}{hint}")
+    if surplus:
+        parts.append(f"{len(surplus)} tensors have no place in this model, first {surplus[0]}")
+    return CheckpointError(
+        "; ".join(parts), where=str(source.directory), fix="check that config.json describes these weights"
+    )

@@ -1,0 +1,266 @@
+"""The columns of the support table. Each function tries one capability on one row and raises where it fails.
+
+What it returns is the cell: "yes", or the oracle it was held against; :class:`NotApplicable` says why there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import oarsmith
+from oarsmith import Engine, Sampling
+from oarsmith.adapters.lora import LoraSegment, attach, lora_modules
+from oarsmith.adapters.merge import merge_lora
+from oarsmith.adapters.peft_layout import adapter_rewrite, load_adapter_weights, write_adapter
+from oarsmith.adapters.targets import lora_rewrite
+from oarsmith.checkpoint.hf import load_decoder
+from oarsmith.data.batch import make_batch
+from oarsmith.methods.sft import OBJECTIVE
+from oarsmith.models import families
+from oarsmith.models.decoder import Decoder
+from oarsmith.models.init import init_weights
+from oarsmith.training.optimizer import AdamW, AdamWSettings
+from oarsmith.training.step import run_step
+from tiny import one_step
+
+from .bench import Bench, files, packed_logits
+from .rows import FIXTURES
+
+# fp32 on both sides, sums in another order; logits are of size 1 to 30.
+TOLERANCE = 2e-4
+
+
+class NotApplicable(Exception):  # noqa: N818  (not an error: a cell with a reason)
+    """The cell stays empty, and this is why."""
+
+
+@dataclass(frozen=True)
+class Capability:
+    """A column: its heading, what a mark in it means, and the function that earns the mark."""
+
+    title: str
+    meaning: str
+    run: Callable[[Bench], str]
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+def same_files(found: Path, expected: Path, ignore: Callable[[str], bool] = lambda _: False) -> None:
+    """Bit for bit: names, dtypes, values."""
+    ours, theirs = files(found), {name: value for name, value in files(expected).items() if not ignore(name)}
+    assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())[:5]
+    for name, (dtype, tensor) in theirs.items():
+        assert ours[name][0] == dtype and torch.equal(ours[name][1], tensor), name
+
+
+def load_and_save(bench: Bench) -> str:
+    """The released layout, written by others where there are others, comes back bit for bit."""
+    out = bench.folder / "again"
+    if bench.fixture is not None:
+        model = load_decoder(bench.fixture)
+        oarsmith.save_model(model, out)
+        stored = families.find(model.config).names(model.spec).places
+        known = {model.file_names.get(place.file, place.file) for place in stored}
+        same_files(out, bench.fixture, ignore=lambda name: name not in known)
+        return "yes"
+    source = bench.path
+    if bench.row.native:
+        source = bench.folder / "theirs"
+        bench.oracle.save_pretrained(source)
+        shutil.copy(bench.path / "config.json", source)
+    oarsmith.save_model(load_decoder(source), out)
+    same_files(out, source)
+    return "yes"
+
+
+@torch.no_grad()
+def same_logits(bench: Bench) -> str:
+    if bench.row.native:
+        for seed in (1, 2):
+            ids = torch.tensor([bench.document(40, seed)])
+            expected = bench.oracle(ids).logits
+            assert expected.std() > 0.1
+            close(bench.model()(ids), expected)
+        return "transformers"
+    if bench.fixture is None:
+        raise NotApplicable("no recorded outputs of this variant; its parts are those of the other Baichuan rows")
+    expected = np.load(bench.fixture / "expected.npz")
+    model = load_decoder(bench.fixture, dtype=torch.float32).eval()
+    lengths = expected["lengths"].tolist() if "lengths" in expected else [expected["input_ids"].shape[1]]
+    ids, logits = torch.from_numpy(expected["input_ids"]), torch.from_numpy(expected["logits"])
+    close(model(ids[:1, : lengths[0]])[0], logits[0, : lengths[0]], 5e-4)
+    return "authors' code"
+
+
+def generate(bench: Bench) -> str:
+    """The engine, two prompts of different lengths at once, greedy."""
+    if bench.fixture is not None:
+        recorded = np.load(bench.fixture / "expected.npz")
+        engine = Engine(load_decoder(bench.fixture, dtype=torch.float32).eval())
+        prompts = [recorded["input_ids"][0].tolist()]
+        count = min(len(recorded["greedy"]), engine.context_length - len(prompts[0]))
+        expected = [recorded["greedy"][:count].tolist()]
+    else:
+        engine, count = Engine(bench.model()), 8
+        prompts = [bench.document(length, seed=length) for length in (9, 21)]
+        expected = [_oracle_greedy(bench, prompt, count) for prompt in prompts]
+    sampling = Sampling(max_new_tokens=count, ignore_eos=True)
+    assert [list(answer.ids) for answer in engine.generate(prompts, sampling)] == expected
+    return "yes"
+
+
+@torch.no_grad()
+def _oracle_greedy(bench: Bench, prompt: list[int], count: int) -> list[int]:
+    """Without a cache on our side, with one on transformers'."""
+    if not bench.row.native:
+        model, ids = bench.model(), list(prompt)
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        return ids[len(prompt) :]
+    ids = torch.tensor([prompt])
+    past, found = None, []
+    for _ in range(count):
+        out = bench.oracle(ids, past_key_values=past, use_cache=True)
+        past, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        found.append(int(ids))
+    return found
+
+
+def _steps(model: Decoder, bench: Bench, count: int = 3) -> list[float]:
+    """Mean loss of some updates of the trainable parameters on one batch."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = AdamW(trained, AdamWSettings())
+    batch = bench.batch
+    results = [run_step(model, OBJECTIVE, [batch], optimizer, lr=3e-3, max_grad_norm=1.0) for _ in range(count)]
+    return [result.total / result.count for result in results]
+
+
+def full_sft(bench: Bench) -> str:
+    """All weights move, the loss falls, and what is saved is what was trained."""
+    model = bench.model().train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses = _steps(model, bench)
+    assert losses[0] > losses[1] > losses[2], losses
+    still = [name for name, p in model.named_parameters() if p.requires_grad and torch.equal(p, before[name])]
+    assert not still, still
+    oarsmith.save_model(model, bench.folder / "trained")
+    again, document = load_decoder(bench.folder / "trained").eval(), bench.document(15, 3)
+    # Mapped memory is aligned otherwise, and so are the sums of products.
+    close(packed_logits(again, [document])[0], packed_logits(model.eval(), [document])[0], 1e-5)
+    return "yes"
+
+
+def lora(bench: Bench) -> str:
+    """On every projection: only adapters move, they survive PEFT's layout, and merging changes no logits."""
+
+    def choose(modules: list[str]) -> dict[str, LoraSegment]:
+        return dict.fromkeys(modules, LoraSegment(name="", rank=2, scale=2.0))
+
+    model = load_decoder(bench.path, rewrite=lora_rewrite(choose, 0.0))
+    attach(model, seed=0)
+    plain = bench.model()
+    losses = _steps(model.train(), bench)
+    assert losses[0] > losses[2], losses
+    base = {name: p for name, p in model.named_parameters() if "lora_" not in name}
+    assert all(torch.equal(base[name], p) for name, p in plain.named_parameters())
+    assert all(bool(b.any()) for _, module in lora_modules(model) for b in module.lora_B.values())
+    folder = bench.folder / "adapter"
+    folder.mkdir()
+    write_adapter(model, folder, base="base", settings={"r": 2, "lora_alpha": 4, "lora_dropout": 0.0})
+    again = load_decoder(bench.path, rewrite=adapter_rewrite(folder)).eval()
+    attach(again, seed=1)
+    load_adapter_weights(again, folder)
+    documents = [bench.document(15, 3)]
+    expected = packed_logits(model.eval(), documents)[0]
+    close(packed_logits(again, documents)[0], expected, 1e-5)
+    assert not torch.allclose(packed_logits(plain, documents)[0], expected)
+    merged = merge_lora(model)
+    close(packed_logits(merged, documents)[0], expected)
+    oarsmith.save_model(merged, bench.folder / "merged")
+    return "yes"
+
+
+def packing(bench: Bench) -> str:
+    """One pack gives the loss and gradients of its documents one by one; nobody sees a neighbour or the future."""
+    model = bench.model()
+    packed = one_step(model, [bench.batch])
+    apart = one_step(model, [make_batch([sample]) for sample in bench.samples])
+    assert math.isclose(packed.loss, apart.loss, rel_tol=1e-5), (packed.loss, apart.loss)
+    whole = math.sqrt(sum(float(grad.norm()) ** 2 for grad in apart.grads.values()))
+    for name, grad in apart.grads.items():
+        # Sums over other groups of rows; some gradients are zero but for rounding (a key's bias).
+        error, limit = float((packed.grads[name] - grad).norm()), 1e-4 * float(grad.norm()) + 1e-6 * whole
+        assert error <= limit, (name, error, limit)
+    _visibility(bench, model)
+    return "yes"
+
+
+def _visibility(bench: Bench, model: Decoder) -> None:
+    """By perturbation, in the middle of a pack."""
+    first, own, last = bench.document(9, 11), bench.document(24, 12), bench.document(7, 13)
+    expected = packed_logits(model, [first, own, last])[1]
+    close(packed_logits(model, [bench.document(14, 21), own, bench.document(5, 22)])[1], expected, 1e-5)
+    start = 0 if bench.prefix_rule is None else own.index(bench.prefix_rule.start_id)
+
+    def changed(index: int) -> Tensor:
+        """How much each token's logits move when one token becomes another."""
+        other = [*own[:index], own[index] + 1, *own[index + 1 :]]
+        return (packed_logits(model, [first, other, last])[1] - expected).abs().amax(-1)
+
+    moved = changed(len(own) - 4)
+    assert moved[: len(own) - 4].max() < 1e-5 < 1e-3 < moved[len(own) - 4 :].min(), moved
+    if start:  # the prefix is read in both directions, and reaches what follows
+        moved = changed(start - 2)
+        assert moved.min() > 1e-4, moved
+
+
+def recompute(bench: Bench) -> str:
+    """Running blocks again in backward gives the same gradients, bit for bit."""
+    found = []
+    for again in (False, True):
+        model = bench.model().train()
+        model.recompute = again
+        found.append(one_step(model, [bench.batch]))
+    assert found[0].loss == found[1].loss
+    assert all(torch.equal(found[1].grads[name], grad) for name, grad in found[0].grads.items())
+    return "yes"
+
+
+def from_config(bench: Bench) -> str:
+    """Fresh weights: every element set, and a first loss near that of guessing."""
+    config = dict(bench.row.config)
+    model = Decoder(families.build_spec(config)[1], config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)
+    init_weights(model, 0)
+    with torch.no_grad():
+        outcome = OBJECTIVE(model, bench.batch, 1.0)
+    loss, guess = outcome.total / outcome.count, math.log(model.spec.vocab_size)
+    assert 0.9 * guess < loss < 1.2 * guess, (loss, guess)
+    return "yes"
+
+
+def tokenizer(bench: Bench) -> str:
+    """The authors' files give the authors' ids."""
+    if bench.row.tokenizer is None:
+        raise NotApplicable(
+            "no recorded ids of this family's own tokenizer; its file kinds are read as the others' are"
+        )
+    folder = FIXTURES / "tokenizers" / bench.row.tokenizer
+    texts = json.loads((folder / "expected.json").read_text(encoding="utf-8"))["texts"]
+    found = oarsmith.load_tokenizer(folder)
+    for case in texts:
+        assert found.encode(case["text"]) == case["ids"], case["text"]
+    return "yes"

@@ -1,0 +1,21 @@
+"""All columns of the support table, in their order."""
+
+from __future__ import annotations
+
+from . import capabilities, conversions
+from .capabilities import Capability
+
+COLUMNS: dict[str, Capability] = {
+    "files": Capability("files", "released files load, and are written back bit for bit", capabilities.load_and_save),
+    "logits": Capability("same logits as", "the oracle that the logits were held against", capabilities.same_logits),
+    "generate": Capability("generate", "the engine continues prompts as the oracle does", capabilities.generate),
+    "sft": Capability("full SFT", "all weights train, and are saved as trained", capabilities.full_sft),
+    "lora": Capability("LoRA", "adapters train, survive PEFT's layout, and merge", capabilities.lora),
+    "packing": Capability("packing", "packed documents give what they give alone", capabilities.packing),
+    "recompute": Capability("recompute", "recomputing blocks changes no gradient", capabilities.recompute),
+    "init": Capability("from config", "`config.json` alone makes a fresh model", capabilities.from_config),
+    "bin": Capability("`.bin`", "`pytorch_model.bin`, in and out", conversions.to_bin),
+    "paddle": Capability("PaddleNLP", "`.pdparams`, in and out", conversions.to_paddle),
+    "gguf": Capability("GGUF", "in and out", conversions.to_gguf),
+    "tokenizer": Capability("tokenizer", "the authors' files give the authors' ids", capabilities.tokenizer),
+}
