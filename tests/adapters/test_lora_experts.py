@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
+from safetensors import safe_open
 from torch import Tensor
 
+import oarsmith
 from oarsmith.adapters.lora import Lora, LoraSegment, attach, lora_modules
 from oarsmith.adapters.merge import merge_lora
 from oarsmith.adapters.peft_layout import adapter_rewrite, load_adapter_weights, write_adapter
 from oarsmith.adapters.targets import lora_rewrite
+from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.errors import ConfigError
 from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
@@ -34,6 +39,9 @@ CONFIG = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
 }
+
+
+PROBE = torch.arange(11)[None] * 5
 
 
 @torch.no_grad()
@@ -68,7 +76,7 @@ def test_the_same_as_one_map_for_each_expert() -> None:
     torch.testing.assert_close(grad_x, torch.cat(grads_x))
 
 
-def adapted(rewrite_of: str = "", **changes: object) -> Decoder:
+def adapted(rewrite_of: str = "") -> Decoder:
     def choose(modules: list[str]) -> dict[str, LoraSegment]:
         return {m: LoraSegment(name="", rank=2, scale=1.5) for m in modules if rewrite_of in m}
 
@@ -82,7 +90,7 @@ def adapted(rewrite_of: str = "", **changes: object) -> Decoder:
 
 def logits(model: Decoder) -> Tensor:
     with torch.no_grad():
-        return model(torch.arange(11)[None] * 5)
+        return model(PROBE)
 
 
 @pytest.mark.parametrize("targets", ["", "experts", "w2", "self_attn"])
@@ -107,11 +115,33 @@ def test_peft_layout_names_every_expert(tmp_path: Path) -> None:
                 ours.copy_(theirs)
     load_adapter_weights(again, tmp_path)
     assert torch.equal(logits(again.eval()), logits(model))
-    from safetensors import safe_open
-
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         name = "base_model.model.model.layers.1.block_sparse_moe.experts.3.w1.lora_A.weight"
         assert file.get_slice(name).get_shape() == [2, 16]
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_peft_reads_it(model_type: str, tmp_path: Path) -> None:
+    """PEFT stacks the experts' adapters for transformers 5, which stacks the experts."""
+    config = {**CONFIG, "model_type": model_type, "num_experts": 4, "moe_intermediate_size": 12, "head_dim": 8}
+    plain = Decoder(families.build_spec(config)[1], config)
+    randomised(plain.parameters(), 3)
+    oarsmith.save_model(plain, tmp_path / "base")
+
+    def choose(modules: list[str]) -> dict[str, LoraSegment]:
+        return dict.fromkeys(modules, LoraSegment(name="", rank=2, scale=1.5))
+
+    model = load_decoder(tmp_path / "base", rewrite=lora_rewrite(choose, 0.0)).eval()
+    attach(model, 0)
+    randomised((p for p in model.parameters() if p.requires_grad), 5)
+    (tmp_path / "adapter").mkdir()
+    write_adapter(model, tmp_path / "adapter", base="base", settings={"r": 2, "lora_alpha": 3})
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    with torch.no_grad():
+        before = oracle(PROBE).logits
+        found = peft.PeftModel.from_pretrained(oracle, tmp_path / "adapter").eval()(PROBE).logits
+    torch.testing.assert_close(found, logits(model), rtol=0, atol=1e-4)
+    assert (found - before).abs().max() > 0.1
 
 
 def test_some_experts_only_is_refused() -> None:

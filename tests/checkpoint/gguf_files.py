@@ -133,6 +133,7 @@ def save_tokenizer(directory: Path, *, pre: str = "gpt-2") -> None:
         "bos_token": "<|im_start|>",
         "eos_token": "<|im_end|>",
         "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
         "chat_template": "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}",
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config))

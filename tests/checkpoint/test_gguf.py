@@ -124,10 +124,10 @@ def test_dtype_auto(kind: gguf.GGMLQuantizationType, dtype: str, tmp_path: Path)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == dtype
 
 
-K_QUANTS = [Q.Q2_K, Q.Q3_K, Q.Q4_K, Q.Q5_K, Q.Q6_K, Q.IQ2_XXS, Q.IQ2_XS, Q.IQ2_S, Q.IQ3_XXS, Q.IQ3_S, Q.IQ1_S, Q.IQ1_M]
+BLOCK_TYPES = [kind for kind in Q if kind in gguf.quants._type_traits]  # all that the package dequantizes
 
 
-@pytest.mark.parametrize("kind", [*K_QUANTS, Q.IQ4_NL, Q.IQ4_XS], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", BLOCK_TYPES, ids=lambda kind: kind.name)
 def test_block_types_the_package_only_reads(kind: gguf.GGMLQuantizationType, tmp_path: Path) -> None:
     """Random blocks: the chunked reader gives what the package gives for the whole tensor at once."""
     block, num_bytes = gguf.GGML_QUANT_SIZES[kind]
@@ -143,7 +143,23 @@ def test_block_types_the_package_only_reads(kind: gguf.GGMLQuantizationType, tmp
     assert file.tensors["x"].shape == shape
     actual = file.read(file.tensors["x"], torch.float32)
     expected = torch.from_numpy(gguf.quants.dequantize(raw, kind).reshape(shape).copy())
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    one = file.read(file.tensors["x"], torch.float32, index=3)
+    torch.testing.assert_close(one, expected[3], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [Q.Q8_1, Q.Q8_K, Q.I32], ids=lambda kind: kind.name)
+def test_types_without_weights_are_refused(kind: gguf.GGMLQuantizationType, tmp_path: Path) -> None:
+    _, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("x", np.zeros((2, num_bytes), dtype=np.uint8), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = GgufFile(tmp_path / "m.gguf")
+    with pytest.raises(CheckpointError, match=f"cannot dequantize {kind.name}"):
+        file.read(file.tensors["x"], torch.float32)
 
 
 def test_reading_in_chunks_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +244,7 @@ def test_unknown_architecture_names_the_known_ones(tmp_path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match="'mamba'; known are llama, .*gpt2, bloom, falcon.*deepseek2"):
+    with pytest.raises(CheckpointError, match=r"'mamba'; known are llama, .*gpt2, bloom, falcon.*deepseek2"):
         convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
     with pytest.raises(CheckpointError, match="no such file"):
         convert_gguf(tmp_path / "absent.gguf", tmp_path / "out")

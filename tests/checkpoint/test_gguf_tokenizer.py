@@ -198,7 +198,7 @@ def test_sentencepiece_without_space_prefix(spm: Any, tmp_path: Path) -> None:
 
 def test_unknown_names_list_the_known_ones(tmp_path: Path) -> None:
     write_vocabulary(tmp_path / "m.gguf", pre="viking")
-    with pytest.raises(CheckpointError, match="unknown pre-tokenizer 'viking'; known are default, gpt-2, .*smollm"):
+    with pytest.raises(CheckpointError, match=r"unknown pre-tokenizer 'viking'; known are default, gpt-2, .*smollm"):
         rebuild(tmp_path / "m.gguf")
     writer = gguf.GGUFWriter(tmp_path / "bert.gguf", "llama")
     writer.add_tokenizer_model("bert")

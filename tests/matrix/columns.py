@@ -16,6 +16,12 @@ COLUMNS: dict[str, Capability] = {
     "init": Capability("from config", "`config.json` alone makes a fresh model", capabilities.from_config),
     "bin": Capability("`.bin`", "`pytorch_model.bin`, in and out", conversions.to_bin),
     "paddle": Capability("PaddleNLP", "`.pdparams`, in and out", conversions.to_paddle),
-    "gguf": Capability("GGUF", "in and out", conversions.to_gguf),
-    "tokenizer": Capability("tokenizer", "the authors' files give the authors' ids", capabilities.tokenizer),
+    "gguf": Capability(
+        "GGUF", "in and out, as far as llama.cpp computes the model (`convert` says where not)", conversions.to_gguf
+    ),
+    "tokenizer": Capability(
+        "tokenizer",
+        "ids are the authors'; same kind: shown on another family's files of that kind",
+        capabilities.tokenizer,
+    ),
 }

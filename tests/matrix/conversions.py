@@ -12,6 +12,7 @@ from oarsmith.checkpoint.gguf_architectures import family_of_config
 from oarsmith.checkpoint.gguf_family import Config
 from oarsmith.checkpoint.gguf_write import write_gguf
 from oarsmith.checkpoint.hf import load_decoder
+from oarsmith.checkpoint.paddle_names import paddle_family
 from oarsmith.errors import OarsmithError
 from oarsmith.models import families
 
@@ -37,6 +38,10 @@ def to_paddle(bench: Bench) -> str:
     Some families are Llama's there: they come back as such, with the same answers.
     """
     there, back = bench.folder / "paddle", bench.folder / "paddle_back"
+    try:
+        paddle_family(bench.row.config)
+    except OarsmithError as error:
+        raise NotApplicable("PaddleNLP has no such models, or none whose layout is known here") from error
     try:
         convert_directory(bench.path, there, "pdparams")
     except OarsmithError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+JSON, SENTENCEPIECE = "qwen25_bpe_json", "llama2_spm_legacy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,9 @@ class Row:
         models: what the line stands for.
         fixture: directory of recorded outputs of the authors' code (tests/fixtures/families).
         native: whether transformers has the model, which then is the oracle.
-        tokenizer: directory of the authors' tokenizer with recorded ids (tests/fixtures/tokenizers).
+        tokenizer: recorded ids of the authors' tokenizer: a directory of tests/fixtures/tokenizers, or a case of its
+            ``remote`` after a colon.
+        kind: where there are none: those of another family whose files are of the same kind.
         gguf: keys that differ for the GGUF column: llama.cpp takes some released sizes only, and leaves out some rules.
         repeated_head: the released files hold the embedding twice, the second time as the head.
     """
@@ -29,6 +32,7 @@ class Row:
     fixture: str | None = None
     native: bool = True
     tokenizer: str | None = None
+    kind: str = JSON
     gguf: Mapping[str, Any] = field(default_factory=dict)
     repeated_head: bool = False
 
@@ -74,19 +78,20 @@ _GEMMA = {**_GQA, "head_dim": 16, "tie_word_embeddings": True}
 
 
 def _native(model_type: str, class_name: str, models: str, *sizes: Mapping[str, Any], **keys: Any) -> Row:
-    tokenizer, gguf = keys.pop("tokenizer", None), keys.pop("gguf", {})
+    """``keys`` are the row's fields, and what config.json says beside ``sizes``."""
     config: dict[str, Any] = {"architectures": [class_name], "model_type": model_type}
     for part in sizes or (_GQA,):
         config |= part
-    return Row(models=models, config=config | keys, tokenizer=tokenizer, gguf=gguf)
+    fields = {name: keys.pop(name) for name in ("tokenizer", "kind", "gguf") if name in keys}
+    return Row(models=models, config=config | keys, **fields)
 
 
-def _recorded(models: str, fixture: str, tokenizer: str | None = None, **more: Any) -> Row:
+def _recorded(models: str, fixture: str, tokenizer: str | None, **more: Any) -> Row:
     config = json.loads((FIXTURES / "families" / fixture / "config.json").read_text(encoding="utf-8"))
     return Row(models=models, config=config, fixture=fixture, native=False, tokenizer=tokenizer, **more)
 
 
-_BAICHUAN_7B = _recorded("Baichuan 7B", "baichuan_7b", gguf={"num_hidden_layers": 32})
+_BAICHUAN_7B = _recorded("Baichuan 7B", "baichuan_7b", "remote:baichuan_min", gguf={"num_hidden_layers": 32})
 
 ROWS: dict[str, Row] = {
     "llama": _native(
@@ -104,7 +109,7 @@ ROWS: dict[str, Row] = {
         },
         tokenizer="llama2_spm_legacy",
     ),
-    "mistral": _native("mistral", "MistralForCausalLM", "Mistral", sliding_window=7),
+    "mistral": _native("mistral", "MistralForCausalLM", "Mistral", sliding_window=7, kind=SENTENCEPIECE),
     "mixtral": _native(
         "mixtral",
         "MixtralForCausalLM",
@@ -112,6 +117,7 @@ ROWS: dict[str, Row] = {
         num_local_experts=4,
         num_experts_per_tok=2,
         sliding_window=None,
+        kind=SENTENCEPIECE,
     ),
     "qwen": _recorded("Qwen-1", "qwen1_ntk_logn", "qwen1_tiktoken", gguf={"seq_length": 8192}),
     "qwen2": _native(
@@ -133,6 +139,7 @@ ROWS: dict[str, Row] = {
         _MOE,
         shared_expert_intermediate_size=24,
         norm_topk_prob=False,
+        tokenizer="qwen25_bpe_json",
         use_sliding_window=False,
     ),
     "qwen3": _native("qwen3", "Qwen3ForCausalLM", "Qwen3", head_dim=16, tie_word_embeddings=True),
@@ -147,7 +154,7 @@ ROWS: dict[str, Row] = {
         mlp_only_layers=[],
     ),
     "baichuan 7B": _BAICHUAN_7B,
-    "baichuan 13B": _recorded("Baichuan 13B", "baichuan_13b", gguf={"num_hidden_layers": 40}),
+    "baichuan 13B": _recorded("Baichuan 13B", "baichuan_13b", "remote:baichuan_min", gguf={"num_hidden_layers": 40}),
     "baichuan2 7B": Row(
         models="Baichuan 2 7B",
         config={**_BAICHUAN_7B.config, "architectures": ["BaichuanForCausalLM"], "torch_dtype": "bfloat16"},
@@ -156,9 +163,9 @@ ROWS: dict[str, Row] = {
         gguf={"num_hidden_layers": 32},
     ),
     "baichuan2 13B": _recorded("Baichuan 2 13B", "baichuan2_13b", "baichuan2_spm", gguf={"num_hidden_layers": 40}),
-    "chatglm": _recorded("ChatGLM-6B", "chatglm_6b", repeated_head=True),
+    "chatglm": _recorded("ChatGLM-6B", "chatglm_6b", "remote:glm1", repeated_head=True),
     "chatglm2": _recorded("ChatGLM2-6B", "chatglm2_6b", "chatglm2_spm", gguf={"kv_channels": 8}),
-    "chatglm3": _recorded("ChatGLM3-6B", "chatglm3_6b", gguf={"kv_channels": 8}),
+    "chatglm3": _recorded("ChatGLM3-6B", "chatglm3_6b", "remote:glm3", gguf={"kv_channels": 8}),
     "bloom": _native(
         "bloom",
         "BloomForCausalLM",
@@ -195,9 +202,10 @@ ROWS: dict[str, Row] = {
         activation_function="relu",
         tie_word_embeddings=True,
         pad_token_id=1,
+        kind="gpt2_vocab_merges",
         bos_token_id=2,
     ),
-    "gemma": _native("gemma", "GemmaForCausalLM", "Gemma 1", _GEMMA, hidden_act="gelu"),
+    "gemma": _native("gemma", "GemmaForCausalLM", "Gemma 1", _GEMMA, hidden_act="gelu", kind=SENTENCEPIECE),
     "gemma2": _native(
         "gemma2",
         "Gemma2ForCausalLM",
@@ -208,6 +216,7 @@ ROWS: dict[str, Row] = {
         query_pre_attn_scalar=12,
         gguf={"query_pre_attn_scalar": 16},
         sliding_window=7,
+        kind=SENTENCEPIECE,
         attn_logit_softcapping=50.0,
         final_logit_softcapping=30.0,
     ),
@@ -220,11 +229,12 @@ ROWS: dict[str, Row] = {
         query_pre_attn_scalar=12,
         gguf={"query_pre_attn_scalar": 16, "sliding_window_pattern": 6},
         sliding_window=7,
+        kind=SENTENCEPIECE,
         sliding_window_pattern=2,
         rope_theta=1000000.0,
         rope_local_base_freq=10000.0,
     ),
-    "yuan": _recorded("Yuan 2", "yuan2_2b"),
+    "yuan": _recorded("Yuan 2", "yuan2_2b", None, kind=SENTENCEPIECE),
     "deepseek_v2": _native(
         "deepseek_v2",
         "DeepseekV2ForCausalLM",
@@ -233,6 +243,7 @@ ROWS: dict[str, Row] = {
         q_lora_rank=None,
         n_shared_experts=2,
         topk_method="greedy",
+        gguf={"num_hidden_layers": 27},
         scoring_func="softmax",
         norm_topk_prob=False,
         routed_scaling_factor=1.0,
@@ -335,7 +346,7 @@ ROWS: dict[str, Row] = {
         new_decoder_architecture=True,
         tie_word_embeddings=True,
     ),
-    "internlm2": _recorded("InternLM2, InternLM2.5", "internlm2"),
+    "internlm2": _recorded("InternLM2, InternLM2.5", "internlm2", "remote:internlm2_map"),
     "cohere": _native(
         "cohere",
         "CohereForCausalLM",

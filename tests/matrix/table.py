@@ -90,62 +90,6 @@ def markdown(table: Support) -> str:
 
 def _support_page(table: Support) -> str:
     meanings = "".join(f"- **{column.title}**: {column.meaning}\n" for column in table.columns)
-    gaps = {column: measured.gaps[name, column] for column in COLUMNS if (name, column) in measured.gaps}
-        rows.append(
-            SupportRow(
-                name=name,
-                family=family.name,
-                model_type=str(row.config["model_type"]),
-                models=row.models,
-                cells=cells,
-                gaps=gaps,
-            )
-        )
-    columns = tuple(SupportColumn(key=key, title=c.title, meaning=c.meaning) for key, c in COLUMNS.items())
-    return Support(columns=columns, rows=tuple(rows))
-
-
-def documents(table: Support) -> dict[str, str]:
-    """File name -> what it has to say: the whole of docs/support.md, the part of the README between the markers."""
-    return {"docs/support.md": _support_page(table), "README.md": markdown(table)}
-
-
-def committed_documents() -> dict[str, str]:
-    """The same, as it is in the files."""
-    found = re.search(rf"{re.escape(BEGIN)}\n(.*?){re.escape(END)}", README.read_text(encoding="utf-8"), re.DOTALL)
-    page = DOC.read_text(encoding="utf-8") if DOC.is_file() else ""
-    return {"docs/support.md": page, "README.md": found.group(1) if found else ""}
-
-
-def write(measured: Measured) -> None:
-    """Bring all three files up to date."""
-    table = to_support(measured)
-    support.PATH.write_text(dumps(asdict(table), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    texts, readme = documents(table), README.read_text(encoding="utf-8")
-    DOC.write_text(texts["docs/support.md"], encoding="utf-8")
-    pattern = rf"{re.escape(BEGIN)}\n.*?{re.escape(END)}"
-    assert re.search(pattern, readme, re.DOTALL), f"README.md has no line {BEGIN}"
-    readme = re.sub(pattern, lambda _: f"{BEGIN}\n{texts['README.md']}{END}", readme, flags=re.DOTALL)
-    README.write_text(readme, encoding="utf-8")
-
-
-def markdown(table: Support) -> str:
-    """The table: a tick for yes, the word otherwise, a dash for a gap."""
-    lines = [["family (`model_type`)", "models", *(column.title for column in table.columns)]]
-    lines.append(["---"] * len(lines[0]))
-    for row in table.rows:
-        label = f"{row.name} (`{row.model_type}`)" if row.name != row.model_type else f"`{row.name}`"
-        cells = [row.cells.get(column.key, "–").replace("yes", "✓") for column in table.columns]
-        lines.append([label, row.models, *cells])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def _support_page(table: Support) -> str:
-    meanings = "".join(f"- **{column.title}**: {column.meaning}\n" for column in table.columns)
-    reasons: dict[tuple[str, str], list[str]] = {}
-    titles = {column.key: column.title for column in table.columns}
-    for row in table.rows:
-        for column, reason in row.gaps.items():
-            reasons.setdefault((titles[column], reason), []).append(row.name)
-    gaps = "".join(f"- {title}, {', '.join(names)}: {reason}\n" for (title, reason), names in support.reasons(table).items())
+    reasons = support.reasons(table).items()
+    gaps = "".join(f"- {title}, {', '.join(names)}: {reason}\n" for (title, reason), names in reasons)
     return f"{_INTRODUCTION}\n{markdown(table)}\n## The columns\n\n{meanings}\n## The gaps\n\n{gaps}"

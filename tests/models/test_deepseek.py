@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from oarsmith.checkpoint.fill import meta_decoder
 from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.errors import CheckpointError, ModelError
 from oarsmith.models import families
@@ -129,3 +130,55 @@ def test_gpt_oss_defaults_and_layer_types(case: Make) -> None:
     layers = families.build_spec({**config, "layer_types": types})[1].layers
     assert [layer.attention.window for layer in layers] == [None, 5, 5]
     assert families.build_spec(kept)[1].layers[0].ffn.experts.activation.limit == 7.0
+
+
+def test_released_sizes() -> None:
+    """Parameters of the published models: 15.7B (V2-Lite), 236B (V2), 671B (V3), 20.9B (gpt-oss-20b)."""
+    lite = {
+        "model_type": "deepseek_v2",
+        "vocab_size": 102400,
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "n_shared_experts": 2,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": None,
+    }
+    large = lite | {
+        "hidden_size": 5120,
+        "intermediate_size": 12288,
+        "moe_intermediate_size": 1536,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 128,
+        "n_routed_experts": 160,
+        "topk_method": "group_limited_greedy",
+        "n_group": 8,
+        "topk_group": 3,
+        "q_lora_rank": 1536,
+    }
+    third = {
+        "model_type": "deepseek_v3",
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+    }
+    oss = {
+        "model_type": "gpt_oss",
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_local_experts": 32,
+    }
+    counts = []
+    for config in (lite, large, third, oss):
+        model = meta_decoder(families.build_spec(config)[1], config, torch.bfloat16)
+        counts.append(round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 1))
+    assert counts == [15.7, 235.7, 671.0, 20.9]

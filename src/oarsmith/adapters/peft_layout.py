@@ -18,8 +18,11 @@ from torch import Tensor
 from oarsmith.adapters.lora import LoraSegment, lora_modules, lora_scale
 from oarsmith.adapters.targets import lora_rewrite
 from oarsmith.atomic import atomic_write_text
+from oarsmith.checkpoint.files import read_json_object, require_inside
 from oarsmith.checkpoint.hf import projection_places
+from oarsmith.checkpoint.safetensors_source import SafetensorsSource
 from oarsmith.checkpoint.safetensors_stream import SafetensorsWriter, TensorInfo, check_safetensors
+from oarsmith.checkpoint.tensors import FLOATS
 from oarsmith.errors import CheckpointError
 from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
@@ -59,12 +62,9 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     if not path.is_file():
         raise CheckpointError(f"no {CONFIG} in the directory", where=str(directory), fix="check the adapter's path")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"not valid JSON: {error}", where=str(path)) from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
+    config = read_json_object(require_inside(directory, path))
+    if config.get("peft_type") != "LORA":
+        kind = config.get("peft_type")
         raise CheckpointError(f"adapters of type {kind!r} cannot be read", where=str(path), fix="known: LORA")
     used = [key for key in _MUST_BE_EMPTY if config.get(key)]
     if used:
@@ -75,15 +75,36 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
             where=str(path),
             fix="convert it in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
+    _check_numbers(config, str(path))
     return config
+
+
+def _check_numbers(config: Mapping[str, Any], where: str) -> None:
+    """What enters the arithmetic must be numbers, and patterns must be patterns."""
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"alpha_pattern is {patterns!r}, not an object", where=where)
+    numbers = {"lora_alpha": config.get("lora_alpha", 8), "lora_dropout": config.get("lora_dropout") or 0.0, **patterns}
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e6:
+            raise CheckpointError(f"{value!r} is not a number of sane size", where=f"{where}: {key}")
+    if not 0 <= numbers["lora_dropout"] < 1:
+        raise CheckpointError(f"{numbers['lora_dropout']} is not in [0, 1)", where=f"{where}: lora_dropout")
+    for key in patterns:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise CheckpointError(f"{key!r} is not a pattern: {error}", where=f"{where}: alpha_pattern") from error
 
 
 def adapter_rewrite(directory: Path) -> Callable[[Family, DecoderSpec], DecoderSpec]:
     """The spec rewrite that gives a decoder the adapter's shape; the weights themselves say which modules and ranks."""
     config = read_adapter_config(directory)
     ranks = {}
-    for name, info in check_safetensors(directory / WEIGHTS).items():
+    for name, info in check_safetensors(require_inside(directory, directory / WEIGHTS)).items():
         if name.endswith(".lora_A.weight"):
+            if len(info.shape) != 2 or info.shape[0] == 0:
+                raise CheckpointError(f"shape {info.shape} is not [rank, in]", where=f"{directory / WEIGHTS}: {name}")
             ranks[name.removeprefix(PREFIX).removesuffix(".lora_A.weight")] = info.shape[0]
 
     def choose(modules: list[str]) -> Mapping[str, LoraSegment]:
@@ -114,29 +135,25 @@ def _alpha(config: Mapping[str, Any], module: str) -> float:
 @torch.no_grad()
 def load_adapter_weights(model: Decoder, directory: Path) -> None:
     """Copy an adapter's tensors into a decoder built with :func:`adapter_rewrite`."""
-    from safetensors import safe_open
-
-    slots = adapter_tensors(model)
-    biases = _bias_slots(model)
-    with safe_open(directory / WEIGHTS, framework="pt") as file:
-        names = set(file.keys())
-        unknown = sorted(names - set(slots) - set(biases))
-        missing = sorted(set(slots) - names)
+    slots = adapter_tensors(model) | _bias_slots(model)
+    with SafetensorsSource(directory / WEIGHTS) as source:
+        unknown = sorted(set(source.shapes) - set(slots))
+        missing = sorted(set(adapter_tensors(model)) - set(source.shapes))
         if unknown or missing:
             raise CheckpointError(
                 f"tensor {(unknown or missing)[0]} {'has no place in this model' if unknown else 'is missing'}",
                 where=str(directory / WEIGHTS),
             )
-        for name in names:
-            target, tensor = slots.get(name, biases.get(name)), file.get_tensor(name)
-            assert target is not None
-            if target.shape != tensor.shape:
+        for name, shape in source.shapes.items():
+            if tuple(slots[name].shape) != shape:
                 raise CheckpointError(
-                    f"tensor {name} has shape {tuple(tensor.shape)}, the base model asks for {tuple(target.shape)}",
+                    f"tensor {name} has shape {shape}, the base model asks for {tuple(slots[name].shape)}",
                     where=str(directory / WEIGHTS),
                     fix="use the adapter's own base model",
                 )
-            target.copy_(tensor)
+            if source.dtypes[name] not in FLOATS:
+                raise CheckpointError(f"stored as {source.dtypes[name]}", where=f"{directory / WEIGHTS}: {name}")
+            source.read_into(name, slots[name])
 
 
 def adapter_tensors(model: Decoder) -> dict[str, Tensor]:

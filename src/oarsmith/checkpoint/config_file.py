@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,15 @@ from oarsmith.checkpoint.files import read_json_object, require_inside
 from oarsmith.checkpoint.paddle_config import from_paddle_config
 from oarsmith.checkpoint.paddle_source import is_paddle
 from oarsmith.errors import CheckpointError
+
+_MAX_BITS = 128  # some files say int(1e30) for "no limit"
+# What is counted out one by one before any tensor is looked at.
+_AT_MOST = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "num_nextn_predict_layers"), 10_000),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts"), 10_000),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "multi_query_group_num"), 100_000),
+}
+_TEXTS = ("model_type", "hidden_act", "hidden_activation", "activation_function", "activation", "dtype", "torch_dtype")
 from oarsmith.models import families
 
 

@@ -22,12 +22,17 @@ def meta_decoder(spec: DecoderSpec, config: Mapping[str, Any], dtype: torch.dtyp
     """A decoder without memory: shapes and dtypes only.
 
     Parameters get ``dtype``, but for those whose module asks for one of its own (a router's float32 bias).
+
+    Raises:
+        CheckpointError: the config asks for tensors of more elements than can be counted.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
             return Decoder(spec, config)
+    except RuntimeError as error:  # the one thing PyTorch refuses on the meta device is a size that overflows
+        raise CheckpointError(f"the sizes in config.json are absurd: {error}", where="config.json") from error
     finally:
         torch.set_default_dtype(before)
 
@@ -60,6 +65,18 @@ def file_infos(
         view = place.view(parameters[place.parameter])
         found[place.file] = TensorInfo(view.dtype, place.shape or tuple(view.shape))
     return found
+
+
+def check_fits(model: Decoder, names: NameMap, source: TensorSource) -> None:
+    """Compare every name and shape before memory is taken: a config alone cannot ask for more than the files hold.
+
+    Raises:
+        CheckpointError: missing, surplus or misshapen tensors, the first of each named.
+    """
+    file_names, parameters = match_names(names, source), dict(model.named_parameters())
+    for place in names.places:
+        view = place.view(parameters[place.parameter])
+        check_tensor(source, file_names[place.file], place.shape or tuple(view.shape))
 
 
 @torch.no_grad()

@@ -123,7 +123,8 @@ def _write(config: Config, dims: Dims, metadata: dict[str, Any], notes: Notes) -
         metadata["attention.q_lora_rank"] = dims["q_lora"]
     if (dims["layers"] in (26, 27)) == bool(dims["q_lora"]):
         raise config.error(
-            "q_lora_rank", "llama.cpp takes models of 26 and 27 layers to be without q_lora_rank, and all others with it"
+            "q_lora_rank",
+            "llama.cpp takes models of 26 or 27 layers to be without q_lora_rank, all others with it",
         )
     groups = config.whole("n_group", default=1)
     if groups > 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,7 +58,7 @@ def has_tied_head(file: GgufFile) -> bool:
         return True
     if embedding is None or (head.type, head.shape) != (embedding.type, embedding.shape):
         return False
-    return bool(np.array_equal(file.raw(head), file.raw(embedding)))
+    return file.same_bytes(head, embedding)
 
 
 def plan_reading(file: GgufFile, links: Iterable[Link], dims: Mapping[str, int], *, tied: bool) -> list[ReadPlan]:

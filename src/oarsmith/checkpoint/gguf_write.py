@@ -21,7 +21,7 @@ from oarsmith.checkpoint.gguf_family import Config, Family, write_metadata
 from oarsmith.checkpoint.gguf_links import Link, dim_sizes, expand
 from oarsmith.checkpoint.gguf_plan import gguf_shapes
 from oarsmith.checkpoint.gguf_tokenizer_write import tokenizer_metadata
-from oarsmith.checkpoint.source import TensorSource, open_source
+from oarsmith.checkpoint.source import TensorSource, open_model
 from oarsmith.errors import CheckpointError
 
 _Q = GGMLQuantizationType
@@ -88,11 +88,13 @@ def write_gguf(
         raise CheckpointError(f"unknown GGUF type {type!r}", fix=f"use one of {', '.join(_TYPES)}")
     if dst.is_dir() or (dst.exists() and not overwrite):
         raise CheckpointError("the destination exists", where=str(dst), fix="remove it or choose another")
-    config = Config(read_config(directory), str(directory / "config.json"))
-    family = family_of_config(config)
-    dims = family.dims(config)
+    where = str(directory / "config.json")
+    family = family_of_config(Config(read_config(directory), where))
+    values, source = open_model(directory)
+    config = Config(values, where)
     notes: list[str] = []
-    with open_source(directory) as source:
+    with source:
+        dims = family.dims(config)
         plans = _plan(source, config, family, dims, type)  # first: it holds config.json's sizes against the tensors
         own, factors = write_metadata(family, config, dims, notes)
         metadata: dict[str, Any] = {
@@ -105,12 +107,12 @@ def write_gguf(
         }
         if with_tokenizer:
             metadata |= tokenizer_metadata(directory, dims["vocab"], notes)
-        tensors = {name: GgufInfo((len(values),), _Q.F32) for name, values in factors.items()}
+        tensors = {name: GgufInfo((len(numbers),), _Q.F32) for name, numbers in factors.items()}
         for plan in plans:
             tensors |= plan.targets
         with GgufWriter(dst, metadata, tensors) as writer:
-            for name, values in factors.items():
-                writer.write(name, torch.tensor(values, dtype=torch.float32))
+            for name, numbers in factors.items():
+                writer.write(name, torch.tensor(numbers, dtype=torch.float32))
             _write_tensors(source, plans, writer, progress)
     return GgufReport(
         destination=dst,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from oarsmith.atomic import atomic_write_text
-from oarsmith.checkpoint.fill import empty_decoder, fill
+from oarsmith.checkpoint.fill import check_fits, empty_decoder, fill, meta_decoder
 from oarsmith.checkpoint.safetensors_stream import MAX_SHARD_BYTES, ShardedSafetensorsWriter, TensorInfo
 from oarsmith.checkpoint.source import open_model
 from oarsmith.errors import ModelError
@@ -47,10 +47,12 @@ def load_decoder(
     config, opened = open_model(directory)
     with opened as source:
         family, spec = families.build_spec(config)
+        names = family.names(spec)
+        check_fits(meta_decoder(spec, config, torch.float32), names, source)
         model = empty_decoder(
             rewrite(family, spec) if rewrite else spec, config, dtype or source.stored_dtype(), device
         )
-        fill(model, family.names(model.spec), source, mapped=True)
+        fill(model, names, source, mapped=True)
     generation = directory / GENERATION_CONFIG
     if generation.is_file():
         model.generation_config = generation.read_text(encoding="utf-8")

@@ -28,7 +28,7 @@ from oarsmith.models.spec_parts import (
     QKNorm,
     Segment,
 )
-from oarsmith.models.spec_position import Position
+from oarsmith.models.spec_position import Alibi, Position
 
 
 def fused(in_features: int, *segments: tuple[str, int], bias: bool = False, experts: int | None = None) -> LinearSpec:
@@ -114,6 +114,11 @@ def decoder(
     """
     hidden = read.integer("hidden_size")
     head = head or HeadSpec(tied=tied)
+    longest = max_positions or context_length(read)
+    if any(isinstance(layer.attention.position, Alibi) for layer in layers):
+        # ALiBi is made to be used beyond the trained length: perplexity falls until about twice that (Press et al.
+        # 2022, section 3.1), and stays there for a while.
+        longest *= 2
     return DecoderSpec(
         vocab_size=read.integer("vocab_size"),
         hidden_size=hidden,
@@ -121,7 +126,7 @@ def decoder(
         layers=tuple(layers),
         final_norm=final_norm,
         head=replace(head, tied=read.flag("tie_word_embeddings", tied)),
-        max_positions=max_positions or context_length(read),
+        max_positions=longest,
         init_std=read.number("initializer_range", 0.02),
     )
 

@@ -62,6 +62,8 @@ def _model(vocab: bytes, merges: bytes, *, where: str) -> models.BPE:
         ids = json.loads(vocab)
     except ValueError as error:
         raise CheckpointError(f"vocab.json is not valid JSON: {error}", where=where) from error
+    if not isinstance(ids, dict) or not all(type(number) is int and 0 <= number < 2**32 for number in ids.values()):
+        raise CheckpointError("vocab.json is not an object of tokens and their ids", where=where)
     pairs = []
     try:
         lines = merges.decode("utf-8")
