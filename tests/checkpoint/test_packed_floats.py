@@ -109,7 +109,7 @@ def test_scales_that_are_no_numbers(value: float, tmp_path: Path) -> None:
     packed, scale = quantize(torch.randn(32, 32))
     scale[1, 0] = value
     save_file({"a.weight": packed, "a.weight_scale_inv": scale}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="a.weight_scale_inv: a scale is NaN or infinite"):
+    with pytest.raises(CheckpointError, match=r"a.weight_scale_inv: a scale is NaN or infinite"):
         read(tmp_path, FP8, "a.weight")
 
 
@@ -117,7 +117,7 @@ def test_values_that_are_no_numbers(tmp_path: Path) -> None:
     packed, scale = quantize(torch.randn(32, 32))
     packed[3, 4] = float("nan")
     save_file({"a.weight": packed, "a.weight_scale_inv": scale}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="a.weight: a weight is NaN"):
+    with pytest.raises(CheckpointError, match=r"a.weight: a weight is NaN"):
         read(tmp_path, FP8, "a.weight")
     blocks, scales = torch.zeros(1, 2, 2, 16, dtype=torch.uint8), torch.zeros(1, 2, 2, dtype=torch.uint8)
     scales[0, 1, 1] = 255

@@ -25,9 +25,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import oarsmith
+from oarsmith.adapters.paddle_layout import paddle_from_peft, peft_from_paddle
 from oarsmith.adapters.peft_layout import adapter_rewrite, load_adapter_weights, write_adapter
+from oarsmith.checkpoint.convert import convert_directory
 from oarsmith.checkpoint.gguf import convert_gguf
 from oarsmith.checkpoint.gguf_write import write_gguf
+from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.checkpoint.paddle_pickle import PdparamsSource
 from oarsmith.checkpoint.source import open_model, open_source
 from oarsmith.errors import OarsmithError
@@ -35,7 +38,7 @@ from oarsmith.models import families
 from tiny import tiny_decoder, write_tiny_model
 
 SECONDS = float(os.environ.get("OARSMITH_FUZZ_SECONDS", "0"))
-EXAMPLES = 80
+EXAMPLES = 60
 MAX_SECONDS = 10  # an example takes milliseconds; this is for a machine that is busy
 MAX_BYTES = 1_000_000_000  # of address space beyond what the process has at the start
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -57,11 +60,19 @@ def read_all(folder: Path) -> None:
 
 
 def read_model(folder: Path) -> None:
-    config, source = open_model(folder)
-    with source:
-        families.build_spec(config)
+    load_decoder(folder)
+
+
+def read_packed(folder: Path) -> None:
+    with open_model(folder)[1] as source:
         for name in source.shapes:
             source.read(name)
+
+
+def read_paddle_adapter(folder: Path) -> None:
+    config = tiny_decoder("llama").config
+    shutil.rmtree(folder.with_name("peft"), ignore_errors=True)
+    peft_from_paddle(folder, folder.with_name("peft"), config, base=None)
 
 
 def read_gguf(folder: Path) -> None:
@@ -103,12 +114,26 @@ def make_files(root: Path) -> dict[str, Reader]:
     (root / "paddle").mkdir()
     with (root / "paddle" / "model_state.pdparams").open("wb") as file:
         pickle.dump({name: tensor.numpy() for name, tensor in weights.items()}, file, protocol=4)
+    convert_directory(model, root / "unified", "pdparams")
+    (root / "packed").mkdir()
+    packed = {"a.weight": torch.ones(16, 16).to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(1, 1)}
+    save_file(packed, root / "packed" / "model.safetensors")
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (root / "packed" / "config.json").write_text(json.dumps({"quantization_config": quantization}))
     (root / "gguf").mkdir()
     spoken = write_tiny_model(root / "spoken", "llama", num_hidden_layers=1, rms_norm_eps=1e-6)
     write_gguf(spoken, root / "gguf" / "model.gguf", type="q8_0")
     (root / "adapter").mkdir()
     write_adapter(tiny_decoder("llama", lora_rank=2), root / "adapter", base="x", settings={"r": 2, "lora_alpha": 4})
+    config = tiny_decoder("llama").config
+    paddle_from_peft(root / "adapter", root / "paddle_adapter", config, base=None, pickled=True)
     readers = {
+        "paddle": Reader(root / "unified", "model_state.pdparams", read_model),
+        "paddle_config": Reader(root / "unified", "config.json", read_model),
+        "paddle_adapter": Reader(root / "paddle_adapter", "lora_model_state.pdparams", read_paddle_adapter),
+        "paddle_adapter_config": Reader(root / "paddle_adapter", "lora_config.json", read_paddle_adapter),
+        "packed": Reader(root / "packed", "model.safetensors", read_packed),
+        "packed_config": Reader(root / "packed", "config.json", read_packed),
         "safetensors": Reader(model, "model.safetensors", read_all),
         "config": Reader(model, "config.json", read_model),
         "zip": Reader(root / "zip", "pytorch_model.bin", read_all),
@@ -134,6 +159,7 @@ def make_files(root: Path) -> dict[str, Reader]:
 
 
 KINDS = (
+    *("paddle", "paddle_config", "paddle_adapter", "paddle_adapter_config", "packed", "packed_config"),
     *("safetensors", "config", "zip", "older", "index", "pdparams", "gguf", "adapter", "adapter_config"),
     *("qwen25_bpe_json-tokenizer.json", "qwen25_bpe_json-tokenizer_config.json", "llama2_spm_legacy-tokenizer.model"),
     *("gpt2_vocab_merges-vocab.json", "gpt2_vocab_merges-merges.txt", "qwen1_tiktoken-qwen.tiktoken"),
@@ -147,7 +173,9 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
 
 # Headers are at the start, the directory of a zip file is at the end.
 PLACES = st.floats(0, 1, exclude_max=True) | st.floats(0, 0.02) | st.floats(0.97, 1, exclude_max=True)
-NUMBERS = st.sampled_from([0, 1, 2**7, 2**8 - 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**64 - 1])
+NUMBERS = st.sampled_from(
+    [0, 1, 2**7, 2**8 - 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**64 - 1]
+)
 
 
 @st.composite

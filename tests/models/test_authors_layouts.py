@@ -146,7 +146,7 @@ def test_baichuan_by_its_config() -> None:
         ({"vocab_size": 125696, "norm_head": False}, False),
     ):
         spec = families.build_spec({**base, **keys})[1]
-        assert type(spec.layers[0].attention.position).__name__ == "Alibi" and spec.max_positions == 99
+        assert type(spec.layers[0].attention.position).__name__ == "Alibi" and spec.max_positions == 2 * 99
         assert spec.head.normalized == normalized, keys
         assert spec.embedding.padding_id == 0 and not spec.head.tied
 

@@ -31,7 +31,7 @@ def meta_decoder(spec: DecoderSpec, config: Mapping[str, Any], dtype: torch.dtyp
     try:
         with torch.device("meta"):
             return Decoder(spec, config)
-    except RuntimeError as error:  # the one thing PyTorch refuses on the meta device is a size that overflows
+    except (RuntimeError, TypeError) as error:  # all that PyTorch refuses on the meta device: sizes that overflow
         raise CheckpointError(f"the sizes in config.json are absurd: {error}", where="config.json") from error
     finally:
         torch.set_default_dtype(before)

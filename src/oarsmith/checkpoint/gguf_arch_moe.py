@@ -13,6 +13,7 @@ from oarsmith.checkpoint.gguf_family import Config, Dims, Family, Field, Fixed, 
 from oarsmith.checkpoint.gguf_links import ROW, TRANSPOSE, Link, in_layers, interleaved, linear, link, norm
 from oarsmith.checkpoint.gguf_metadata import Metadata
 
+_TRUNCATE = "rope.scaling.yarn_truncate"
 USED = Field("expert_used_count", "num_experts_per_tok", int)
 
 
@@ -122,7 +123,8 @@ def _gpt_oss_read(metadata: Metadata, config: dict[str, Any]) -> None:
     config["attention_bias"] = True
     scaling = config.setdefault("rope_scaling", {"rope_type": "default"})  # left out it would mean YaRN
     if scaling["rope_type"] == "yarn":
-        scaling["truncate"] = False  # as in every released model; the format has no key for it
+        # False in every released model, and llama.cpp has no key for it; in files written here it stands.
+        scaling["truncate"] = bool(metadata.optional(_TRUNCATE) or False)
 
 
 def _truncates(config: Config) -> bool:
@@ -135,7 +137,9 @@ def _gpt_oss_write(config: Config, dims: Dims, metadata: dict[str, Any], notes: 
     if config.get("layer_types", types) != types:
         raise config.error("layer_types", "llama.cpp makes every second layer a full one, beginning with a sliding one")
     metadata["expert_feed_forward_length"] = dims["ffn"]
-    if metadata.get("rope.scaling.type") == "yarn" and not _truncates(config):
+    if metadata.get("rope.scaling.type") == "yarn":
+        metadata[_TRUNCATE] = _truncates(config)
+    if not metadata.get(_TRUNCATE, True):
         notes.append("llama.cpp rounds the bounds of YaRN's ramp, this model does not: logits differ slightly")
 
 

@@ -97,14 +97,8 @@ def write_gguf(
         dims = family.dims(config)
         plans = _plan(source, config, family, dims, type)  # first: it holds config.json's sizes against the tensors
         own, factors = write_metadata(family, config, dims, notes)
-        metadata: dict[str, Any] = {
-            "general.architecture": family.arch,
-            "general.type": "model",
-            "general.name": directory.resolve().name,
-            "general.file_type": int(_TYPES[type][1]),
-            "general.quantization_version": GGML_QUANT_VERSION,
-            **{f"{family.arch}.{key}": value for key, value in own.items()},
-        }
+        metadata = _general(family, directory, type)
+        metadata |= {f"{family.arch}.{key}": value for key, value in own.items()}
         if with_tokenizer:
             metadata |= tokenizer_metadata(directory, dims["vocab"], notes)
         tensors = {name: GgufInfo((len(numbers),), _Q.F32) for name, numbers in factors.items()}
@@ -123,6 +117,16 @@ def write_gguf(
         tensor_types=dict(Counter(info.type.name for info in tensors.values())),
         notes=tuple(notes),
     )
+
+
+def _general(family: Family, directory: Path, type: str) -> dict[str, Any]:
+    return {
+        "general.architecture": family.arch,
+        "general.type": "model",
+        "general.name": directory.resolve().name,
+        "general.file_type": int(_TYPES[type][1]),
+        "general.quantization_version": GGML_QUANT_VERSION,
+    }
 
 
 def _write_tensors(

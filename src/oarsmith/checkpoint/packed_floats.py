@@ -86,7 +86,7 @@ class BlockFp8Source(_Wrapped):
         weight, scale = self._inner.read(name), self._inner.read(name + _SCALE).float()
         if not bool(torch.isfinite(scale).all()):
             raise self._misfit(name + _SCALE, "a scale is NaN or infinite")
-        rows, columns = self._block
+        rows, columns = (min(step, size) for step, size in zip(self._block, weight.shape, strict=True))
         result = torch.empty(weight.shape, dtype=torch.bfloat16)
         for index in range(scale.shape[0]):  # a row of blocks at a time: float32 copies stay small
             part = slice(index * rows, (index + 1) * rows)

@@ -88,20 +88,32 @@ class Ranks:
         Raises:
             CheckpointError: the shards do not make up the shape.
         """
-        local = self.shapes[name]
-        if local == shape:
+        axis = self.split_axis(name, shape)
+        if axis is None:
             return self._one(0, name)
-        like = len(local) == len(shape) and all(source.shapes[name] == local for source in self._sources)
-        axes = [i for i in range(len(shape)) if like and local[i] != shape[i]]
-        if len(axes) != 1 or local[axes[0]] * self.count != shape[axes[0]]:
-            raise self.misfit(name, shape)
         shards = [self._one(rank, name) for rank in range(self.count)]
-        if axes[0] != len(shape) - 1:
-            return torch.cat(shards, dim=axes[0])
+        if axis != len(shape) - 1:
+            return torch.cat(shards, dim=axis)
         if any(size % self.count for size in sizes) or sum(sizes) != shape[-1]:
             raise self.misfit(name, shape)
         split = [shard.split([size // self.count for size in sizes], dim=-1) for shard in shards]
         return torch.cat([parts[i] for i in range(len(sizes)) for parts in split], dim=-1)
+
+    def split_axis(self, name: str, shape: tuple[int, ...]) -> int | None:
+        """The axis along which the ranks share a tensor of this shape; None where each has all of it.
+
+        Raises:
+            CheckpointError: the shards do not make up the shape.
+        """
+        local = self.shapes[name]
+        if any(source.shapes[name] != local for source in self._sources) or len(local) != len(shape):
+            raise self.misfit(name, shape)
+        axes = [i for i in range(len(shape)) if local[i] != shape[i]]
+        if not axes:
+            return None
+        if len(axes) != 1 or local[axes[0]] * self.count != shape[axes[0]]:
+            raise self.misfit(name, shape)
+        return axes[0]
 
     def misfit(self, name: str, shape: tuple[int, ...]) -> CheckpointError:
         return CheckpointError(

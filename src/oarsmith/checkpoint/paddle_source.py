@@ -79,6 +79,11 @@ class PaddleSource(TensorSource):
             return set()
         piece = where.piece_shape(shape)
         parts = list(zip(where.names, [found for found in held if found is not None], strict=True))
+        for part, found in parts:  # before anyone takes memory for a shape that only the config knows
+            if part == found:
+                self._ranks.split_axis(found, piece)
+            elif self._ranks.shapes[found][:-1] != piece[:-1]:
+                raise self._ranks.misfit(found, piece)
         self.shapes[name], self.dtypes[name] = shape, self._ranks.dtypes[parts[0][1]]
         self._reads[name] = lambda: where.join([self._piece(part, found, piece) for part, found in parts])
         return {found for _, found in parts}

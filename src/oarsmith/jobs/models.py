@@ -13,7 +13,7 @@ def run(resolved: Resolved[ModelsConfig]) -> None:
     """
     table = support.read()
     titles = {column.key: column.title.strip("`") for column in table.columns}
-    lines = [("family", "model_type", "models", "not (reasons below)")]
+    lines = [("family", "model_type", "models", "all but (why: below)")]
     for row in table.rows:
         gaps = ", ".join(titles[key] for key in row.gaps)
         lines.append((row.name, row.model_type, row.models, gaps or "-"))
