@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 
 from oarsmith.atomic import (
+    TEMPORARY_PREFIX,
     atomic_directory,
     atomic_file,
     atomic_write_bytes,
     atomic_write_text,
     remove_leftovers,
     require_space,
+    temporary_directory,
 )
 from oarsmith.errors import CheckpointError
 
@@ -172,3 +174,14 @@ def test_a_killed_process_leaves_a_complete_directory(tmp_path: Path) -> None:
         contents = [(final / str(index)).read_text() for index in range(5)]
         assert len(set(contents)) == 1
         assert contents[0]
+
+
+def test_a_temporary_directory_is_beside_and_goes_away(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), temporary_directory(tmp_path / "model") as folder:
+        assert folder.parent == tmp_path and folder.name.startswith(TEMPORARY_PREFIX)
+        (folder / "big").write_bytes(b"x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with temporary_directory(tmp_path / "new" / "model") as folder:
+        assert remove_leftovers(folder.parent) == [folder]
+        folder.mkdir()

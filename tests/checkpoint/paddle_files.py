@@ -39,7 +39,7 @@ def llama_state(weights: Mapping[str, Tensor], prefix: str) -> dict[str, np.ndar
     """A Llama-like model's Hugging Face tensors as PaddleNLP's."""
     state = {}
     for name, tensor in weights.items():
-        new = f"{prefix}.{name[len('model.'):]}" if name.startswith("model.") else name
+        new = f"{prefix}.{name[len('model.') :]}" if name.startswith("model.") else name
         linear = name == "lm_head.weight" or (tensor.dim() == 2 and "embed" not in name)
         state[new] = array(tensor.t() if linear else tensor)
     return state

@@ -26,6 +26,7 @@ from oarsmith.errors import CheckpointError
 from tiny import write_tiny_model
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "families"
+PREFIXES = {"qwen3": "model"}  # otherwise the family's own name
 LLAMA_LIKE = ("llama", "qwen2", "qwen3", "mistral", "gemma")
 
 
@@ -57,8 +58,9 @@ def paddle_dir(hf: Path, folder: Path, files: dict[str, dict[str, np.ndarray]], 
 @pytest.mark.parametrize("family", LLAMA_LIKE)
 def test_reading_a_llama_like_model(family: str, tmp_path: Path) -> None:
     hf = hf_model(tmp_path, family)
-    state = llama_state(load_file(hf / "model.safetensors"), family)
-    state[f"{family}.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, "f4")
+    prefix = PREFIXES.get(family, family)
+    state = llama_state(load_file(hf / "model.safetensors"), prefix)
+    state[f"{prefix}.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, "f4")
     theirs = paddle_dir(hf, tmp_path / "paddle", {"model_state.pdparams": state})
     convert_directory(theirs, tmp_path / "back", "hf")
     same_weights(hf, tmp_path / "back")
@@ -122,6 +124,24 @@ def test_shards_that_do_not_make_up_the_shape(tmp_path: Path) -> None:
     state["llama.layers.1.mlp.up_proj.weight"] = state["llama.layers.1.mlp.up_proj.weight"][:, :-2]
     theirs = paddle_dir(hf, tmp_path / "paddle", {"model_state.pdparams": state})
     with pytest.raises(CheckpointError, match=r"up_proj.weight: 1 ranks hold \(32, 46\) each, .* \(32, 48\)"):
+        oarsmith.load_model(theirs)
+
+
+@pytest.mark.parametrize("name", ["qkv_proj", "gate_up_fused_proj"])
+def test_fused_tensors_of_another_size(name: str, tmp_path: Path) -> None:
+    hf = hf_model(tmp_path, "llama")
+    state = fuse(llama_state(load_file(hf / "model.safetensors"), "llama"), 4, 2)
+    wrong = next(key for key in state if name in key)
+    state[wrong] = state[wrong][:, :-8]
+    with pytest.raises(CheckpointError, match=f"{name}.* the config asks for"):
+        oarsmith.load_model(paddle_dir(hf, tmp_path / "paddle", {"model_state.pdparams": state}))
+
+
+def test_a_config_cannot_ask_for_memory(tmp_path: Path) -> None:
+    hf = hf_model(tmp_path, "llama")
+    state = llama_state(load_file(hf / "model.safetensors"), "llama")
+    theirs = paddle_dir(hf, tmp_path / "paddle", {"model_state.pdparams": state}, intermediate_size=10**12)
+    with pytest.raises(CheckpointError, match="the config asks for"):
         oarsmith.load_model(theirs)
 
 
@@ -205,7 +225,7 @@ def test_writing(family: str, to: Target, tmp_path: Path) -> None:
     hf = hf_model(tmp_path, family)
     convert_directory(hf, tmp_path / "paddle", to)
     weights = load_file(hf / "model.safetensors")
-    expected = gpt_state(weights) if family == "gpt2" else llama_state(weights, family)
+    expected = gpt_state(weights) if family == "gpt2" else llama_state(weights, PREFIXES.get(family, family))
     if to == "pdparams":
         with (tmp_path / "paddle" / "model_state.pdparams").open("rb") as file:
             found = pickle.load(file)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from oarsmith.atomic import atomic_write_text
-from oarsmith.checkpoint.fill import check_fits, empty_decoder, fill, meta_decoder
+from oarsmith.checkpoint.fill import check_fits, fill, materialise, meta_decoder
 from oarsmith.checkpoint.safetensors_stream import MAX_SHARD_BYTES, ShardedSafetensorsWriter, TensorInfo
 from oarsmith.checkpoint.source import open_model
 from oarsmith.errors import ModelError
@@ -48,10 +48,10 @@ def load_decoder(
     with opened as source:
         family, spec = families.build_spec(config)
         names = family.names(spec)
-        check_fits(meta_decoder(spec, config, torch.float32), names, source)
-        model = empty_decoder(
-            rewrite(family, spec) if rewrite else spec, config, dtype or source.stored_dtype(), device
-        )
+        wanted = rewrite(family, spec) if rewrite else spec
+        model = meta_decoder(wanted, config, dtype or source.stored_dtype())
+        check_fits(model, names, source)
+        materialise(model, device or torch.device("cpu"))
         fill(model, names, source, mapped=True)
     generation = directory / GENERATION_CONFIG
     if generation.is_file():

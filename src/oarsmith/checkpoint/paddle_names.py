@@ -29,7 +29,7 @@ class PaddleFamily:
     """How one family's tensors are called in PaddleNLP.
 
     Args:
-        model_type: PaddleNLP's; it is also the first part of its names.
+        model_type: PaddleNLP's; mostly also the first part of its names.
         architecture: PaddleNLP's class.
         renames: (pattern, replacement) for Hugging Face names, the first that matches from the start counts.
         splits: last module of a Hugging Face name -> the modules it becomes, along the output axis.
@@ -68,6 +68,7 @@ def _family(
     )
 
 
+_UNCHANGED = (r"model\.", "model.")
 _GPT_LAYER = r"transformer\.h\.(\d+)\."
 _OPT_LAYER = r"model\.decoder\.layers\.(\d+)\."
 # Hugging Face model_type (chatglm has two layouts under one name, see `paddle_family`) -> PaddleNLP's.
@@ -77,8 +78,8 @@ FAMILIES: Mapping[str, PaddleFamily] = {
     "mixtral": _family("mixtral", "MixtralForCausalLM"),
     "qwen2": _family("qwen2", "Qwen2ForCausalLM"),
     "qwen2_moe": _family("qwen2_moe", "Qwen2MoeForCausalLM"),
-    "qwen3": _family("qwen3", "Qwen3ForCausalLM"),
-    "qwen3_moe": _family("qwen3_moe", "Qwen3MoeForCausalLM"),
+    "qwen3": _family("qwen3", "Qwen3ForCausalLM", _UNCHANGED),  # the first to keep the names
+    "qwen3_moe": _family("qwen3_moe", "Qwen3MoeForCausalLM", _UNCHANGED),
     "gemma": _family("gemma", "GemmaForCausalLM"),
     "yuan": _family("yuan", "YuanForCausalLM"),
     "deepseek_v2": _family("deepseek_v2", "DeepseekV2ForCausalLM"),

@@ -82,7 +82,7 @@ class PaddleSource(TensorSource):
         for part, found in parts:  # before anyone takes memory for a shape that only the config knows
             if part == found:
                 self._ranks.split_axis(found, piece)
-            elif self._ranks.shapes[found][:-1] != piece[:-1]:
+            elif (*self._ranks.shapes[found][:-1], self._part_width(found, part)) != piece:
                 raise self._ranks.misfit(found, piece)
         self.shapes[name], self.dtypes[name] = shape, self._ranks.dtypes[parts[0][1]]
         self._reads[name] = lambda: where.join([self._piece(part, found, piece) for part, found in parts])
@@ -93,19 +93,31 @@ class PaddleSource(TensorSource):
             return self._ranks.read(name, shape, group_sizes(self._family, name, shape[-1:], self._config))
         return self._from_fused(held, name)
 
-    def _from_fused(self, fused: str, name: str) -> Tensor:
-        """q, k, v lie head group by head group (its queries, its key, its value); gate and up one after the other."""
-        local = self._ranks.shapes[fused]
-        columns = local[-1] * self._ranks.count
-        shape = (*local[:-1], columns)
-        whole = self._ranks.read(fused, shape, group_sizes(self._family, fused, (columns,), self._config))
-        module = name.split(".")[-2]
-        if module in _GATE_UP:
-            return whole.chunk(2, dim=-1)[_GATE_UP.index(module)].contiguous()
+    def _columns(self, fused: str) -> int:
+        return self._ranks.shapes[fused][-1] * self._ranks.count
+
+    def _head_groups(self, fused: str) -> tuple[int, int, int]:
+        """Key heads, query heads for each of them, and the size of a head."""
         heads = int(self._config["num_attention_heads"])
         groups = int(self._config.get("num_key_value_heads") or heads)
         per_group = heads // groups
-        dim = columns // (groups * (per_group + 2))
+        return groups, per_group, self._columns(fused) // (groups * (per_group + 2))
+
+    def _part_width(self, fused: str, name: str) -> int:
+        module = name.split(".")[-2]
+        if module in _GATE_UP:
+            return self._columns(fused) // 2
+        groups, per_group, dim = self._head_groups(fused)
+        return groups * dim * (per_group if module == QKV[0] else 1)
+
+    def _from_fused(self, fused: str, name: str) -> Tensor:
+        """q, k, v lie head group by head group (its queries, its key, its value); gate and up one after the other."""
+        columns, module = self._columns(fused), name.split(".")[-2]
+        shape = (*self._ranks.shapes[fused][:-1], columns)
+        whole = self._ranks.read(fused, shape, group_sizes(self._family, fused, (columns,), self._config))
+        if module in _GATE_UP:
+            return whole.chunk(2, dim=-1)[_GATE_UP.index(module)].contiguous()
+        groups, per_group, dim = self._head_groups(fused)
         if dim * groups * (per_group + 2) != columns:
             raise self._ranks.misfit(fused, shape)
         parts = whole.unflatten(-1, (groups, -1)).split((per_group * dim, dim, dim), dim=-1)
