@@ -13,7 +13,7 @@ from oarsmith.adapters.lora import attach
 from oarsmith.adapters.peft_layout import CONFIG as ADAPTER_CONFIG
 from oarsmith.adapters.peft_layout import adapter_rewrite, load_adapter_weights, read_adapter_config
 from oarsmith.atomic import atomic_directory
-from oarsmith.checkpoint.config_file import read_config
+from oarsmith.checkpoint.config_file import check_config, read_config
 from oarsmith.checkpoint.fill import empty_decoder
 from oarsmith.checkpoint.hf import DTYPES, load_decoder, write_decoder
 from oarsmith.config.resolved import RUN_FILE
@@ -151,6 +151,7 @@ def new_model(
     """
     if isinstance(config, Mapping):
         contents = dict(config)
+        check_config(contents, "config")
     else:
         path = Path(config)
         contents = read_config(path.parent if path.name == "config.json" else path)

@@ -191,18 +191,3 @@ def test_reading_into_memory_that_is_there(dtype: torch.dtype, tmp_path: Path) -
         strided = torch.empty(1_300_001, 2, dtype=dtype)[:, 0]
         source.read_into("a", strided)
         assert torch.equal(strided, wide.to(dtype))
-
-
-def test_mappings(tmp_path: Path) -> None:
-    """Neighbours in the file are one mapping; writing to it changes neither the file nor another mapping."""
-    save_file({"a": torch.ones(2, 3), "b": torch.zeros(4), "c": torch.arange(3)}, tmp_path / SINGLE)
-    before = (tmp_path / SINGLE).read_bytes()
-    with open_source(tmp_path) as source:
-        order = sorted(["a", "b"], key=lambda name: source._stored[name][1].start)  # type: ignore[attr-defined]
-        both, again = source.mapped(order), source.mapped(order)
-        assert both is not None and again is not None and both.tolist() == again.tolist() and len(both) == 10
-        assert source.mapped(order[::-1]) is None and source.mapped(["a", "c"]) is None
-    both.fill_(7)
-    assert (tmp_path / SINGLE).read_bytes() == before
-    with open_source(tmp_path) as source:
-        assert source.read("b").tolist() == [0.0] * 4

@@ -28,10 +28,10 @@ import oarsmith
 from oarsmith.adapters.paddle_layout import paddle_from_peft, peft_from_paddle
 from oarsmith.adapters.peft_layout import adapter_rewrite, load_adapter_weights, write_adapter
 from oarsmith.checkpoint.convert import convert_directory
-from oarsmith.checkpoint.gguf import convert_gguf
-from oarsmith.checkpoint.gguf_write import write_gguf
+from oarsmith.checkpoint.gguf.convert import convert_gguf
+from oarsmith.checkpoint.gguf.write import write_gguf
 from oarsmith.checkpoint.hf import load_decoder
-from oarsmith.checkpoint.paddle_pickle import PdparamsSource
+from oarsmith.checkpoint.paddle.pdparams import PdparamsSource
 from oarsmith.checkpoint.source import open_model, open_source
 from oarsmith.errors import OarsmithError
 from oarsmith.models import families

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf_files import tiny_model, write_gguf
 from safetensors.torch import load_file
 
 import oarsmith
+from checkpoint.gguf.files import tiny_model, write_gguf
 from oarsmith import cli
 from oarsmith.adapters.peft_layout import write_adapter
 from tiny import tiny_decoder, write_tiny_model

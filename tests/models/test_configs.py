@@ -82,7 +82,7 @@ def test_every_family_is_described() -> None:
     shared = {"chatglm", "falcon", "RefinedWeb", "RefinedWebModel"}  # told apart by Family.matches
     assert len(names) == len(set(names)) and {name for name in types if types.count(name) > 1} == shared
     assert {"llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2"} <= set(types)
-    assert all(family.description and family.architectures for family in families.known())
+    assert all(family.model_types and family.architectures for family in families.known())
 
 
 # DeepSeek's papers state an initialisation that transformers' defaults do not follow.

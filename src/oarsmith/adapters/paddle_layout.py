@@ -23,10 +23,10 @@ from oarsmith.checkpoint.convert import DTYPE_NAMES
 from oarsmith.checkpoint.files import read_json_object
 from oarsmith.checkpoint.fill import file_infos
 from oarsmith.checkpoint.hf import projection_places
-from oarsmith.checkpoint.paddle_config import to_paddle_config
-from oarsmith.checkpoint.paddle_names import Layout, group_sizes, layout, paddle_family
-from oarsmith.checkpoint.paddle_pickle import PdparamsWriter
-from oarsmith.checkpoint.paddle_ranks import Ranks
+from oarsmith.checkpoint.paddle.config import to_paddle_config
+from oarsmith.checkpoint.paddle.names import Layout, group_sizes, layout, paddle_family
+from oarsmith.checkpoint.paddle.pdparams import PdparamsWriter
+from oarsmith.checkpoint.paddle.ranks import Ranks
 from oarsmith.checkpoint.safetensors_source import SafetensorsSource
 from oarsmith.checkpoint.safetensors_stream import SafetensorsWriter, TensorInfo
 from oarsmith.checkpoint.tensors import TensorSource

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from oarsmith.checkpoint.files import read_json_object, require_inside
-from oarsmith.checkpoint.paddle_config import from_paddle_config
-from oarsmith.checkpoint.paddle_source import is_paddle
+from oarsmith.checkpoint.paddle.config import from_paddle_config
+from oarsmith.checkpoint.paddle.source import is_paddle
 from oarsmith.errors import CheckpointError
 from oarsmith.models import families
 

@@ -18,13 +18,14 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from oarsmith.atomic import atomic_directory, atomic_write_text
 from oarsmith.checkpoint.files import require_inside
 from oarsmith.checkpoint.fill import check_tensor, file_infos, match_names
-from oarsmith.checkpoint.paddle_config import to_paddle_config
-from oarsmith.checkpoint.paddle_names import is_head, layout, paddle_family
-from oarsmith.checkpoint.paddle_pickle import PdparamsWriter
+from oarsmith.checkpoint.paddle.config import to_paddle_config
+from oarsmith.checkpoint.paddle.names import is_head, layout, paddle_family
+from oarsmith.checkpoint.paddle.pdparams import PdparamsWriter
 from oarsmith.checkpoint.safetensors_stream import MAX_SHARD_BYTES, ShardedSafetensorsWriter, TensorInfo
 from oarsmith.checkpoint.source import TensorSource, open_model
 from oarsmith.checkpoint.tensors import FLOATS
@@ -72,6 +73,12 @@ class Report:
     num_tensors: int
     num_parameters: int
     num_bytes: int
+
+
+def changes_values(config: Mapping[str, Any], to: Target, dtype: torch.dtype | None) -> bool:
+    """Whether the written weights are rounded: a cast, or a head whose rows get unit length."""
+    divided = to in ("paddle", "pdparams") and families.build_spec(config)[1].head.normalized
+    return dtype is not None or divided
 
 
 def convert_directory(
@@ -131,9 +138,8 @@ def _plan(config: Mapping[str, Any], source: TensorSource, to: Target, dtype: to
         elif is_head(place.file) and paddle_family(config).tied_head:
             _require_tied(source, actual, file_names[names.places[0].file])
         else:
-            outputs.append(_paddle_output(config, place.file, actual, info))
-    if to in ("paddle", "pdparams") and spec.head.normalized:
-        raise CheckpointError("PaddleNLP's Llama does not normalise the rows of its head", where=str(source.directory))
+            unit_rows = spec.head.normalized and is_head(place.file)
+            outputs.append(_paddle_output(config, place.file, actual, info, unit_rows=unit_rows))
     return outputs
 
 
@@ -145,10 +151,15 @@ def _require_tied(source: TensorSource, head: str, table: str) -> None:
         )
 
 
-def _paddle_output(config: Mapping[str, Any], name: str, actual: str, info: TensorInfo) -> Output:
+def _paddle_output(config: Mapping[str, Any], name: str, actual: str, info: TensorInfo, *, unit_rows: bool) -> Output:
+    """``unit_rows``: PaddleNLP does not divide the head's rows by their length, so they are written divided."""
     where = layout(paddle_family(config), name, len(info.shape))
     piece = TensorInfo(info.dtype, where.piece_shape(info.shape))
-    return Output(actual, dict.fromkeys(where.names, piece), where.split)
+
+    def make(tensor: Tensor) -> tuple[Tensor, ...]:
+        return where.split(functional.normalize(tensor.float()).to(info.dtype) if unit_rows else tensor)
+
+    return Output(actual, dict.fromkeys(where.names, piece), make)
 
 
 def open_writer(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from oarsmith.checkpoint.safetensors_stream import TensorInfo
 from oarsmith.checkpoint.tensors import FLOATS, TensorSource
@@ -80,19 +80,15 @@ def check_fits(model: Decoder, names: NameMap, source: TensorSource) -> None:
 
 
 @torch.no_grad()
-def fill(model: Decoder, names: NameMap, source: TensorSource, *, mapped: bool = False) -> None:
-    """Bring every tensor of the source to its place; each parameter the family names must be filled exactly.
-
-    Args:
-        mapped: let parameters on the CPU be mappings of the file where that is possible, in place of copies.
-    """
+def fill(model: Decoder, names: NameMap, source: TensorSource) -> None:
+    """Bring every tensor of the source to its place; each parameter the family names must be filled exactly."""
     file_names = match_names(names, source)
     parameters = dict(model.named_parameters())
     places: dict[str, list[Place]] = {}
     for place in names.places:
         places.setdefault(place.parameter, []).append(place)
     for name, group in places.items():
-        fill_parameter(parameters[name], group, file_names, source, mapped=mapped)
+        fill_parameter(parameters[name], group, file_names, source)
     model.file_names = {name: actual for name, actual in file_names.items() if name != actual}
 
 
@@ -101,8 +97,6 @@ def fill_parameter(
     places: list[Place],
     file_names: Mapping[str, str],
     source: TensorSource,
-    *,
-    mapped: bool = False,
 ) -> None:
     """One parameter from all the file tensors that lie in it."""
     views = [(place.view(parameter), file_names[place.file]) for place in places]
@@ -110,24 +104,8 @@ def fill_parameter(
         check_tensor(source, name, place.shape or tuple(target.shape))
     count = sum(target.numel() for target, _ in views)
     assert count == parameter.numel(), f"{places[0].parameter}: {count} of {parameter.numel()} elements have a place"
-    if mapped and _map(parameter, views, source):
-        return
     for target, name in views:
         source.read_into(name, target)
-
-
-def _map(parameter: nn.Parameter, views: list[tuple[Tensor, str]], source: TensorSource) -> bool:
-    """Point the parameter at the file, if the file holds it whole: in this dtype, in order, without gaps."""
-    codes = {source.dtypes[name] for _, name in views}
-    whole = all(target.is_contiguous() for target, _ in views) and parameter.device.type == "cpu"
-    if not whole or len(codes) != 1 or FLOATS.get(codes.pop()) != parameter.dtype:
-        return False
-    ordered = sorted(views, key=lambda item: item[0].storage_offset())
-    flat = source.mapped([name for _, name in ordered])
-    if flat is None or flat.dtype != parameter.dtype:
-        return False
-    parameter.data = flat.view(parameter.shape)
-    return True
 
 
 def check_tensor(source: TensorSource, name: str, shape: tuple[int, ...]) -> None:

@@ -33,9 +33,8 @@ def load_decoder(
 ) -> Decoder:
     """A decoder with a checkpoint's weights.
 
-    Built on the meta device and filled by streaming: beside the model itself only one tensor is held at a time. On the
-    CPU, parameters that a safetensors file holds as they are become private mappings of it: they cost memory once they
-    are touched. Replacing the file is safe, cutting it short while the model lives is not.
+    Built on the meta device and filled by streaming: beside the model itself only one tensor is held at a time. Weights
+    are read, not mapped: a file that changes later changes no model, and one that is cut short kills no process.
 
     Args:
         dtype: of the weights in memory; None keeps that of most of the files' elements.
@@ -52,7 +51,7 @@ def load_decoder(
         model = meta_decoder(wanted, config, dtype or source.stored_dtype())
         check_fits(model, names, source)
         materialise(model, device or torch.device("cpu"))
-        fill(model, names, source, mapped=True)
+        fill(model, names, source)
     generation = directory / GENERATION_CONFIG
     if generation.is_file():
         model.generation_config = generation.read_text(encoding="utf-8")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -37,7 +35,6 @@ class SafetensorsSource(TensorSource):
         self.shapes, self.dtypes = {}, {}
         self._stored: dict[str, tuple[Path, StoredTensor]] = {}
         self._reader = RangeReader()
-        self._mappings: dict[Path, torch.UntypedStorage] = {}
         shards = read_shards(path) if path.suffix == ".json" else {path.name: []}
         for file, promised in shards.items():
             shard = require_inside(self.directory, self.directory / file)
@@ -68,23 +65,5 @@ class SafetensorsSource(TensorSource):
                 self._reader.fill(path, stored.start + start * dtype.itemsize, part)
                 flat[start : start + step].copy_(part)
 
-    def mapped(self, names: Sequence[str]) -> Tensor | None:
-        parts = [self._stored[name] for name in names]
-        path, first = parts[0]
-        adjacent = all(a.end == b.start for (_, a), (_, b) in pairwise(parts)) and {p for p, _ in parts} == {path}
-        dtype = _TORCH.get(first.dtype)
-        if not adjacent or {stored.dtype for _, stored in parts} != {first.dtype} or dtype is None:
-            return None
-        if first.start % dtype.itemsize or first.start == parts[-1][1].end:
-            return None
-        if path not in self._mappings:
-            mapping = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
-            assert isinstance(mapping, torch.UntypedStorage)
-            self._mappings[path] = mapping
-        flat = torch.empty(0, dtype=dtype)
-        count = (parts[-1][1].end - first.start) // dtype.itemsize
-        return flat.set_(self._mappings[path], first.start // dtype.itemsize, (count,), (1,))
-
     def close(self) -> None:
-        self._mappings.clear()
         self._reader.close()

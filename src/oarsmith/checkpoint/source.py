@@ -11,7 +11,7 @@ from oarsmith.checkpoint import safetensors_source, torch_bin
 from oarsmith.checkpoint.config_file import read_config
 from oarsmith.checkpoint.fill import file_infos
 from oarsmith.checkpoint.packed_floats import unpacked
-from oarsmith.checkpoint.paddle_source import PaddleSource, is_paddle, open_paddle_files
+from oarsmith.checkpoint.paddle.source import PaddleSource, is_paddle, open_paddle_files
 from oarsmith.checkpoint.safetensors_source import SafetensorsSource
 from oarsmith.checkpoint.tensors import TensorSource
 from oarsmith.checkpoint.text_part import text_part

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -41,10 +40,6 @@ class TensorSource(ABC):
     def read_into(self, name: str, target: Tensor) -> None:
         """Fill ``target``, which has the tensor's number of elements; values are cast to its dtype."""
         target.copy_(self.read(name).view(target.shape))
-
-    def mapped(self, names: Sequence[str]) -> Tensor | None:
-        """These tensors, one after the other, as one flat private mapping of the file; None where it has to be read."""
-        return None
 
     @abstractmethod
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -44,9 +44,6 @@ class Renamed(TensorSource):
 
     def read_into(self, name: str, target: Tensor) -> None:
         self._inner.read_into(self._names[name], target)
-
-    def mapped(self, names: Sequence[str]) -> Tensor | None:
-        return self._inner.mapped([self._names[name] for name in names])
 
     def close(self) -> None:
         self._inner.close()

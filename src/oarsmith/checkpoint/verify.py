@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from oarsmith.checkpoint.paddle_source import is_paddle, open_paddle_files
+from oarsmith.checkpoint.paddle.source import is_paddle, open_paddle_files
 from oarsmith.checkpoint.safetensors_stream import SAFETENSORS_DTYPES
 from oarsmith.checkpoint.source import open_source
 from oarsmith.checkpoint.tensors import TensorSource

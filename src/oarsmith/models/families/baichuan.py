@@ -69,7 +69,6 @@ def _is_first_7b(read: ConfigReader) -> bool:
 
 FAMILY = Family(
     name="baichuan",
-    description="Baichuan 7B and 13B, Baichuan 2 7B and 13B",
     model_types=("baichuan",),
     architectures=(_FIRST_7B, "BaichuanForCausalLM"),
     build=build,

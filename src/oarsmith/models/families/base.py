@@ -24,7 +24,6 @@ class Family:
     """
 
     name: str
-    description: str
     model_types: tuple[str, ...]
     architectures: tuple[str, ...]
     build: Callable[[Mapping[str, Any]], DecoderSpec]

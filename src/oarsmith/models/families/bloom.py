@@ -57,7 +57,6 @@ def _spelled_anew(config: Mapping[str, Any]) -> ConfigReader:
 
 FAMILY = Family(
     name="bloom",
-    description="BLOOM, BLOOMZ",
     model_types=("bloom",),
     architectures=("BloomForCausalLM", "BloomModel"),
     build=build,

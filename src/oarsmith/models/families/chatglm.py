@@ -77,7 +77,6 @@ def _attention(read: ConfigReader, hidden: int) -> GQA:
 
 FAMILY = Family(
     name="chatglm",
-    description="ChatGLM-6B (prefix language model)",
     model_types=("chatglm",),
     architectures=("ChatGLMModel", "ChatGLMForConditionalGeneration"),
     build=build,

@@ -64,7 +64,6 @@ def _norm(read: ConfigReader) -> NormSpec:
 
 FAMILY = Family(
     name="chatglm2",
-    description="ChatGLM2, ChatGLM3, GLM-4-9B in the authors' layout",
     model_types=("chatglm",),
     architectures=("ChatGLMModel", "ChatGLMForConditionalGeneration"),
     build=build,

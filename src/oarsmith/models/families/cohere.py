@@ -39,7 +39,6 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
 
 FAMILY = Family(
     name="cohere",
-    description="Command R, Command R+ and Aya (Cohere)",
     model_types=("cohere",),
     architectures=("CohereForCausalLM",),
     build=build,

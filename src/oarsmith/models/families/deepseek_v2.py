@@ -135,7 +135,6 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
 
 FAMILY = Family(
     name="deepseek_v2",
-    description="DeepSeek-V2, V2-Lite, V2.5, Coder-V2",
     model_types=("deepseek_v2",),
     architectures=("DeepseekV2ForCausalLM",),
     build=build,

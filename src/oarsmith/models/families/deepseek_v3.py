@@ -58,7 +58,6 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
 
 FAMILY = Family(
     name="deepseek_v3",
-    description="DeepSeek-V3, V3.1, R1",
     model_types=("deepseek_v3",),
     architectures=("DeepseekV3ForCausalLM",),
     build=build,

@@ -98,10 +98,9 @@ def _spelled_anew(config: Mapping[str, Any]) -> ConfigReader:
     return read.renamed(num_attention_heads="n_head", num_hidden_layers="n_layer", num_kv_heads="n_head_kv")
 
 
-def _family(name: str, description: str, two_norms: bool, attention_norm: str, ffn_norm: str) -> Family:
+def _family(name: str, *, two_norms: bool, attention_norm: str, ffn_norm: str) -> Family:
     return Family(
         name=name,
-        description=description,
         model_types=("falcon", "RefinedWeb", "RefinedWebModel"),
         architectures=("FalconForCausalLM", "RWForCausalLM", "FalconModel", "RWModel"),
         build=build,
@@ -119,5 +118,5 @@ def _family(name: str, description: str, two_norms: bool, attention_norm: str, f
     )
 
 
-FAMILY = _family("falcon", "Falcon 7B, RW, Falcon2 11B", False, "input_layernorm", "post_attention_layernorm")
-FAMILY_40B = _family("falcon_40b", "Falcon 40B, 180B", True, "ln_attn", "ln_mlp")
+FAMILY = _family("falcon", two_norms=False, attention_norm="input_layernorm", ffn_norm="post_attention_layernorm")
+FAMILY_40B = _family("falcon_40b", two_norms=True, attention_norm="ln_attn", ffn_norm="ln_mlp")

@@ -46,7 +46,6 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
 
 FAMILY = Family(
     name="gemma",
-    description="Gemma 1 (2B, 7B)",
     model_types=("gemma",),
     architectures=("GemmaForCausalLM",),
     build=build,

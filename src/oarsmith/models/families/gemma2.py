@@ -80,7 +80,6 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
 
 FAMILY = Family(
     name="gemma2",
-    description="Gemma 2 (2B, 9B, 27B)",
     model_types=("gemma2",),
     architectures=("Gemma2ForCausalLM",),
     build=build,

@@ -68,7 +68,6 @@ def _refuse_others(read: ConfigReader) -> None:
 
 FAMILY = Family(
     name="gemma3_text",
-    description="Gemma 3 (270M, 1B; of the image and text models the text part, saved as gemma3_text)",
     model_types=("gemma3_text",),
     architectures=("Gemma3ForCausalLM",),
     build=build,

@@ -51,7 +51,6 @@ def build_sandwich(config: Mapping[str, Any]) -> DecoderSpec:
 
 FAMILY = Family(
     name="glm",
-    description="GLM-4-9B, GLM-Edge",
     model_types=("glm",),
     architectures=("GlmForCausalLM",),
     build=build,
@@ -59,7 +58,6 @@ FAMILY = Family(
 )
 GLM4 = Family(
     name="glm4",
-    description="GLM-4-0414 and GLM-Z1 (9B, 32B)",
     model_types=("glm4",),
     architectures=("Glm4ForCausalLM",),
     build=build_sandwich,

@@ -53,7 +53,6 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
 
 FAMILY = Family(
     name="gpt2",
-    description="GPT-2 and GPT-3 style models (learned positions, LayerNorm)",
     model_types=("gpt2",),
     architectures=("GPT2LMHeadModel", "GPT2Model"),
     build=build,

@@ -50,7 +50,6 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
 
 FAMILY = Family(
     name="gpt_oss",
-    description="gpt-oss (20B, 120B)",
     model_types=("gpt_oss",),
     architectures=("GptOssForCausalLM",),
     build=build,

@@ -38,7 +38,6 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
 
 FAMILY = Family(
     name="granite",
-    description="Granite 3 (dense)",
     model_types=("granite",),
     architectures=("GraniteForCausalLM",),
     build=build,

@@ -29,7 +29,6 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
 
 FAMILY = Family(
     name="internlm2",
-    description="InternLM2, InternLM2.5",
     model_types=("internlm2",),
     architectures=("InternLM2ForCausalLM",),
     build=build,

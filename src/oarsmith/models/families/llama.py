@@ -53,7 +53,6 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
 
 FAMILY = Family(
     name="llama",
-    description="LLaMA 1 to 3.3 and models of that layout (SmolLM, TinyLlama, Yi, ...)",
     model_types=("llama",),
     architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
     build=build,

@@ -28,7 +28,6 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
 
 FAMILY = Family(
     name="mistral",
-    description="Mistral with or without a sliding window",
     model_types=("mistral",),
     architectures=("MistralForCausalLM",),
     build=build,

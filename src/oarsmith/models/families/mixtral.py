@@ -35,7 +35,6 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
 
 FAMILY = Family(
     name="mixtral",
-    description="Mixtral 8x7B, 8x22B (mixture of experts)",
     model_types=("mixtral",),
     architectures=("MixtralForCausalLM",),
     build=build,

@@ -37,7 +37,6 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
 
 FAMILY = Family(
     name="olmo2",
-    description="OLMo 2 (1B to 32B)",
     model_types=("olmo2",),
     architectures=("Olmo2ForCausalLM",),
     build=build,

@@ -63,7 +63,6 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
 
 FAMILY = Family(
     name="opt",
-    description="OPT, Galactica",
     model_types=("opt",),
     architectures=("OPTForCausalLM", "OPTModel"),
     build=build,

@@ -44,7 +44,6 @@ def _long_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 FAMILY = Family(
     name="phi3",
-    description="Phi-3, Phi-3.5 (mini, medium), Phi-4, Phi-4-mini",
     model_types=("phi3",),
     architectures=("Phi3ForCausalLM",),
     build=build,

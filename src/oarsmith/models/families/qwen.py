@@ -89,7 +89,6 @@ def _refuse_options(read: ConfigReader) -> None:
 
 FAMILY = Family(
     name="qwen",
-    description="Qwen-1 (the original, QWenLMHeadModel)",
     model_types=("qwen",),
     architectures=("QWenLMHeadModel",),
     build=build,

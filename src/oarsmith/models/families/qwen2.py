@@ -34,7 +34,6 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
 
 FAMILY = Family(
     name="qwen2",
-    description="Qwen1.5, Qwen2, Qwen2.5 (dense)",
     model_types=("qwen2",),
     architectures=("Qwen2ForCausalLM",),
     build=build,

@@ -48,7 +48,6 @@ def _windows(read: ConfigReader) -> list[int | None]:
 
 FAMILY = Family(
     name="qwen2_moe",
-    description="Qwen1.5-MoE, Qwen2-57B-A14B (shared expert)",
     model_types=("qwen2_moe",),
     architectures=("Qwen2MoeForCausalLM",),
     build=build,

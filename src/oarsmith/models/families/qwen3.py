@@ -42,7 +42,6 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
 
 FAMILY = Family(
     name="qwen3",
-    description="Qwen3 (dense)",
     model_types=("qwen3",),
     architectures=("Qwen3ForCausalLM",),
     build=build,

@@ -39,7 +39,6 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
 
 FAMILY = Family(
     name="qwen3_moe",
-    description="Qwen3-30B-A3B, Qwen3-235B-A22B",
     model_types=("qwen3_moe",),
     architectures=("Qwen3MoeForCausalLM",),
     build=build,

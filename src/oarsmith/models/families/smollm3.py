@@ -53,7 +53,6 @@ def _rope_layers(read: ConfigReader) -> list[bool]:
 
 FAMILY = Family(
     name="smollm3",
-    description="SmolLM3 (3B)",
     model_types=("smollm3",),
     architectures=("SmolLM3ForCausalLM",),
     build=build,

@@ -40,7 +40,6 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
 
 FAMILY = Family(
     name="starcoder2",
-    description="StarCoder2 (3B, 7B, 15B)",
     model_types=("starcoder2",),
     architectures=("Starcoder2ForCausalLM",),
     build=build,

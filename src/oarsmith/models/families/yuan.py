@@ -69,7 +69,6 @@ def _visibility(read: ConfigReader) -> ResetAfter | None:
 
 FAMILY = Family(
     name="yuan",
-    description="Yuan 2 (localized filtering attention)",
     model_types=("yuan",),
     architectures=("YuanForCausalLM",),
     build=build,

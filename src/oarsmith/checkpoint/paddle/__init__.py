@@ -1,0 +1,1 @@
+"""PaddleNLP's model files, read and written under its own names and layouts."""
