@@ -358,6 +358,15 @@ ROWS: dict[str, Row] = {
         gguf={"use_qk_norm": False},
         tie_word_embeddings=True,
     ),
+    "gpt_neox": _native(
+        "gpt_neox",
+        "GPTNeoXForCausalLM",
+        "GPT-NeoX 20B, Pythia",
+        _SIZES,
+        rotary_pct=0.5,
+        rotary_emb_base=10000,
+        use_parallel_residual=True,
+    ),
     "smollm3": _native(
         "smollm3",
         "SmolLM3ForCausalLM",

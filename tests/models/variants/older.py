@@ -13,6 +13,11 @@ OPT = {key: value for key, value in SIZES.items() if key != "intermediate_size"}
 FALCON = {key: value for key, value in SIZES.items() if key != "intermediate_size"}
 
 VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gpt_neox": (transformers.GPTNeoXConfig, {**SIZES, "rotary_pct": 0.25}),
+    "gpt_neox_sequential": (
+        transformers.GPTNeoXConfig,
+        {**SIZES, "use_parallel_residual": False, "attention_bias": False, "rotary_pct": 1.0, "rotary_emb_base": 500},
+    ),
     "bloom": (transformers.BloomConfig, BLOOM),
     # Six heads: the last two slopes are those between the first ones.
     "bloom_post_untied": (
