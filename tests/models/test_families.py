@@ -64,6 +64,19 @@ def test_logits(case: Make, name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_right_padded_batch(case: Make, name: str) -> None:
+    """Causality makes padding on the right harmless: what comes before it is as transformers gives it with a mask."""
+    made, ids, length = case(name), tokens(2, 40, seed=8), 23
+    mask = torch.ones_like(ids)
+    mask[1, length:] = 0
+    ids[1, length:] = 0
+    found, expected = made.decoder()(ids), made.oracle()(ids, attention_mask=mask).logits
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(found[1, :length], expected[1, :length], rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("name", BOTH_SPELLINGS)
 def test_logits_from_an_older_config(case: Make, name: str, tmp_path: Path) -> None:
     """rope_theta and rope_scaling with "type", no layer_types, torch_dtype: what most published files say."""
