@@ -37,12 +37,12 @@ class Block(nn.Module):
     def __init__(self, spec: LayerSpec, layer: int) -> None:
         super().__init__()
         self.wiring = spec.wiring
-        self.attention = build_attention(spec.attention, layer)
-        self.ffn = build_ffn(spec.ffn)
         norms = named_norms(spec.wiring)
         self.attention_norm = build_norm(norms["attention_norm"])
+        self.attention = build_attention(spec.attention, layer)
         self.attention_post_norm = _optional(norms.get("attention_post_norm"))
         self.ffn_norm = _optional(norms.get("ffn_norm"))
+        self.ffn = build_ffn(spec.ffn)
         self.ffn_post_norm = _optional(norms.get("ffn_post_norm"))
 
     def forward(self, x_TD: Tensor, layout: Layout, tables: PositionTables, cache: KVCache | None) -> Tensor:
