@@ -7,7 +7,6 @@ from /proc. The same command on a tiny model shows how much of that is the libra
 from __future__ import annotations
 
 import argparse
-import filecmp
 import json
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ import torch
 
 from oarsmith.checkpoint.fill import file_infos
 from oarsmith.checkpoint.safetensors_stream import ShardedSafetensorsWriter
+from oarsmith.checkpoint.source import open_source
 from oarsmith.models import families
 
 LLAMA: dict[str, Any] = {
@@ -66,6 +66,15 @@ sys.exit(code)
 """
 
 
+TARGETS = {
+    "bin": ["--to", "bin"],
+    "paddle": ["--to", "paddle"],
+    "pdparams": ["--to", "paddle", "--paddle_layout", "pdparams"],
+    "hf": ["--to", "hf"],
+    "gguf": ["--to", "gguf", "--with_tokenizer", "false"],
+}
+
+
 def convert(src: Path, dst: Path, *options: str) -> tuple[float, float]:
     """Peak resident memory (MB) and seconds of one conversion."""
     start = time.perf_counter()
@@ -74,6 +83,12 @@ def convert(src: Path, dst: Path, *options: str) -> tuple[float, float]:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[2:])}\n{done.stdout}{done.stderr}")
     return int(done.stdout.split()[-1]) * 1024 / 1e6, time.perf_counter() - start
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    """Bit for bit, whatever their order in the file."""
+    with open_source(a) as ours, open_source(b) as theirs:
+        return ours.dtypes == theirs.dtypes and all(torch.equal(ours.read(n), theirs.read(n)) for n in ours.dtypes)
 
 
 def main() -> None:
@@ -90,17 +105,19 @@ def main() -> None:
             f"model {size / 1e6:,.0f} MB, largest tensor {32000 * 1024 * 2 / 1e6:,.0f} MB; tiny model {floor:,.0f} MB"
         )
         print("| conversion | peak RSS, MB | above the tiny one's, MB | seconds |\n|---|---|---|---|")
-        for to in ("bin", "paddle", "pdparams", "hf"):
-            words = ["--to", "paddle", "--paddle_layout", "pdparams"] if to == "pdparams" else ["--to", to]
-            there, took = convert(root / "model", root / to, *words)
+        for to, words in TARGETS.items():
+            target = root / (f"{to}.gguf" if to == "gguf" else to)
+            there, took = convert(root / "model", target, *words)
             print(f"| safetensors to {to} | {there:,.0f} | {there - floor:,.0f} | {took:.1f} |")
-            back, took = convert(root / to, root / "back")
+            back, took = convert(target, root / "back")
             print(f"| {to} to safetensors | {back:,.0f} | {back - floor:,.0f} | {took:.1f} |", flush=True)
-            file = "model.safetensors"
-            if not filecmp.cmp(root / "model" / file, root / "back" / file, shallow=False):
+            if not same_tensors(root / "model", root / "back"):
                 raise RuntimeError(f"{to}: the round trip changed a tensor")
-            for folder in (to, "back"):
-                shutil.rmtree(root / folder)
+            shutil.rmtree(root / "back")
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink()
 
 
 if __name__ == "__main__":

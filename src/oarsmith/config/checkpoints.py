@@ -33,6 +33,9 @@ class ConvertConfig(JobConfig):
     gguf_type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = Field(
         "bf16", description="What matrices are stored as in a GGUF file."
     )
+    with_tokenizer: Bool = Field(
+        True, description="Put the tokenizer into a GGUF file; without it llama.cpp computes, but reads no text."
+    )
     paddle_layout: Literal["safetensors", "pdparams"] = Field(
         "safetensors", description="PaddleNLP's unified safetensors layout, or its pickled model_state.pdparams."
     )

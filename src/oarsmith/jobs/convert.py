@@ -115,6 +115,7 @@ def to_gguf(src: Path, dst: Path, config: ConvertConfig, console: Console) -> No
             src,
             staged / dst.name,
             type=config.gguf_type,
+            with_tokenizer=config.with_tokenizer,
             progress=lambda done, total: show("writing", done, total),
         )
         convert_gguf(
@@ -186,7 +187,9 @@ def describe(found: Difference) -> str:
 def gguf_to_directory(src: Path, dst: Path, dtype: str, console: Console, *, overwrite: bool = False) -> None:
     """Convert with a progress bar."""
     with progress_bar(console) as show:
-        convert_gguf(src, dst, dtype, lambda done, total: show("converting", done, total), overwrite=overwrite)
+        report = convert_gguf(src, dst, dtype, lambda done, total: show("converting", done, total), overwrite=overwrite)
+    for note in report.notes:
+        console.print(f"note:  {note}")
 
 
 @contextmanager

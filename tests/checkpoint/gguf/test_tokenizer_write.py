@@ -228,7 +228,7 @@ def test_tokenizers_llama_cpp_cannot_express(tokenizer: tokenizers.Tokenizer, me
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(CheckpointError, match=message) as caught:
         tokenizer_metadata(tmp_path, 320, [])
-    assert "with_tokenizer=False" in str(caught.value)
+    assert "--with_tokenizer false" in str(caught.value)
 
 
 def test_sentencepiece_files(tmp_path: Path) -> None:

@@ -256,6 +256,8 @@ def test_a_file_without_a_tokenizer(llama: Path) -> None:
         write_gguf(llama, llama / "m.gguf")
     write_gguf(llama, llama / "m.gguf", with_tokenizer=False)
     assert not [key for key in GgufFile(llama / "m.gguf").metadata if key.startswith("tokenizer")]
+    report = convert_gguf(llama / "m.gguf", llama / "back")
+    assert "no tokenizer" in report.notes[0] and not list((llama / "back").glob("tokenizer*"))
 
 
 def test_fewer_rows_than_tokens(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def name_of(tokenizer: Tokenizer, *, ignore_merges: bool, where: str) -> str:
         raise CheckpointError(
             f"llama.cpp has no name for the pre-tokenizer {actual}; known are {', '.join(PRE_TOKENIZERS)}",
             where=where,
-            fix="write the file without its tokenizer (with_tokenizer=False)",
+            fix="write the file without its tokenizer: --with_tokenizer false",
         )
     return matching.get(ignore_merges, next(iter(matching.values())))
 

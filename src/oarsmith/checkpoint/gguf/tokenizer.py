@@ -30,7 +30,7 @@ class GgufTokenizer:
 
 
 def build_tokenizer(file: GgufFile, *, architecture: str, context: int) -> GgufTokenizer:
-    """Rebuild the Hugging Face tokenizer of a GGUF file.
+    """Rebuild the Hugging Face tokenizer of a GGUF file; one without any gives no files and a note.
 
     Args:
         architecture: ``general.architecture``; decides the pre-tokenizer of old files that do not name one.
@@ -40,6 +40,9 @@ def build_tokenizer(file: GgufFile, *, architecture: str, context: int) -> GgufT
         CheckpointError: a tokenizer model or pre-tokenizer that is not known (the message names the known ones), or
             damaged lists.
     """
+    if not any(key.startswith("tokenizer.") for key in file.metadata):
+        note = "the file holds no tokenizer: put the model's own tokenizer files into the directory"
+        return GgufTokenizer(files={}, num_tokens=0, special_ids={}, notes=(note,))
     vocabulary = StoredVocabulary(file)
     if vocabulary.model == "gpt2":
         tokenizer, add_bos = byte_level_bpe(vocabulary, architecture)

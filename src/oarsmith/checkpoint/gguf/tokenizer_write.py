@@ -79,7 +79,9 @@ def _vocabulary(directory: Path, tokenizer: Tokenizer) -> Vocabulary:
     file = directory / _SPM
     if not file.is_file():
         raise CheckpointError(
-            "llama.cpp has no tokenizer for these files", where=str(directory), fix="use with_tokenizer=False"
+            "llama.cpp has no tokenizer for these files",
+            where=str(directory),
+            fix="leave it out: --with_tokenizer false",
         )
     # What the class does around the model counts, not what the model says.
     first = backend.id_to_token(backend.encode_batch(["x"], False)[0][0]) or ""

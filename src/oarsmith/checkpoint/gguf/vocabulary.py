@@ -69,7 +69,7 @@ def from_json(content: bytes, *, where: str) -> Vocabulary:
     return _spm_json(parsed, steps, where=where)
 
 
-_WITHOUT = "write the file without its tokenizer (with_tokenizer=False)"
+_WITHOUT = "write the file without its tokenizer: --with_tokenizer false"
 
 
 def _steps(node: Any, inner: str) -> list[dict[str, Any]]:
