@@ -130,8 +130,10 @@ def test_to_gguf_and_back(model_dir, tmp_path, capsys, kind, exact):
 
 
 def test_gguf_names(model_dir, tmp_path, capsys):
-    assert convert(model_dir, tmp_path / "out", to="gguf") == 2
-    assert "a GGUF file ends in .gguf" in capsys.readouterr().err
+    assert convert(model_dir, tmp_path / "out", to="gguf", gguf_type="f32") == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.gguf"]
+    assert convert(tmp_path / "out", tmp_path / "back") == 0  # a directory with one GGUF file stands for it
+    assert torch.equal(oarsmith.load_model(tmp_path / "back")(IDS), oarsmith.load_model(model_dir)(IDS))
     (tmp_path / "m.gguf").write_bytes(b"precious")
     assert convert(model_dir, tmp_path / "m.gguf", to="gguf") == 2
     assert "the destination exists" in capsys.readouterr().err

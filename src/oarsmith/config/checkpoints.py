@@ -20,7 +20,7 @@ class ConvertConfig(JobConfig):
         description="What to read: a model directory (Hugging Face safetensors or pytorch_model.bin, PaddleNLP), a "
         "GGUF file, or a LoRA adapter (PEFT, PaddleNLP)."
     )
-    dst: str = Field(description="What to write: a directory, or a .gguf file.")
+    dst: str = Field(description="What to write: a directory (for gguf: a file, or the directory for model.gguf).")
     to: Literal["hf", "bin", "gguf", "paddle"] = Field(
         "hf",
         description="Layout of dst. hf: safetensors. bin: pytorch_model.bin. gguf: llama.cpp. paddle: PaddleNLP.",

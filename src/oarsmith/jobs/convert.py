@@ -42,7 +42,7 @@ def run(resolved: Resolved[ConvertConfig]) -> int:
     """The command."""
     config = resolved.config
     console = make_console()
-    src, dst = Path(config.src), Path(config.dst)
+    src, dst = only_gguf(Path(config.src)), Path(config.dst)
     if is_adapter(src):
         check_destination(dst, config.overwrite, inputs=[src])
         convert_adapter(src, dst, config, console)
@@ -107,7 +107,7 @@ def from_gguf(src: Path, dst: Path, config: ConvertConfig, console: Console) -> 
 def to_gguf(src: Path, dst: Path, config: ConvertConfig, console: Console) -> None:
     """Write a GGUF file, read it back, and say how far its answers are from the source's."""
     if dst.suffix != ".gguf":
-        raise CheckpointError("a GGUF file ends in .gguf", where=str(dst), fix=f"oarsmith convert ... {dst}.gguf")
+        dst = dst / "model.gguf"
     if dst.is_dir() or (dst.exists() and not config.overwrite):
         raise CheckpointError("the destination exists", where=str(dst), fix="choose another, or add --overwrite")
     with progress_bar(console) as show, temporary_directory(dst) as staged:
@@ -161,6 +161,12 @@ def _base_config(src: Path, base: str | None) -> dict[str, Any]:
     raise CheckpointError(
         f"the adapter's base model {base!r} is not there", where=str(src), fix="name it: --model_name_or_path BASE"
     )
+
+
+def only_gguf(src: Path) -> Path:
+    """The GGUF file of a directory that holds one and no other model; any other path as it is."""
+    files = sorted(src.glob("*.gguf")) if src.is_dir() and not (src / "config.json").exists() else []
+    return files[0] if len(files) == 1 else src
 
 
 def is_adapter(src: Path) -> bool:
