@@ -141,6 +141,17 @@ def test_untied_model_without_its_head(tmp_path: Path) -> None:
     assert "lm_head.weight" in refused(edit(make(tmp_path / "a"), lambda t: t.pop("lm_head.weight")))
 
 
+def test_tied_model_whose_head_is_another_matrix(tmp_path: Path) -> None:
+    """Trained apart and saved under a config that ties: leaving the head out would give another model."""
+    folder = make(tmp_path / "a")
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "tie_word_embeddings": True}))
+    message = refused(folder)
+    assert "lm_head.weight differs from model.embed_tokens.weight" in message
+    assert '"tie_word_embeddings": false' in message
+    edit(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].half()}))
+    load_decoder(folder)  # the same matrix with fewer digits
+
+
 def test_wrong_shape(tmp_path: Path) -> None:
     folder = make(tmp_path / "a")
     (folder / "config.json").write_text(json.dumps({**CONFIG, "intermediate_size": 25}))

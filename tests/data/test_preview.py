@@ -7,6 +7,8 @@ import json
 
 from rich.console import Console
 
+import oarsmith
+import remote_tokenizers
 from oarsmith.data.preview import preview, token_texts
 from oarsmith.data.samples import SampleOptions
 
@@ -35,3 +37,10 @@ def test_preview_colours_trained_tokens_and_shows_control_characters(tmp_path, t
     assert "<|im_start|>assistant↵" in plain.getvalue() and "legend" in plain.getvalue()
     trained = [part for part in shown.split("\x1b[") if part.startswith("30;")]
     assert "".join(part.split("m", 1)[1] for part in trained).startswith("green<|im_end|>")
+
+
+def test_special_tokens_that_decode_to_nothing_have_their_names(tmp_path):
+    glm = oarsmith.load_tokenizer(remote_tokenizers.directory("glm1", tmp_path))
+    ids = glm.encode_chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "yo"}])
+    texts = token_texts(ids, glm)
+    assert len(texts) == len(ids) and "".join(texts) == "Hi<sop>yo<eop>"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import oarsmith
-from oarsmith.engine.reader import StopFilter, TextReader
+from oarsmith.engine.reader import StopFilter, TextReader, without_lead
 
 TOKENIZER = Path(__file__).parents[1] / "fixtures" / "tokenizers" / "qwen25_bpe_json"
 
@@ -79,3 +79,24 @@ def test_a_character_cut_off_by_the_limit_is_shown_as_such():
     assert reader.take() == "a"
     reader.finish()
     assert reader.text == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\n 42", "42"),
+        ("\n\n  a\n b", "a\n b"),
+        ("\n", ""),
+        ("42\n 3", "42\n 3"),
+        ("tool\n x", "tool\n x"),
+        (" \nx", " \nx"),
+    ],
+)
+def test_a_lead_is_not_shown(text, shown):
+    tokenizer = oarsmith.load_tokenizer(TOKENIZER)
+    reader, pieces = TextReader(tokenizer, (), "\n"), []
+    for token in tokenizer.encode(text):
+        reader.push(token)
+        pieces.append(reader.take())
+    reader.finish()
+    assert "".join([*pieces, reader.take()]) == reader.text == without_lead(text, "\n") == shown

@@ -1,6 +1,7 @@
 """``oarsmith sft`` from its words to its files, read by transformers and peft; and what it says when it cannot run."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -163,3 +164,13 @@ class TestMessages:
         assert run_sft(folder / "llama", folder / "rows.jsonl", folder / "gpt2", **KEYS) == 2
         assert "holds a model, not a run" in capsys.readouterr().err
         assert not (folder / "gpt2" / "run.json").exists()
+
+
+def test_a_tokenizer_of_another_model(folder, tmp_path, capsys):
+    """Rows whose ids the embedding does not have are refused before anything is trained."""
+    small = write_tiny_model(tmp_path / "small", "llama", vocab_size=40)
+    for path in (folder / "llama").glob("tokenizer*"):
+        shutil.copy(path, small)
+    assert run_sft(small, folder / "rows.jsonl", tmp_path / "run", **KEYS) == 2
+    message = capsys.readouterr().err
+    assert "is outside the model's vocabulary of 40" in message and "rows.jsonl:" in message

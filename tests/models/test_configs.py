@@ -6,13 +6,14 @@ import math
 from typing import Any
 
 import pytest
+import transformers
 
 from oarsmith.errors import ModelError
 from oarsmith.models import families
-from oarsmith.models.spec_position import LongScaling, Rope
+from oarsmith.models.spec_position import LongScaling, Rope, YarnScaling
 
 from .conftest import VARIANTS
-from .variants import GQA, experts
+from .variants import GQA, SIZES, experts
 
 LLAMA = {**GQA, "model_type": "llama"}
 MOE = {**experts.QWEN2, "model_type": "qwen2_moe"}
@@ -105,3 +106,24 @@ def test_phi3_means_long_rope(kind: str) -> None:
     factor = (1 + math.log(4) / math.log(4096)) ** 0.5
     expected = LongScaling(short=(1.0,) * 4, long=(2.0,) * 4, original_length=4096, attention_factor=factor)
     assert rope == Rope(dim=8, theta=10000.0, scaling=expected)
+
+
+def test_rope_scaling_added_to_a_newer_config() -> None:
+    """Model cards say to add it to stretch the context: it goes before ``rope_parameters``, as in transformers."""
+    added = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    for name, kind in (("qwen3", transformers.Qwen3Config), ("gemma3", transformers.Gemma3TextConfig)):
+        config = kind(**VARIANTS[name][1]).to_dict()
+        spec = families.build_spec({**config, "rope_scaling": added})[1]
+        rules = {layer.attention.position.scaling for layer in spec.layers}
+        assert sum(isinstance(rule, YarnScaling) for rule in rules) == 1
+        assert (None in rules) == (name == "gemma3")  # whose sliding layers are not stretched
+
+
+@pytest.mark.parametrize("kind", ["yarn", "llama3"])
+def test_original_context_beside_the_scaling(kind: str) -> None:
+    rule = {"rope_type": kind, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = {**SIZES, "model_type": "llama", "rope_scaling": rule, "original_max_position_embeddings": 16}
+    theirs = transformers.LlamaConfig(**{key: value for key, value in config.items() if key != "model_type"})
+    theirs.standardize_rope_params()  # as every model does that is made from it
+    assert theirs.rope_parameters["original_max_position_embeddings"] == 16
+    assert families.build_spec(config)[1].layers[0].attention.position.scaling.original_length == 16

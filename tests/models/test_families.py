@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.nn import functional
 
@@ -124,6 +125,30 @@ def test_loss_and_gradients(case: Make, name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found, want, rtol=0, atol=limit, msg=lambda m, p=place: f"{p.file}: {m}")
     norms = float(model.embedding.weight.grad.norm()), float(oracle.get_input_embeddings().weight.grad.norm())
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+FROZEN_PADDING = (
+    *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3", "phi3"),
+    *("olmo2", "granite", "smollm3", "starcoder2", "cohere", "glm", "glm4", "deepseek_v2", "deepseek_v3", "gpt_oss"),
+)
+
+
+@pytest.mark.parametrize("name", [*FROZEN_PADDING, "opt", "bloom", "gpt2", "gpt_neox", "falcon_7b"])
+def test_gradient_of_the_padding_row(name: str) -> None:
+    """Where transformers makes the table with a padding index, that row learns from the output alone."""
+    kind, arguments = VARIANTS[name]
+    model = transformers.AutoModelForCausalLM.from_config(kind(**{**arguments, "pad_token_id": 5}))
+    theirs = model.get_input_embeddings().padding_idx
+    spec = families.build_spec(model.config.to_dict())[1]
+    assert spec.embedding.padding_id == theirs == (5 if name in (*FROZEN_PADDING, "opt") else None)
+
+
+def test_padding_row_where_the_config_is_silent() -> None:
+    for name in ("gemma", "gemma2", "gemma3", "cohere", "olmo2", "llama"):
+        kind, arguments = VARIANTS[name]
+        config = {**arguments, "model_type": kind.model_type}
+        config.pop("pad_token_id", None)
+        assert families.build_spec(config)[1].embedding.padding_id == kind().pad_token_id
 
 
 def test_bf16_stays_near(case: Make) -> None:

@@ -80,6 +80,10 @@ def test_settings_act_as_in_transformers(name: str, tmp_path: Path) -> None:
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="this is a file, not a model directory"):
+        load_tokenizer(tmp_path / "model.gguf")
+    (tmp_path / "model.gguf").unlink()
     with pytest.raises(CheckpointError, match="there is no directory"):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"looked for tokenizer\.json, tokenizer\.model, .*qwen\.tiktoken"):

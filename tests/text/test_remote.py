@@ -157,3 +157,11 @@ def test_absurd_configs_are_refused(key: str, value: Any, tmp_path: Path) -> Non
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     with pytest.raises(CheckpointError, match=key):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "lead"), [("glm3", "\n"), ("glm1", ""), ("qwen", ""), ("baichuan_min", "")])
+def test_only_chatglm3_writes_a_line_of_its_own_before_an_answer(name: str, lead: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(directory(name, tmp_path))
+    prompt = tokenizer.encode_chat([{"role": "user", "content": "Hi"}], None, True)
+    assert tokenizer.answer_lead(prompt) == lead
+    assert tokenizer.answer_lead(prompt[:-1]) == tokenizer.answer_lead([]) == ""

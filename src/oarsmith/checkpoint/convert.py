@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from oarsmith.atomic import atomic_directory, atomic_write_text
 from oarsmith.checkpoint.files import require_inside
-from oarsmith.checkpoint.fill import check_tensor, file_infos, match_names
+from oarsmith.checkpoint.fill import check_copies, check_tensor, file_infos, match_names
 from oarsmith.checkpoint.paddle.config import to_paddle_config
 from oarsmith.checkpoint.paddle.names import is_head, layout, paddle_family
 from oarsmith.checkpoint.paddle.pdparams import PdparamsWriter
@@ -125,6 +125,7 @@ def _plan(config: Mapping[str, Any], source: TensorSource, to: Target, dtype: to
     family, spec = families.build_spec(config)
     names = family.names(spec)
     file_names = match_names(names, source)
+    check_copies(names, file_names, source)
     expected = file_infos(spec, config, names, dtype or source.stored_dtype())
     outputs = []
     for place in names.places:

@@ -77,6 +77,28 @@ def check_fits(model: Decoder, names: NameMap, source: TensorSource) -> None:
     for place in names.places:
         view = place.view(parameters[place.parameter])
         check_tensor(source, file_names[place.file], place.shape or tuple(view.shape))
+    check_copies(names, file_names, source)
+
+
+def check_copies(names: NameMap, file_names: Mapping[str, str], source: TensorSource) -> None:
+    """A tied head that the file stores beside the table must be the table: another one would be lost.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    for copy in names.operators:
+        if not isinstance(copy, Duplicate) or copy.file not in source.shapes:
+            continue
+        first = next(file_names[place.file] for place in names.places if place.parameter == copy.parameter)
+        check_tensor(source, copy.file, source.shapes[first])
+        one, other = source.read(first), source.read(copy.file)
+        # One of them may be stored with fewer digits.
+        if not torch.equal(one.to(other.dtype), other) and not torch.equal(other.to(one.dtype), one):
+            raise CheckpointError(
+                f"{copy.file} differs from {first}, but the config ties the two",
+                where=str(source.directory),
+                fix='set "tie_word_embeddings": false in config.json to use both',
+            )
 
 
 @torch.no_grad()

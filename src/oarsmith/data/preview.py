@@ -54,9 +54,17 @@ def render_preview(sample: Sample, tokenizer: Tokenizer, console: Console) -> No
 
 
 def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """What each token adds to the text; where several make one character, the last of them has it and the others ""."""
-    decoder = StreamDecoder(tokenizer, skip_special_tokens=False)
-    texts = [decoder.push(token_id) for token_id in ids]
+    """What each token adds to the text; where several make one character, the last of them has it and the others "".
+
+    Special tokens that decode to nothing (ChatGLM's) have their names.
+    """
+    decoder, special = StreamDecoder(tokenizer, skip_special_tokens=False), tokenizer.special_ids
+    texts = []
+    for token_id in ids:
+        if token_id in special and not tokenizer.decode([token_id]):
+            texts.append(decoder.finish() + (tokenizer.id_to_token(token_id) or ""))
+        else:
+            texts.append(decoder.push(token_id))
     if texts:
         texts[-1] += decoder.finish()
     return texts

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from oarsmith.engine.reader import TextReader
+from oarsmith.engine.reader import TextReader, without_lead
 from oarsmith.engine.request import Completion, Request, request_generator
 from oarsmith.engine.runner import Runner
 from oarsmith.engine.sampling import Sampling
@@ -166,9 +166,13 @@ class Engine:
         stop_ids = set(sampling.stop_ids)
         if self.tokenizer is not None and not sampling.ignore_eos:
             stop_ids |= set(self.tokenizer.stop_ids)
-        reader = TextReader(self._needed_tokenizer(), sampling.stop) if read or sampling.stop else None
+        lead = self._lead(ids)
+        reader = TextReader(self._needed_tokenizer(), sampling.stop, lead) if read or sampling.stop else None
         limit = min(sampling.max_new_tokens, self.context_length - len(ids))
         return Request(ids, limit, frozenset(stop_ids), request_generator(seed, index), reader)
+
+    def _lead(self, prompt: Sequence[int]) -> str:
+        return "" if self.tokenizer is None else self.tokenizer.answer_lead(prompt)
 
     def _drain(self, requests: list[Request], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
         places = {id(request): index for index, request in enumerate(requests)}
@@ -184,6 +188,7 @@ class Engine:
             text = request.reader.text
         elif self.tokenizer is not None:
             text = self.tokenizer.decode(request.text_ids, skip_special_tokens=True)
+            text = without_lead(text, self._lead(request.prompt))
         else:
             text = ""
         return Completion(text, tuple(request.ids), tuple(request.prompt), request.finish_reason)

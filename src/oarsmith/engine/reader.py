@@ -45,15 +45,21 @@ class StopFilter:
 class TextReader:
     """The text of one answer as its tokens arrive.
 
+    Args:
+        lead: white space that is no part of the answer (`Tokenizer.answer_lead`): an answer that begins with it is
+            shown from its first character on.
+
     Attributes:
         text: all that was given out so far.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], lead: str = "") -> None:
         self.text = ""
         self._decoder = StreamDecoder(tokenizer)
         self._filter = StopFilter(stops)
         self._taken = 0
+        self._lead = lead
+        self._held = ""
 
     @property
     def stopped(self) -> bool:
@@ -61,14 +67,28 @@ class TextReader:
         return self._filter.stopped
 
     def push(self, token: int) -> None:
-        self.text += self._filter.push(self._decoder.push(token))
+        self.text += self._after_lead(self._filter.push(self._decoder.push(token)))
 
     def finish(self) -> None:
         """The answer is over: what was held back belongs to it, unless it completes a stop text."""
-        self.text += self._filter.push(self._decoder.finish())
-        self.text += self._filter.finish()
+        rest = self._filter.push(self._decoder.finish()) + self._filter.finish()
+        self.text += self._after_lead(rest) + without_lead(self._held, self._lead)
+
+    def _after_lead(self, piece: str) -> str:
+        if not self._lead:
+            return piece
+        self._held += piece
+        if self._lead.startswith(self._held) or (self._held.isspace() and self._held.startswith(self._lead)):
+            return ""
+        text, self._lead, self._held = without_lead(self._held, self._lead), "", ""
+        return text
 
     def take(self) -> str:
         """The text that came since the last call."""
         new, self._taken = self.text[self._taken :], len(self.text)
         return new
+
+
+def without_lead(text: str, lead: str) -> str:
+    """An answer without white space in front, if it begins with the lead; else as it is."""
+    return text.lstrip() if lead and text.startswith(lead) else text

@@ -23,7 +23,7 @@ from oarsmith.checkpoint.hf import DTYPES, load_decoder, write_decoder
 from oarsmith.checkpoint.source import open_source
 from oarsmith.config.resolved import RUN_FILE, Resolved
 from oarsmith.config.sft import SftConfig
-from oarsmith.errors import ConfigError
+from oarsmith.errors import ConfigError, DataError
 from oarsmith.jobs.loop_parts import loop_settings, make_optimizer, make_schedule
 from oarsmith.jobs.runtime import fit_max_length, make_console, make_tokenizer, runtime
 from oarsmith.loading import dtype_name, resolve
@@ -93,6 +93,7 @@ def train(resolved: Resolved[SftConfig], console: Console) -> SftResult:
         data = sft.build_data(config, tokenizer)
         for line in data.lines:
             console.print(line)
+        require_vocabulary(data, base)
         model = load_trainable(config, base, device)
         _describe(model, console)
         if config.overwrite_output_dir:
@@ -125,6 +126,7 @@ def evaluate_only(resolved: Resolved[SftConfig], console: Console) -> SftResult:
         data = sft.build_data(config, make_tokenizer(config))
         for line in data.lines:
             console.print(line)
+        require_vocabulary(data, base)
         if data.evaluation is None:
             raise ConfigError("there is nothing to evaluate on", where="do_train false", fix="give eval_dataset_path")
         model = load_decoder(base, dtype=DTYPES[config.dtype], device=device)
@@ -153,6 +155,17 @@ def settle(resolved: Resolved[SftConfig], base: Path, device: torch.device) -> R
     dtype = training_dtype(resolved.config.dtype, fast_bf16=has_fast_bf16(device))
     resolved = resolved.settle("auto on this machine", device=device.type, dtype=dtype_name(dtype))
     return fit_max_length(resolved, families.build_spec(read_config(base))[1].max_positions)
+
+
+def require_vocabulary(data: sft.SftData, base: Path) -> None:
+    """Refuse token ids the model has no row for: the tokenizer is another model's."""
+    size, (highest, where) = families.build_spec(read_config(base))[1].vocab_size, data.highest_id
+    if highest >= size:
+        raise DataError(
+            f"token id {highest} is outside the model's vocabulary of {size}",
+            where=where,
+            fix="use the tokenizer that belongs to this model",
+        )
 
 
 def load_trainable(config: SftConfig, base: Path, device: torch.device) -> Decoder:

@@ -25,7 +25,10 @@ OBJECTIVE: Objective = token_cross_entropy
 
 @dataclass(frozen=True, kw_only=True)
 class SftData:
-    """What a run trains and evaluates on, and the account of every row."""
+    """What a run trains and evaluates on, and the account of every row.
+
+    ``highest_id``: the largest token id, and the row it stands in.
+    """
 
     train: Loader
     evaluation: Loader | None
@@ -33,6 +36,7 @@ class SftData:
     lines: list[str]
     num_samples: int
     num_tokens: int
+    highest_id: tuple[int, str]
 
 
 def sample_options(config: DataKeys) -> SampleOptions:
@@ -83,6 +87,7 @@ def build_data(config: SftConfig, tokenizer: Tokenizer, progress: DataProgress |
         lines=lines,
         num_samples=len(samples),
         num_tokens=sum(len(sample) for sample in samples),
+        highest_id=max((int(sample.ids.max()), sample.where) for sample in (*samples, *held_out)),
     )
 
 

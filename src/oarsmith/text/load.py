@@ -60,6 +60,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises CheckpointError for a missing directory, missing or damaged files, and a layout that is not known.
     """
     directory = Path(path)
+    if directory.is_file():
+        raise CheckpointError(
+            "this is a file, not a model directory",
+            where=str(directory),
+            fix="name the directory it lies in; a GGUF file becomes one with 'oarsmith convert FILE DIRECTORY'",
+        )
     if not directory.is_dir():
         raise CheckpointError(
             f"there is no directory '{directory}'",

@@ -219,6 +219,30 @@ class Tokenizer:
         following = [token for token in tokens if rest.lstrip().startswith(token)]
         return tokens[max(following, key=len)] if following else None
 
+    def answer_lead(self, prompt: Sequence[int]) -> str:
+        """White space that the model writes itself between a conversation and its answer, and that is part of neither.
+
+        ChatGLM3's empty line of metadata, for a prompt that ends with the control token it follows; else "".
+        """
+        control, lead = self._lead_after_control
+        return lead if prompt and prompt[-1] == control else ""
+
+    @cached_property
+    def _lead_after_control(self) -> tuple[int | None, str]:
+        if self.chat_template is None:
+            return None, ""
+        question = {"role": "user", "content": "?"}
+        try:
+            opened = self.apply_chat_template([question], add_generation_prompt=True)
+            answered = self.apply_chat_template([question, {"role": "assistant", "content": _PROBE}])
+        except DataError:
+            # As for the end of turn.
+            return None, ""
+        if not isinstance(opened, RenderedChat) or not opened.parts[-1].is_control or not answered.startswith(opened):
+            return None, ""
+        lead = answered[len(opened) :].partition(_PROBE)[0]
+        return (self._control_id(opened.parts[-1].text), lead) if lead.isspace() else (None, "")
+
     def token_to_id(self, token: str) -> int | None:
         """Id of a token's exact text, None if it is no token."""
         return self.backend.token_to_id(token)

@@ -14,7 +14,7 @@ from oarsmith.errors import ModelError
 from oarsmith.models.families.base import ConfigReader, Family
 from oarsmith.models.families.naming import Names
 from oarsmith.models.families.parts import decoder, fused
-from oarsmith.models.spec import DecoderSpec, LayerSpec, NormedStream, PrefixLM, Sequential
+from oarsmith.models.spec import DecoderSpec, EmbeddingSpec, LayerSpec, NormedStream, PrefixLM, Sequential
 from oarsmith.models.spec_parts import GQA, MLP, LayerNormSpec
 from oarsmith.models.spec_position import Rope, TwoRowRope
 
@@ -49,7 +49,8 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
     layer = LayerSpec(attention=_attention(read, hidden), ffn=ffn, wiring=wiring)
     masks = read.count("gmask_token_id", 150001), read.count("mask_token_id", 150000)
     rule = PrefixLM(start_id=read.count("bos_token_id", 150004), mask_ids=masks)
-    spec = decoder(read, [layer] * num_layers, norm, max_positions=read.integer("max_sequence_length", 2048))
+    table, longest = EmbeddingSpec(size=hidden), read.integer("max_sequence_length", 2048)
+    spec = decoder(read, [layer] * num_layers, norm, embedding=table, max_positions=longest)
     # The authors' code never ties, whatever the key says.
     return replace(spec, visibility=rule, head=replace(spec.head, tied=False))
 

@@ -15,7 +15,7 @@ from oarsmith.models.families import chatglm
 from oarsmith.models.families.base import ConfigReader, Family
 from oarsmith.models.families.naming import Names
 from oarsmith.models.families.parts import decoder, fused, gated_mlp, residual_rule
-from oarsmith.models.spec import DecoderSpec, LayerSpec
+from oarsmith.models.spec import DecoderSpec, EmbeddingSpec, LayerSpec
 from oarsmith.models.spec_parts import GQA, LayerNormSpec, NormSpec, RMSNormSpec
 from oarsmith.models.spec_position import Rope
 
@@ -32,7 +32,8 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
     layer = LayerSpec(attention=_attention(read, bias), ffn=ffn, wiring=residual_rule(read, norm))
     layers = [layer] * read.integer("num_layers")
     final = norm if read.flag("post_layer_norm", True) else None
-    spec = decoder(read, layers, final, max_positions=read.integer("seq_length", 2048))
+    table, longest = EmbeddingSpec(size=hidden), read.integer("seq_length", 2048)
+    spec = decoder(read, layers, final, embedding=table, max_positions=longest)
     # The authors' code never ties, whatever the key says.
     return replace(spec, head=replace(spec.head, tied=False))
 

@@ -34,7 +34,7 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
         wiring=Parallel(norm=norm),
     )
     head = HeadSpec(tied=True, scale=read.number("logit_scale", 0.0625))
-    return decoder(read, [layer] * read.integer("num_hidden_layers"), norm, tied=True, head=head)
+    return decoder(read, [layer] * read.integer("num_hidden_layers"), norm, tied=True, head=head, padding=0)
 
 
 FAMILY = Family(

@@ -16,7 +16,7 @@ from oarsmith.models.families.naming import ROPE_BUFFERS, Names
 from oarsmith.models.families.parts import decoder, fused
 from oarsmith.models.families.rope import read_rope
 from oarsmith.models.names import Ignored
-from oarsmith.models.spec import DecoderSpec, LayerSpec, Parallel, PreNorm, Sequential
+from oarsmith.models.spec import DecoderSpec, EmbeddingSpec, LayerSpec, Parallel, PreNorm, Sequential
 from oarsmith.models.spec_parts import GQA, MLP, LayerNormSpec
 from oarsmith.models.spec_position import Alibi, Position, alibi_slopes
 
@@ -35,7 +35,8 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
         activation=read.activation("activation", default="gelu"),
     )
     layer = LayerSpec(attention=_attention(read, bias), ffn=ffn, wiring=_wiring(read, norm))
-    return decoder(read, [layer] * read.integer("num_hidden_layers", 32), norm, tied=True)
+    num_layers = read.integer("num_hidden_layers", 32)
+    return decoder(read, [layer] * num_layers, norm, tied=True, embedding=EmbeddingSpec(size=hidden))
 
 
 def has_two_norms(config: Mapping[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from oarsmith.models.families.base import ConfigReader, Family
 from oarsmith.models.families.llama import pre_norm_layer
 from oarsmith.models.families.naming import Names
-from oarsmith.models.families.parts import attention, decoder, gated_mlp, head_counts
+from oarsmith.models.families.parts import attention, decoder, gated_mlp, head_counts, padding_row
 from oarsmith.models.families.rope import read_rope
 from oarsmith.models.spec import DecoderSpec, EmbeddingSpec
 from oarsmith.models.spec_parts import Activation, RMSNormSpec
@@ -24,7 +24,7 @@ def gemma_norm(read: ConfigReader, size: int) -> RMSNormSpec:
 def gemma_embedding(read: ConfigReader) -> EmbeddingSpec:
     """The table's rows times sqrt(hidden)."""
     hidden = read.integer("hidden_size")
-    return EmbeddingSpec(size=hidden, scale=hidden**0.5)
+    return EmbeddingSpec(size=hidden, scale=hidden**0.5, padding_id=padding_row(read, 0))
 
 
 def gemma_activation(read: ConfigReader) -> Activation:

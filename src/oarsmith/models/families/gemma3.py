@@ -50,8 +50,14 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
 
 def _ropes(read: ConfigReader, dim: int) -> tuple[Rope, Rope]:
     """(of sliding layers, of full layers). In older configs ``rope_scaling`` is for the full layers alone."""
+    stated = read.config.get("rope_parameters")
+    if isinstance(stated, Mapping) and read.config.get("rope_scaling"):
+        base = (stated.get("full_attention") or {}).get("rope_theta")
+        full = {"rope_theta": base, **read.config["rope_scaling"]}
+        stated = {**stated, "full_attention": full}
+        read = ConfigReader({**read.config, "rope_parameters": stated, "rope_scaling": None})
     whole = read_rope(read, dim, 1e6, layer_type="full_attention")
-    if isinstance(read.config.get("rope_parameters"), Mapping):
+    if isinstance(stated, Mapping):
         return read_rope(read, dim, 1e4, layer_type="sliding_attention"), whole
     return Rope(dim=dim, theta=read.number("rope_local_base_freq", 1e4)), whole
 

@@ -18,6 +18,7 @@ from oarsmith.models.spec import DecoderSpec, LayerSpec, Sandwich, Sequential
 from oarsmith.models.spec_parts import RMSNormSpec
 
 DEFAULTS = {"num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 131072}
+_PADDING = 151329
 
 
 def _layer(read: ConfigReader) -> LayerSpec:
@@ -38,7 +39,7 @@ def _norm(read: ConfigReader) -> RMSNormSpec:
 
 def build(config: Mapping[str, Any]) -> DecoderSpec:
     read = ConfigReader({**DEFAULTS, **config})
-    return decoder(read, [_layer(read)] * read.integer("num_hidden_layers"), _norm(read))
+    return decoder(read, [_layer(read)] * read.integer("num_hidden_layers"), _norm(read), padding=_PADDING)
 
 
 def build_sandwich(config: Mapping[str, Any]) -> DecoderSpec:
@@ -46,7 +47,7 @@ def build_sandwich(config: Mapping[str, Any]) -> DecoderSpec:
     read = ConfigReader({**DEFAULTS, **config})
     residual = Sandwich(norm=_norm(read), post_norm=_norm(read))
     layer = replace(_layer(read), wiring=Sequential(attention=residual, ffn=residual))
-    return decoder(read, [layer] * read.integer("num_hidden_layers"), _norm(read))
+    return decoder(read, [layer] * read.integer("num_hidden_layers"), _norm(read), padding=_PADDING)
 
 
 FAMILY = Family(

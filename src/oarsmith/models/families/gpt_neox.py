@@ -11,7 +11,7 @@ from oarsmith.models.families.naming import ROPE_BUFFERS, Names
 from oarsmith.models.families.parts import decoder, fused
 from oarsmith.models.families.rope import read_rope
 from oarsmith.models.names import Ignored
-from oarsmith.models.spec import DecoderSpec, LayerSpec, Parallel, PreNorm, Sequential
+from oarsmith.models.spec import DecoderSpec, EmbeddingSpec, LayerSpec, Parallel, PreNorm, Sequential
 from oarsmith.models.spec_parts import GQA, MLP, LayerNormSpec
 
 
@@ -45,7 +45,7 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
     else:
         wiring = Sequential(attention=PreNorm(norm=norm), ffn=PreNorm(norm=norm))
     layer = LayerSpec(attention=attention, ffn=ffn, wiring=wiring)
-    return decoder(read, [layer] * read.integer("num_hidden_layers"), norm)
+    return decoder(read, [layer] * read.integer("num_hidden_layers"), norm, embedding=EmbeddingSpec(size=hidden))
 
 
 FAMILY = Family(

@@ -9,7 +9,7 @@ from typing import Any
 from oarsmith.models.families.base import ConfigReader, Family
 from oarsmith.models.families.llama import rms_norm
 from oarsmith.models.families.naming import Names
-from oarsmith.models.families.parts import attention, decoder, gated_mlp, head_counts
+from oarsmith.models.families.parts import attention, decoder, gated_mlp, head_counts, padding_row
 from oarsmith.models.families.rope import read_rope
 from oarsmith.models.spec import DecoderSpec, EmbeddingSpec, HeadSpec, LayerSpec, PreNorm, Sequential
 
@@ -31,7 +31,8 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
         ffn=ffn,
         wiring=Sequential(attention=residual, ffn=residual),
     )
-    embedding = EmbeddingSpec(size=hidden, scale=read.number("embedding_multiplier", 1.0))
+    scale = read.number("embedding_multiplier", 1.0)
+    embedding = EmbeddingSpec(size=hidden, scale=scale, padding_id=padding_row(read))
     head = HeadSpec(tied=False, scale=1 / read.positive("logits_scaling", 1.0))
     return decoder(read, [layer] * read.integer("num_hidden_layers"), norm, embedding=embedding, head=head)
 

@@ -32,7 +32,7 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
         ffn=gated_mlp(read.integer("hidden_size"), read.integer("intermediate_size"), activation),
         wiring=Sequential(attention=OutputNorm(norm=norm), ffn=OutputNorm(norm=norm)),
     )
-    return decoder(read, [layer] * read.integer("num_hidden_layers"), norm)
+    return decoder(read, [layer] * read.integer("num_hidden_layers"), norm, padding=1)
 
 
 FAMILY = Family(

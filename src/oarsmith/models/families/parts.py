@@ -104,13 +104,15 @@ def decoder(
     embedding: EmbeddingSpec | None = None,
     head: HeadSpec | None = None,
     max_positions: int | None = None,
+    padding: int | None = None,
 ) -> DecoderSpec:
     """The whole, with the keys that most configs share.
 
     Args:
         tied: whether head and embedding are one where the config does not say.
-        embedding: where it is more than a table.
+        embedding: where it is more than a table, or one whose padding row learns like any other.
         head: where it is more than a matrix; its ``tied`` is read from the config too.
+        padding: ``pad_token_id`` where the config does not say.
     """
     hidden = read.integer("hidden_size")
     head = head or HeadSpec(tied=tied)
@@ -122,7 +124,7 @@ def decoder(
     return DecoderSpec(
         vocab_size=read.integer("vocab_size"),
         hidden_size=hidden,
-        embedding=embedding or EmbeddingSpec(size=hidden),
+        embedding=embedding or EmbeddingSpec(size=hidden, padding_id=padding_row(read, padding)),
         layers=tuple(layers),
         final_norm=final_norm,
         head=replace(head, tied=read.flag("tie_word_embeddings", tied)),
@@ -132,13 +134,23 @@ def decoder(
 
 
 def padding_row(read: ConfigReader, default: int | None = None) -> int | None:
-    """``pad_token_id``, whose embedding row gets no gradient from the input in the authors' code; null means none."""
-    value = read.config.get("pad_token_id", default)
+    """``pad_token_id``, whose embedding row gets no gradient from the input in the authors' code; null means none.
+
+    Args:
+        default: where the key is missing; the default of a family's large vocabulary means none in a smaller one.
+    """
     size = read.integer("vocab_size")
+    if "pad_token_id" not in read.config:
+        return default if default is not None and default < size else None
+    value = read.config["pad_token_id"]
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not -size <= value < size:
-        raise ModelError(f"pad_token_id {value!r} is outside the vocabulary of {size}", where="config.json")
+        raise ModelError(
+            f"pad_token_id {value!r} is outside the vocabulary of {size}",
+            where="config.json",
+            fix="set it to null if the model has no padding token",
+        )
     return value % size
 
 

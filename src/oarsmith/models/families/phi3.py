@@ -30,16 +30,20 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
     )
     layer = pre_norm_layer(attention(read, read_rope(read, dim), packed="qkv_proj"), ffn, norm)
     windows = [read.optional_integer("sliding_window")] * read.integer("num_hidden_layers")
-    return decoder(read, with_windows(layer, windows), norm)
+    return decoder(read, with_windows(layer, windows), norm, padding=32000)
 
 
 def _long_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """The first releases say "su" or "yarn" where they mean LongRoPE; the original context has a default here."""
-    raw = config.get("rope_parameters") or config.get("rope_scaling")
+    raw = config.get("rope_scaling") or config.get("rope_parameters")
     if not isinstance(raw, Mapping) or raw.get("rope_type", raw.get("type")) not in ("su", "yarn", "longrope"):
         return {}
     key = "original_max_position_embeddings"
-    return {"rope_parameters": {**raw, "rope_type": "longrope"}, key: config.get(key) or raw.get(key) or 4096}
+    return {
+        "rope_parameters": {**raw, "rope_type": "longrope"},
+        "rope_scaling": None,
+        key: config.get(key) or raw.get(key) or 4096,
+    }
 
 
 FAMILY = Family(

@@ -15,7 +15,7 @@ from oarsmith.models.families.base import ConfigReader, Family
 from oarsmith.models.families.naming import ROPE_BUFFERS, Names
 from oarsmith.models.families.parts import decoder, fused, gated_mlp, residual_rule
 from oarsmith.models.names import Ignored
-from oarsmith.models.spec import DecoderSpec, LayerSpec, PreNorm, Sequential
+from oarsmith.models.spec import DecoderSpec, EmbeddingSpec, LayerSpec, PreNorm, Sequential
 from oarsmith.models.spec_parts import GQA, RMSNormSpec
 from oarsmith.models.spec_position import Rope, SteppedScaling
 
@@ -38,7 +38,8 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
     wiring = residual_rule(read, norm) if first else Sequential(attention=PreNorm(norm=norm), ffn=PreNorm(norm=norm))
     layer = LayerSpec(attention=_attention(read, bias, first), ffn=ffn, wiring=wiring)
     longest = read.integer("max_position_embeddings", 8192)
-    spec = decoder(read, [layer] * num_layers, norm, max_positions=longest)
+    table = EmbeddingSpec(size=hidden)
+    spec = decoder(read, [layer] * num_layers, norm, embedding=table, max_positions=longest)
     return replace(spec, residual_init_std=spec.init_std / (2 * num_layers) ** 0.5)
 
 

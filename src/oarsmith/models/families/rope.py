@@ -50,17 +50,19 @@ def context_length(read: ConfigReader, default: int = 2048) -> int:
     ``max_position_embeddings`` is the stretched length with llama3 and longrope, and the original one with the others.
     """
     stated = read.integer("max_position_embeddings", default)
-    raw = read.config.get("rope_parameters") or read.config.get("rope_scaling") or {}
-    if not isinstance(raw, Mapping) or raw.get("rope_type", raw.get("type")) not in ("linear", "dynamic", "yarn"):
+    raw = rope_mapping(read)
+    if raw.get("rope_type", raw.get("type")) not in ("linear", "dynamic", "yarn"):
         return stated
     scaling = ConfigReader(raw)
-    original = scaling.integer("original_max_position_embeddings", stated)
-    return max(stated, int(original * scaling.number("factor")))
+    return max(stated, int(_trained_length(scaling, read, stated) * scaling.number("factor")))
 
 
 def rope_mapping(read: ConfigReader) -> Mapping[str, Any]:
-    """The object that holds the scaling rule, under either name; empty where there is none."""
-    raw = read.config.get("rope_parameters") or read.config.get("rope_scaling") or {}
+    """The object that holds the scaling rule, under either name; empty where there is none.
+
+    Where both are there ``rope_scaling`` counts, as in transformers: model cards say to add it to stretch the context.
+    """
+    raw = read.config.get("rope_scaling") or read.config.get("rope_parameters") or {}
     if not isinstance(raw, Mapping):
         raise ModelError(f"rope_scaling must be an object, got {raw!r}", where="config.json")
     return raw
@@ -68,7 +70,7 @@ def rope_mapping(read: ConfigReader) -> Mapping[str, Any]:
 
 def _read_scaling(scaling: ConfigReader, read: ConfigReader, dim: int) -> RopeScaling | None:
     kind = scaling.config.get("rope_type", scaling.config.get("type", "default"))
-    trained = scaling.integer("original_max_position_embeddings", read.integer("max_position_embeddings", 2048))
+    trained = _trained_length(scaling, read, read.integer("max_position_embeddings", 2048))
     match kind:
         case "default":
             return None
@@ -102,6 +104,12 @@ def _read_scaling(scaling: ConfigReader, read: ConfigReader, dim: int) -> RopeSc
     )
 
 
+def _trained_length(scaling: ConfigReader, read: ConfigReader, longest: int) -> int:
+    """``original_max_position_embeddings``; beside the scaling rule it goes before the one inside."""
+    key = "original_max_position_embeddings"
+    return read.integer(key, scaling.integer(key, longest))
+
+
 def _yarn_attention_factor(scaling: ConfigReader) -> float:
     if scaling.config.get("attention_factor") is not None:
         return scaling.number("attention_factor")
@@ -125,9 +133,7 @@ def _long(scaling: ConfigReader, read: ConfigReader, dim: int) -> LongScaling:
                 where="config.json: rope_scaling",
             )
     longest = read.integer("max_position_embeddings")
-    original = read.integer(
-        "original_max_position_embeddings", scaling.integer("original_max_position_embeddings", longest)
-    )
+    original = _trained_length(scaling, read, longest)
     factor = scaling.number("factor", longest / original)
     attention = scaling.optional_number("attention_factor")
     if attention is None:

@@ -35,7 +35,7 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
         pre_norm_layer(replace(mixer, position=rope if turn else None, window=window), ffn, norm)
         for turn, window in zip(turns, windows, strict=True)
     ]
-    return decoder(read, layers, norm, tied=True)
+    return decoder(read, layers, norm, tied=True, padding=128004)
 
 
 def _rope_layers(read: ConfigReader) -> list[bool]:
