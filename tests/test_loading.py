@@ -145,7 +145,8 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     assert f"fix: oarsmith convert {tmp_path / 'm.gguf'} OUT" in refused(tmp_path / "m.gguf")
     assert "no such directory" in refused(tmp_path / "nowhere")
-    assert "no config.json in the directory" in refused(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "no config.json in the directory" in refused(tmp_path / "empty")
     base = make_model(tmp_path / "m")
     assert "no adapter_config.json in the directory" in refused(base, adapter=tmp_path / "nowhere")
     (base / "model.safetensors").rename(base / "m.gguf")
@@ -208,3 +209,10 @@ def test_a_config_alone_makes_a_model(tmp_path: Path) -> None:
     assert oarsmith.new_model(CONFIG, dtype="bf16").embedding.weight.dtype == torch.bfloat16
     with pytest.raises(CheckpointError, match="no such directory"):
         oarsmith.new_model(tmp_path / "nowhere")
+
+
+def test_a_directory_with_a_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"holds model.gguf") as caught:
+        resolve(tmp_path)
+    assert f"oarsmith convert {tmp_path / 'model.gguf'} OUT" in str(caught.value)

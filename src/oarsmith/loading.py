@@ -60,6 +60,12 @@ def resolve(path: str | Path, adapter: str | Path | None = None) -> ModelPath:
         if adapter is not None:
             raise CheckpointError("the path is an adapter already", where=str(where), fix="name the base model instead")
         return ModelPath(found, where)
+    if where.is_dir() and not (where / "config.json").is_file() and (files := sorted(where.glob("*.gguf"))):
+        raise CheckpointError(
+            f"the directory holds {files[0].name}, a GGUF file",
+            where=str(where),
+            fix=f"make a model directory of it: oarsmith convert {files[0]} OUT",
+        )
     return ModelPath(where, None if adapter is None else adapter_directory(Path(adapter)))
 
 

@@ -194,7 +194,7 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     assert f"oarsmith convert {tmp_path / 'm.gguf'} OUT" in refused(tmp_path / "m.gguf")
     (tmp_path / "m.txt").write_text("x")
-    assert "name the model's directory" in refused(tmp_path / "m.txt")
+    assert f"name its directory: {tmp_path}" in refused(tmp_path / "m.txt")
 
 
 def test_a_model_with_an_adapter_is_not_written(tmp_path: Path) -> None:

@@ -41,7 +41,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         if directory.is_file():
-            fix = f"oarsmith convert {directory} OUT" if directory.suffix == ".gguf" else "name the model's directory"
+            fix = (
+                f"oarsmith convert {directory} OUT"
+                if directory.suffix == ".gguf"
+                else f"name its directory: {directory.parent}"
+            )
             raise CheckpointError("this is a file, not a model directory", where=str(directory), fix=fix)
         what = "no config.json in the directory" if directory.is_dir() else "no such directory"
         raise CheckpointError(what, where=str(directory), fix="check the path to the model")

@@ -148,7 +148,9 @@ def _require_tied(source: TensorSource, head: str, table: str) -> None:
     """PaddleNLP has one matrix for both: a head that is another one would be lost."""
     if not torch.equal(source.read(head), source.read(table)):
         raise CheckpointError(
-            f"{head} is not the embedding table, but PaddleNLP ties the two", where=str(source.directory)
+            f"{head} is not the embedding table, but PaddleNLP ties the two",
+            where=str(source.directory),
+            fix="keep this model in the Hugging Face or bin layout",
         )
 
 

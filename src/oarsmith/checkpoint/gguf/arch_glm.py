@@ -58,7 +58,10 @@ def _chatglm_read(metadata: Metadata, config: dict[str, Any]) -> None:
 
 def _chatglm_write(config: Config, dims: Dims, metadata: dict[str, Any], notes: Notes) -> None:
     if dims["q"] != dims["hidden"]:
-        raise config.error("kv_channels", f"llama.cpp wants heads * kv_channels = hidden_size for {dims['hidden']}")
+        raise config.error(
+            "kv_channels",
+            f"llama.cpp wants kv_channels * heads to be hidden_size, {dims['hidden']}; here it is {dims['q']}",
+        )
     metadata["rope.dimension_count"] = dims["head"] // 2
     metadata["rope.freq_base"] = 10000.0 * config.real("rope_ratio", 1.0)
 
