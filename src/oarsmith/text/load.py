@@ -59,18 +59,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
     Raises CheckpointError for a missing directory, missing or damaged files, and a layout that is not known.
     """
-    directory = Path(path)
-    if directory.is_file():
-        raise CheckpointError(
-            "this is a file, not a model directory",
-            where=str(directory),
-            fix="name the directory it lies in; a GGUF file becomes one with 'oarsmith convert FILE DIRECTORY'",
-        )
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"there is no directory '{directory}'",
-            fix="give the path of a model directory on this machine (nothing is downloaded here)",
-        )
+    directory = _require_directory(Path(path))
     files = _read_files(directory)
     config = json_object(files, "tokenizer_config.json", directory)
     side = read_some(directory, ("config.json", "generation_config.json", CHATGLM_CODE))
@@ -110,6 +99,21 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         name_or_path=str(path),
         chat_variables=variables,
     )
+
+
+def _require_directory(directory: Path) -> Path:
+    if directory.is_file():
+        raise CheckpointError(
+            "this is a file, not a model directory",
+            where=str(directory),
+            fix="name the directory it lies in; a GGUF file becomes one with 'oarsmith convert FILE DIRECTORY'",
+        )
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"there is no directory '{directory}'",
+            fix="give the path of a model directory on this machine (nothing is downloaded here)",
+        )
+    return directory
 
 
 def _backend(
