@@ -126,6 +126,42 @@ def test_softcap(backend: str, chunks: int, num_tokens: int, dtype: torch.dtype)
     assert not torch.allclose(free.logprobs_N, result.logprobs_N)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("num_tokens", [1, 65, 150])
+def test_z_loss(backend: str, chunks: int, num_tokens: int, softcap: float | None, dtype: torch.dtype) -> None:
+    """coef * z * lse^2 beside the cross-entropy, with a z so large that its gradient is as large as the other."""
+    hidden, weight, targets, coef = problem(num_tokens, dtype)
+    z, (wide_hidden, wide_weight, logprobs) = 0.2, exact(hidden, weight, targets, softcap)
+    logits = wide_hidden @ wide_weight.t()
+    lse = (logits if softcap is None else (logits / softcap).tanh() * softcap).logsumexp(-1)
+    expected = (coef.double() * (z * lse.square() - logprobs)).sum()
+    wide_grads = torch.autograd.grad(expected, (wide_hidden, wide_weight))
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    result = head_loss(*leaves, targets, coef, softcap=softcap, z_loss=z)
+    close(result.loss.detach(), expected.detach(), dtype)
+    close(result.lse_N, lse.detach(), dtype)
+    plain = head_loss(*leaves, targets, coef, softcap=softcap)
+    assert torch.equal(plain.logprobs_N, result.logprobs_N), "what is reported stays the cross-entropy"
+    grads, plain_grads = (torch.autograd.grad(found.loss, leaves) for found in (result, plain))
+    for have, without, wide in zip(grads, plain_grads, wide_grads, strict=True):
+        assert have.dtype == dtype and not torch.allclose(have, without, rtol=0.1)
+        close(have, wide, dtype)
+    with torch.no_grad():
+        again = head_loss(*leaves, targets, coef, softcap=softcap, z_loss=z)
+    assert all(torch.equal(a, b) for a, b in zip(again, result, strict=True))
+
+
+def test_z_loss_pulls_the_denominator_to_one(backend: str) -> None:
+    """Logits shifted by a constant have the same probabilities; the z term alone tells them apart."""
+    logits = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)) + 4.0
+    losses = [
+        head_loss(logits - shift, torch.eye(5), torch.zeros(8, dtype=torch.int64), torch.ones(8), z_loss=0.1).loss
+        for shift in (0.0, 4.0)
+    ]
+    assert losses[0] > losses[1] + 8 * 0.1 * 4.0
+
+
 def test_softcap_of_huge_logits(backend: str) -> None:
     """tanh is flat there: a finite loss, and a gradient of exactly zero."""
     hidden = torch.tensor([[300.0], [-300.0]], requires_grad=True)

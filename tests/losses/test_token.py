@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from oarsmith.data.batch import make_batch
-from oarsmith.losses.token import token_cross_entropy
+from oarsmith.losses.token import TokenCrossEntropy, token_cross_entropy
 from tiny import random_samples, tiny_decoder
 
 
@@ -51,3 +51,22 @@ def test_weights_scale():
     triple = token_cross_entropy(model, make_batch(samples), 1.0)
     assert triple.total == pytest.approx(3 * single.total)
     assert triple.count == 3 * single.count
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_z_loss(family):
+    """The z term is in the gradient and under its own name, not in the reported loss."""
+    model, batch = tiny_decoder(family), make_batch(random_samples((6, 19, 2)))
+    logits = model(batch.input_ids[None], documents=batch.bounds)[0]
+    losses = functional.cross_entropy(logits, batch.targets, reduction="none")
+    z_term = 0.1 * (logits.logsumexp(-1).square() * batch.weights).sum()
+    outcome = TokenCrossEntropy(z_loss=0.1)(model, batch, 0.25)
+    plain = token_cross_entropy(model, batch, 0.25)
+    assert outcome.total == plain.total and "z_loss" not in plain.sums
+    assert outcome.sums["z_loss"] == pytest.approx(float(z_term.detach()), rel=1e-5)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad(outcome.loss, parameters)
+    expected = torch.autograd.grad(0.25 * ((losses * batch.weights).sum() + z_term), parameters)
+    for name, ours, theirs in zip(names, found, expected, strict=True):
+        # Relative to the tensor's size: chunked sums in another order.
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm(), name

@@ -17,29 +17,44 @@ CHUNK_BYTES = 64 << 20
 
 
 class HeadResult(NamedTuple):
-    """``loss``: sum of coef * -log p, differentiable; the others are detached, one entry per token."""
+    """``loss``: sum of coef * (-log p + z_loss * lse^2), differentiable; the others are detached, one entry per token.
+
+    ``lse_N``: the logarithm of the softmax's denominator, log sum_v exp(logit_v).
+    """
 
     loss: Tensor
     logprobs_N: Tensor
     correct_N: Tensor
+    lse_N: Tensor
 
 
 def head_loss(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, coef_N: Tensor, *, softcap: float | None = None
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    coef_N: Tensor,
+    *,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
 ) -> HeadResult:
-    """sum_n coef_n * -log softmax(h W^T)[target_n], with the gradient computed in the forward pass.
+    """sum_n coef_n * (-log softmax(h W^T)[target_n] + z_loss * lse_n^2), with the gradient computed in the forward pass.
 
-    ``softcap`` c: logits become c * tanh(logit / c) first.
+    Args:
+        softcap: c; logits become c * tanh(logit / c) first.
+        z_loss: weight of the squared log of the softmax's denominator, which keeps it near 1 (PaLM, Chowdhery et al.
+            2022, section 5).
 
     The coefficients must be known beforehand (loss weight / global count); that saves the second product with W that
     recomputing would take: 3 matrix products in all. Logits exist for one chunk at a time.
     """
     assert not coef_N.requires_grad, "coefficients get no gradient; use token_logprobs"
+    assert z_loss >= 0, z_loss
     needs_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
+    rule = _Rule(softcap, z_loss)
     if needs_grad:
-        return HeadResult(*_HeadLoss.apply(hidden_ND, weight_VD, targets_N, coef_N, softcap))
-    logprobs_N, correct_N, _, _ = _scan(hidden_ND, weight_VD, targets_N, coef_N, softcap, grads=(False, False))
-    return HeadResult(-(coef_N * logprobs_N).sum(), logprobs_N, correct_N)
+        return HeadResult(*_HeadLoss.apply(hidden_ND, weight_VD, targets_N, coef_N, rule))
+    found, _, _ = _scan(hidden_ND, weight_VD, targets_N, coef_N, rule, grads=(False, False))
+    return HeadResult(_total(coef_N, found, rule), *found)
 
 
 def token_logprobs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, softcap: float | None = None) -> Tensor:
@@ -47,19 +62,37 @@ def token_logprobs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, s
 
     For losses whose coefficients depend on the log-probabilities themselves (preference and policy objectives).
     """
-    return _TokenLogprobs.apply(hidden_ND, weight_VD, targets_N, softcap)
+    return _TokenLogprobs.apply(hidden_ND, weight_VD, targets_N, _Rule(softcap, 0.0))
+
+
+class _Rule(NamedTuple):
+    softcap: float | None
+    z_loss: float
+
+
+class _Found(NamedTuple):
+    """What a pass finds out about each token."""
+
+    logprobs_N: Tensor
+    correct_N: Tensor
+    lse_N: Tensor
+
+
+def _total(coef_N: Tensor, found: _Found, rule: _Rule) -> Tensor:
+    loss = -(coef_N * found.logprobs_N).sum()
+    return loss if rule.z_loss == 0 else loss + rule.z_loss * (coef_N * found.lse_N.square()).sum()
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, coef: Tensor, softcap: float | None
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, coef: Tensor, rule: _Rule
     ) -> tuple[Tensor, ...]:
         grads = ctx.needs_input_grad[:2]
-        logprobs, correct, d_hidden, d_weight = _scan(hidden, weight, targets, coef, softcap, grads=grads)
+        found, d_hidden, d_weight = _scan(hidden, weight, targets, coef, rule, grads=grads)
         ctx.save_for_backward(d_hidden, d_weight)
-        ctx.mark_non_differentiable(logprobs, correct)
-        return -(coef * logprobs).sum(), logprobs, correct
+        ctx.mark_non_differentiable(*found)
+        return _total(coef, found, rule), *found
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -72,42 +105,44 @@ class _HeadLoss(torch.autograd.Function):
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rule: _Rule) -> Tensor:
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.softcap = softcap
-        return _scan(hidden, weight, targets, torch.zeros(len(targets)), softcap, grads=(False, False))[0]
+        ctx.rule = rule
+        found, _, _ = _scan(hidden, weight, targets, torch.zeros(len(targets)), rule, grads=(False, False))
+        return found.logprobs_N
 
     @staticmethod
     def backward(ctx: Any, d_logprobs: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
         grads = ctx.needs_input_grad[:2]
-        _, _, d_hidden, d_weight = _scan(hidden, weight, targets, -d_logprobs, ctx.softcap, grads=grads)
+        _, d_hidden, d_weight = _scan(hidden, weight, targets, -d_logprobs, ctx.rule, grads=grads)
         return d_hidden, d_weight, None, None
 
 
 def _scan(
-    hidden: Tensor, weight: Tensor, targets: Tensor, coef: Tensor, softcap: float | None, *, grads: tuple[bool, bool]
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Chunk by chunk: log-probabilities, hits, and the gradients of sum coef * -logp that are asked for."""
+    hidden: Tensor, weight: Tensor, targets: Tensor, coef: Tensor, rule: _Rule, *, grads: tuple[bool, bool]
+) -> tuple[_Found, Tensor | None, Tensor | None]:
+    """Chunk by chunk: what is found out about tokens, and the gradients of the loss that are asked for."""
     num_tokens, chunk = len(targets), chunk_rows(weight)
-    logprobs = torch.empty(num_tokens, device=hidden.device)
-    correct = torch.empty(num_tokens, dtype=torch.bool, device=hidden.device)
+    logprobs, lse = (torch.empty(num_tokens, device=hidden.device) for _ in range(2))
+    found = _Found(logprobs, torch.empty(num_tokens, dtype=torch.bool, device=hidden.device), lse)
     d_hidden = torch.empty_like(hidden) if grads[0] else None
     d_weight: Tensor | None = None
     coef = coef.to(device=hidden.device, dtype=torch.float32)
     for start in range(0, num_tokens, chunk):
         rows = slice(start, min(start + chunk, num_tokens))
         logits_CV = torch.mm(hidden[rows], weight.t())
-        logprobs[rows], correct[rows], d_logits = _chunk(logits_CV, targets[rows], coef[rows], softcap, any(grads))
+        part = _Found(*(values[rows] for values in found))
+        d_logits = _chunk(logits_CV, targets[rows], coef[rows], rule, part, any(grads))
         if d_hidden is not None:
             torch.mm(d_logits, weight, out=d_hidden[rows])
         if grads[1]:
-            part = torch.mm(d_logits.t(), hidden[rows])
+            piece = torch.mm(d_logits.t(), hidden[rows])
             # Several chunks add up in fp32: bf16 sums would lose the small ones.
-            d_weight = part if d_weight is None else d_weight.float().add_(part)
+            d_weight = piece if d_weight is None else d_weight.float().add_(piece)
     if grads[1]:
         d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
-    return logprobs, correct, d_hidden, d_weight
+    return found, d_hidden, d_weight
 
 
 def chunk_rows(weight: Tensor) -> int:
@@ -115,35 +150,33 @@ def chunk_rows(weight: Tensor) -> int:
     return max(64, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
 
 
-def _chunk(
-    logits: Tensor, targets: Tensor, coef: Tensor, softcap: float | None, want_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probabilities, hits, d loss / d logits); the logits' storage is reused for the gradient."""
+def _chunk(logits: Tensor, targets: Tensor, coef: Tensor, rule: _Rule, found: _Found, want_grad: bool) -> Tensor:
+    """Fills ``found``; returns d loss / d logits, for which the logits' storage is reused."""
     library = native_for(logits)
     if library is None:
-        return _chunk_reference(logits, targets, coef, softcap)
+        return _chunk_reference(logits, targets, coef, rule, found)
     rows, vocab = logits.shape
     # The kernel writes where the targets point.
     assert targets.dtype == torch.int64 and int(targets.min()) >= 0 and int(targets.max()) < vocab, (targets, vocab)
-    logprobs, correct = torch.empty(rows), torch.empty(rows, dtype=torch.bool)
     targets, coef = targets.contiguous(), coef.contiguous()
-    sizes = (rows, vocab, int(want_grad), softcap or 0.0)
-    library.call("cross_entropy", logits.dtype, logits, targets, coef, logprobs, correct, *sizes)
-    return logprobs, correct, logits
+    sizes = (rows, vocab, int(want_grad), rule.softcap or 0.0, rule.z_loss)
+    library.call("cross_entropy", logits.dtype, logits, targets, coef, *found, *sizes)
+    return logits
 
 
-def _chunk_reference(
-    logits: Tensor, targets: Tensor, coef: Tensor, softcap: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk_reference(logits: Tensor, targets: Tensor, coef: Tensor, rule: _Rule, found: _Found) -> Tensor:
     """The plain twin."""
     wide = logits.float()
-    if softcap is not None:
-        wide = (wide / softcap).tanh_() * softcap
-    log_p = torch.log_softmax(wide, dim=-1)
-    chosen = log_p.gather(1, targets[:, None])[:, 0]
-    correct = wide.gather(1, targets[:, None])[:, 0] >= wide.amax(-1)
+    if rule.softcap is not None:
+        wide = (wide / rule.softcap).tanh_() * rule.softcap
+    log_p, picked = torch.log_softmax(wide, dim=-1), targets[:, None]
+    found.logprobs_N.copy_(log_p.gather(1, picked)[:, 0])
+    found.correct_N.copy_(wide.gather(1, picked)[:, 0] >= wide.amax(-1))
+    found.lse_N.copy_(wide.logsumexp(-1))
     grad = log_p.exp_()
+    if rule.z_loss > 0:
+        grad = grad * (1 + 2 * rule.z_loss * found.lse_N[:, None])
     grad[torch.arange(len(targets), device=logits.device), targets] -= 1.0
-    if softcap is not None:
-        grad = grad * (1 - (wide / softcap).square())
-    return chosen, correct, (grad * coef[:, None]).to(logits.dtype)
+    if rule.softcap is not None:
+        grad = grad * (1 - (wide / rule.softcap).square())
+    return (grad * coef[:, None]).to(logits.dtype)

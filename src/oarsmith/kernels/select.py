@@ -31,7 +31,7 @@ _SIGNATURES = {
     "gated_backward": "ppplli",
     "softmax": "pplllllllfiplfpl",
     "softmax_backward": "ppppllff",
-    "cross_entropy": "pppppllif",
+    "cross_entropy": "pppppplliff",
     "adamw_split": "ppppplffffffff",
 }
 

@@ -78,10 +78,13 @@ class Decoder(nn.Module):
         inputs_ND, weight_VD = self.head_inputs(hidden_ND)
         return self.head.bend(functional.linear(inputs_ND, weight_VD))
 
-    def head_loss(self, hidden_ND: Tensor, targets_N: Tensor, coef_N: Tensor) -> kernels.HeadResult:
+    def head_loss(
+        self, hidden_ND: Tensor, targets_N: Tensor, coef_N: Tensor, *, z_loss: float = 0.0
+    ) -> kernels.HeadResult:
         """sum_n coef_n * -log p(target_n) of chosen hidden states, without their logits (see ``kernels.head_loss``)."""
         inputs_ND, weight_VD = self.head_inputs(hidden_ND)
-        return kernels.head_loss(inputs_ND, weight_VD, targets_N, coef_N, softcap=self.spec.head.softcap)
+        softcap = self.spec.head.softcap
+        return kernels.head_loss(inputs_ND, weight_VD, targets_N, coef_N, softcap=softcap, z_loss=z_loss)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor | None = None, documents: Sequence[int] | None = None

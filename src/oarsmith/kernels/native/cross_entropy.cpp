@@ -1,12 +1,13 @@
 // Cross-entropy with its gradient.
 #include "common.h"
 
-// logits[rows, vocab] -> logits become d(sum_r coef[r] * -logp[r]) / d logits when want_grad, else stay.
+// logits[rows, vocab] -> logits become d(sum_r coef[r] * (z * lse[r]^2 - logp[r])) / d logits when want_grad, else stay.
 // With a cap, logits are first bent to cap * tanh(logit / cap).
-// logp[r] = log-probability of targets[r]; correct[r] = 1 where the target has the largest logit.
+// logp[r] = log-probability of targets[r]; correct[r] = 1 where the target has the largest logit; lse[r] = the logarithm
+// of the softmax's denominator.
 template <class T>
 static void cross_entropy(T* logits, const int64_t* targets, const float* coef, float* logp, uint8_t* correct,
-                          int64_t rows, int64_t vocab, int want_grad, float cap) {
+                          float* lses, int64_t rows, int64_t vocab, int want_grad, float cap, float z) {
 #pragma omp parallel for schedule(static)
   for (int64_t r = 0; r < rows; ++r) {
     T* x = logits + r * vocab;
@@ -23,28 +24,31 @@ static void cross_entropy(T* logits, const int64_t* targets, const float* coef, 
     float lse = top + std::log(sum), target = load(x + targets[r]);
     logp[r] = target - lse;
     correct[r] = target >= top;
+    lses[r] = lse;
     if (!want_grad) continue;
-    float c = coef[r];
+    // Without the z term the factor is 1 even where lse is infinite.
+    float c = coef[r], pull = z > 0.0f ? 1.0f + 2.0f * z * lse : 1.0f, cp = c * pull;
     if (cap > 0.0f) {
       float t = target / cap;
 #pragma omp simd
       for (int64_t j = 0; j < vocab; ++j) {
         float y = load(x + j), slope = 1.0f - (y / cap) * (y / cap);
-        store(x + j, c * slope * fast_exp(y - lse));
+        store(x + j, cp * slope * fast_exp(y - lse));
       }
-      store(x + targets[r], c * (1.0f - t * t) * (fast_exp(target - lse) - 1.0f));
+      store(x + targets[r], c * (1.0f - t * t) * (pull * fast_exp(target - lse) - 1.0f));
       continue;
     }
 #pragma omp simd
-    for (int64_t j = 0; j < vocab; ++j) store(x + j, c * fast_exp(load(x + j) - lse));
-    store(x + targets[r], c * (fast_exp(target - lse) - 1.0f));
+    for (int64_t j = 0; j < vocab; ++j) store(x + j, cp * fast_exp(load(x + j) - lse));
+    store(x + targets[r], c * (pull * fast_exp(target - lse) - 1.0f));
   }
 }
 
 #define EXPORT(T, suffix)                                                                                                \
   extern "C" void cross_entropy_##suffix(T* logits, const int64_t* targets, const float* coef, float* logp,              \
-                                         uint8_t* correct, int64_t rows, int64_t vocab, int want_grad, float cap) {      \
-    cross_entropy<T>(logits, targets, coef, logp, correct, rows, vocab, want_grad, cap);                                 \
+                                         uint8_t* correct, float* lses, int64_t rows, int64_t vocab, int want_grad,      \
+                                         float cap, float z) {                                                           \
+    cross_entropy<T>(logits, targets, coef, logp, correct, lses, rows, vocab, want_grad, cap, z);                        \
   }
 EXPORT(float, f32)
 EXPORT(bf16, bf16)
