@@ -12,6 +12,7 @@ from oarsmith.config.checkpoints import ConvertConfig
 from oarsmith.config.combinations import IMPOSSIBLE
 from oarsmith.config.inference import ChatConfig, GenerateConfig
 from oarsmith.config.load import load_config
+from oarsmith.config.pretrain import PretrainConfig
 from oarsmith.config.sft import SftConfig
 from oarsmith.errors import ConfigError
 
@@ -23,7 +24,31 @@ CASES = [
     (SftConfig, "--min_learning_rate 1e-3", "min_learning_rate 0.001 is above learning_rate 2e-05"),
     (SftConfig, "--lr_scheduler_type constant --min_learning_rate 1e-6", "never reaches"),
     (SftConfig, "--max_steps 10 --warmup_steps 10", "warmup"),
-    (SftConfig, "--lora_rank 16", "lora is false"),
+    (SftConfig, "--lora_rank 16", "no effect without lora true"),
+    (SftConfig, "--muon_momentum 0.9", "no effect without optim muon"),
+    (SftConfig, "--projection_rank 4", "projection_scale is given, but has no effect"),
+    (SftConfig, "--power 2", "no effect without lr_scheduler_type polynomial"),
+    (SftConfig, "--num_cycles 2", "no effect without lr_scheduler_type cosine"),
+    (PretrainConfig, "--wsd_decay_steps 3", "no effect without lr_scheduler_type wsd"),
+    (SftConfig, "--neftune_noise_alpha 3", "no effect without neftune"),
+    (SftConfig, "--no_recompute_layers 0,2", "no effect without recompute"),
+    (SftConfig, "--ssa_group_size_ratio 0.5", "no effect without use_ssa"),
+    (SftConfig, "--early_stopping_threshold 0.1", "no effect without early_stopping_patience"),
+    (SftConfig, "--save_generation_output", "no effect without eval_with_do_generation"),
+    (SftConfig, "--metric_for_best_model bleu4", "evaluations do not generate"),
+    (PretrainConfig, "--metric_for_best_model rouge1", "a corpus has none"),
+    (SftConfig, "--optimizer_in_backward", "clipped by their norm"),
+    (SftConfig, "--optimizer_in_backward --max_grad_norm 0 --fp16", "overflow"),
+    (SftConfig, "--lora --optim galore", "LoRA's matrices are small already"),
+    (SftConfig, "--lora --weight_quantize_algo a8w8linear --dtype fp16", "computes the rest"),
+    (SftConfig, "--rope_scaling_type yarn", "do not go together"),
+    (SftConfig, "--use_pose_convert", "nothing stretches it"),
+    (SftConfig, "--max_steps 10 --decay_steps 20", "until after the end"),
+    (SftConfig, "--early_stopping_patience 2", "counts evaluations"),
+    (PretrainConfig, "--split 1 --evaluation_strategy steps", "leaves no documents for it"),
+    (PretrainConfig, "--split 9,1 --do_predict", "scores the test part"),
+    (PretrainConfig, "--split 0,1 --evaluation_strategy no", "no documents to train on"),
+    (PretrainConfig, "--num_hidden_layers 2 --continue_training", "continue_training is true"),
     (SftConfig, "--eval_dataset_path d --eval_split_ratio 0.1", "both"),
     (SftConfig, f"--dataset_name_or_path={__file__} --do_eval", "is one file and no eval data is named"),
     (SftConfig, "--load_best_model_at_end", "evaluation_strategy is no"),
@@ -43,6 +68,7 @@ CASES = [
     (ConvertConfig, "--src a --dst ./a", "the same place"),
 ]
 BASE = {
+    PretrainConfig: {"--model_name_or_path": "m", "--input_dir": "d"},
     SftConfig: {"--model_name_or_path": "m", "--dataset_name_or_path": "d"},
     GenerateConfig: {"--model_name_or_path": "m", "--prompt": "hi"},
     ChatConfig: {"--model_name_or_path": "m"},
@@ -68,17 +94,18 @@ def test_several_processes(monkeypatch):
         load_config(SftConfig, None, ["m", "d"])
 
 
-def test_tensorboard_must_be_installed(monkeypatch):
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
+def test_trackers_must_be_installed(monkeypatch, name):
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr(sys, "path_importer_cache", {})
-    monkeypatch.delitem(sys.modules, "tensorboard", raising=False)  # another test may have imported it
-    with pytest.raises(ConfigError, match=r"'tensorboard'.*not installed"):
-        load_config(SftConfig, None, ["m", "d", "--report_to", "tensorboard"])
+    monkeypatch.delitem(sys.modules, name, raising=False)  # another test may have imported it
+    with pytest.raises(ConfigError, match=rf"'{name}'.*not installed"):
+        load_config(SftConfig, None, ["m", "d", "--report_to", name])
 
 
 def test_every_line_is_tested():
-    # The two by environment above have their own tests.
-    assert len({message for _, _, message in CASES}) + 2 >= len(IMPOSSIBLE)
+    # The four by environment above have their own tests.
+    assert len({message for _, _, message in CASES}) + 4 >= len(IMPOSSIBLE)
     for line in IMPOSSIBLE:
         assert line.reason and line.fix
 

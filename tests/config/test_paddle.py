@@ -8,6 +8,7 @@ import pytest
 from oarsmith.config.load import load_config
 from oarsmith.config.names import canonical_key
 from oarsmith.config.paddle import NOT_BUILT, OTHER_JOBS, WITHOUT_EFFECT, refusal
+from oarsmith.config.pretrain import PretrainConfig
 from oarsmith.config.registry import CONFIG_CLASSES, config_class
 from oarsmith.config.sft import SftConfig
 from oarsmith.config.switches import SWITCHES
@@ -15,43 +16,47 @@ from oarsmith.errors import ConfigError
 
 FILES = sorted((Path(__file__).parents[1] / "fixtures" / "configs").glob("*.json"))
 SFT_FILE = next(path for path in FILES if "sft" in path.name)
+PRETRAIN_FILE = next(path for path in FILES if "pretrain" in path.name)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_key_of_the_shipped_files_is_known(path):
     assert len(FILES) == 3
-    known = {*SftConfig.model_fields, *SWITCHES, *WITHOUT_EFFECT, *NOT_BUILT, *OTHER_JOBS}
+    ours = {*SftConfig.model_fields, *PretrainConfig.model_fields}
+    known = {*ours, *SWITCHES, *WITHOUT_EFFECT, *NOT_BUILT, *OTHER_JOBS}
     for key in json.loads(path.read_text()):
-        assert canonical_key(key, SftConfig.model_fields) in known, key
+        assert canonical_key(key, ours) in known, key
 
 
-def test_the_sft_file_runs_once_its_two_requests_are_taken_back():
-    with pytest.raises(ConfigError, match="fp16"):
-        load_config(SftConfig, SFT_FILE)
-    with pytest.raises(ConfigError, match="sharded data parallelism is not built yet") as caught:
-        load_config(SftConfig, SFT_FILE, ["--dtype", "bf16"])
-    line = next(n for n, text in enumerate(SFT_FILE.read_text().splitlines(), start=1) if '"sharding"' in text)
-    assert caught.value.where == f"{SFT_FILE}:{line}"
-    resolved = load_config(SftConfig, SFT_FILE, ["--dtype", "bf16", "--sharding", ""])
+def test_the_sft_file_runs_unchanged():
+    resolved = load_config(SftConfig, SFT_FILE)
     config = resolved.config
     assert (config.max_length, config.src_length, config.num_train_epochs) == (2048, 1024, 3.0)
-    assert (config.learning_rate, config.dtype, config.metric_for_best_model) == (3e-5, "bf16", "accuracy")
-    assert "use_flash_attention" in resolved.without_effect
+    assert (config.learning_rate, config.dtype, config.metric_for_best_model) == (3e-5, "fp16", "accuracy")
+    assert {"use_flash_attention", "sharding"} <= set(resolved.without_effect)
     given = set(json.loads(SFT_FILE.read_text()))
     honoured = {key for key in given if key in SftConfig.model_fields}
-    neutral = {key for key in given if key in NOT_BUILT} | {"fp16"}
-    assert given == honoured | set(resolved.without_effect) | neutral
+    assert given == honoured | set(resolved.without_effect) | {"fp16"}
+
+
+def test_the_pretraining_file_runs_unchanged():
+    resolved = load_config(PretrainConfig, PRETRAIN_FILE)
+    config = resolved.config
+    assert (config.max_length, config.max_steps, config.gradient_accumulation_steps) == (4096, 10000, 16)
+    assert (config.learning_rate, config.min_learning_rate, config.warmup_steps) == (3e-5, 3e-6, 30)
+    assert (config.dtype, config.continue_training, config.do_predict) == ("bf16", False, True)
+    assert (config.split, config.evaluation_strategy, config.eval_steps) == ("949,50,1", "steps", 1000)
+    given = set(json.loads(PRETRAIN_FILE.read_text()))
+    honoured = {key for key in given if key in PretrainConfig.model_fields}
+    assert given == honoured | set(resolved.without_effect) | {"bf16", "max_seq_length"}
 
 
 @pytest.mark.parametrize(
     ("key", "neutral", "asking"),
     [
-        ("tensor_parallel_degree", [1, -1, "", "1", None], 8),
-        ("sharding", ["", None, "none"], "stage1"),
-        ("sequence_parallel", [0, False, "false"], 1),
-        ("recompute_granularity", ["full"], "core_attn"),
-        ("weight_quantize_algo", [None, ""], "nf4"),
-        ("no_recompute_layers", [[], None], [0, 1]),
+        ("nproc_per_node", [1, -1, "", "1", None], 8),
+        ("vera", [0, False, "false"], 1),
+        ("speculate_method", [None, ""], "ngram"),
     ],
 )
 def test_neutral_values_pass_and_requests_stop(tmp_path, key, neutral, asking):

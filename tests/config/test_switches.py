@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from oarsmith.config.inference import GenerateConfig
 from oarsmith.config.load import load_config
 from oarsmith.config.sft import SftConfig
 from oarsmith.errors import ConfigError
@@ -38,10 +37,8 @@ def test_what_decides_the_dtype(tmp_path, in_file, words, dtype):
 
 
 @pytest.mark.parametrize("in_file", [{"fp16": True, "fp16_opt_level": "O2"}, {"dtype": "fp16"}, {"dtype": "float16"}])
-def test_fp16_training_is_refused_with_the_way_out(tmp_path, in_file):
-    with pytest.raises(ConfigError, match="loss scaling") as caught:
-        dtype_of(tmp_path, in_file)
-    assert "--dtype bf16" in caught.value.fix
+def test_fp16_has_one_name(tmp_path, in_file):
+    assert dtype_of(tmp_path, in_file) == "fp16"
 
 
 @pytest.mark.parametrize("in_file", [{"bf16": True, "fp16": True}, {"bf16": True, "dtype": "fp32"}])
@@ -67,6 +64,9 @@ def test_the_other_switches():
         load_config(SftConfig, None, ["m", "d", "--zero_padding=0", "--greedy_zero_padding"])
 
 
-def test_generation_has_no_fp16_either():
-    with pytest.raises(ConfigError, match="must be auto or bf16 or fp32"):
-        load_config(GenerateConfig, None, ["m", "hi", "--dtype", "float16"])
+def test_long_sequence_strategies():
+    words = ["m", "d", "--rope_scaling_factor", "4", "--strategy_name", "YaRNScalingRotaryEmbedding"]
+    on = load_config(SftConfig, None, [*words, "--use_long_sequence_strategies", "true"]).config
+    assert (on.rope_scaling_type, on.rope_scaling_factor) == ("yarn", 4.0)
+    off = load_config(SftConfig, None, [*words, "--use_long_sequence_strategies", "false"]).config
+    assert (off.rope_scaling_type, off.rope_scaling_factor) == ("none", 1.0)

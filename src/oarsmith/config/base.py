@@ -74,10 +74,26 @@ def _to_names(value: object) -> object:
     return _to_strings(value)
 
 
+def _to_words(value: object) -> object:
+    """Words separated by commas, or a list; ``none`` and nothing are the empty list."""
+    if isinstance(value, str) and not value.lstrip().startswith("["):
+        value = [part.strip() for part in value.split(",")]
+    words = _to_strings(value)
+    return tuple(word for word in words if word not in ("", "none")) if isinstance(words, tuple) else words
+
+
+def _to_ints(value: object) -> object:
+    """Whole numbers separated by commas, or a list."""
+    words = _to_words([value] if isinstance(value, int) and not isinstance(value, bool) else value)
+    return tuple(_to_int(word) for word in words) if isinstance(words, tuple) else words
+
+
 Bool = Annotated[bool, BeforeValidator(_to_bool)]
 Int = Annotated[int, BeforeValidator(_to_int)]
 Float = Annotated[float, BeforeValidator(_to_float)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_to_strings)]
+Ints = Annotated[tuple[int, ...], BeforeValidator(_to_ints)]
+Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(_to_words)]
 NamesOrPattern = Annotated[tuple[str, ...] | str, BeforeValidator(_to_names)]
 
 
@@ -102,13 +118,17 @@ class JobConfig(BaseModel):
 
 
 def groups_of(config_class: type[JobConfig]) -> dict[str, list[str]]:
-    """The keys under the title of the class that defines them, in the order of definition."""
+    """The keys under the title of the class that defined them first, in the order of definition.
+
+    A job may give a shared key another default; the key stays in its group.
+    """
+    owners = [owner for owner in config_class.__mro__ if issubclass(owner, JobConfig)]
+    first = {key: owner for owner in owners for key in vars(owner).get("__annotations__", {})}
     groups: dict[str, list[str]] = {}
-    for owner in config_class.__mro__:
-        if issubclass(owner, JobConfig):
-            own = [key for key in config_class.model_fields if key in vars(owner).get("__annotations__", {})]
-            if own:
-                groups[owner.title] = own
+    for owner in owners:
+        own = [key for key in config_class.model_fields if first[key] is owner]
+        if own:
+            groups[owner.title] = own
     return groups
 
 

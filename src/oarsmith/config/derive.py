@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from .base import JobConfig
-from .groups import LoraKeys, ModelKeys, PackingKeys, SamplingKeys
+from .groups import LoraKeys, ModelKeys, SamplingKeys
+from .pretrain import PretrainConfig, split_shares
 from .sft import SftConfig
+from .train import TrainConfig
 
 C = TypeVar("C", bound=JobConfig)
 
@@ -27,6 +30,15 @@ def _evaluation_strategy(c: SftConfig) -> str:
     return "epoch" if c.eval_dataset_path or c.eval_split_ratio > 0 else "no"
 
 
+def _corpus_evaluation(c: PretrainConfig) -> str:
+    """Steps where the split leaves documents for it."""
+    return "steps" if split_shares(c.split)[1] > 0 else "no"
+
+
+def _projection_scale(c: TrainConfig) -> float | None:
+    return {"galore": 0.25, "apollo": 1.0, "apollo_mini": 128**0.5}.get(c.optim)
+
+
 def _decode_strategy(c: SamplingKeys) -> str:
     drawn = bool(c.temperature) or (c.temperature is None and (c.top_k > 0 or c.top_p < 1))
     return "sampling" if drawn else "greedy"
@@ -36,17 +48,27 @@ def _decode_strategy(c: SamplingKeys) -> str:
 RULES: tuple[Rule[Any], ...] = (
     Rule(ModelKeys, "tokenizer_name_or_path", lambda c: c.model_name_or_path, "the model's own"),
     Rule(
-        PackingKeys,
+        SftConfig,
         "per_device_train_batch_size",
         lambda c: 1 if c.zero_padding else 8,
         "1 packed row, or 8 samples without packing",
     ),
+    Rule(PretrainConfig, "per_device_train_batch_size", lambda c: 8, "8 rows"),
     Rule(SftConfig, "learning_rate", lambda c: 2e-4 if c.lora else 2e-5, "2e-4 with lora, 2e-5 without"),
     Rule(SftConfig, "evaluation_strategy", _evaluation_strategy, "epoch where eval data is named, else no"),
-    Rule(SftConfig, "do_eval", lambda c: c.evaluation_strategy != "no", "true where there is an evaluation_strategy"),
-    Rule(SftConfig, "eval_steps", lambda c: c.logging_steps, "as logging_steps"),
-    Rule(SftConfig, "greater_is_better", lambda c: c.metric_for_best_model == "accuracy", "true for accuracy only"),
-    Rule(SftConfig, "logging_dir", lambda c: f"{c.output_dir}/tensorboard", "a folder in output_dir"),
+    Rule(PretrainConfig, "evaluation_strategy", _corpus_evaluation, "steps where split has a part for it, else no"),
+    Rule(TrainConfig, "do_eval", lambda c: c.evaluation_strategy != "no", "true where there is an evaluation_strategy"),
+    Rule(PretrainConfig, "eval_steps", lambda c: max(100, c.logging_steps), "100, or logging_steps if more"),
+    Rule(TrainConfig, "eval_steps", lambda c: c.logging_steps, "as logging_steps"),
+    Rule(
+        TrainConfig,
+        "greater_is_better",
+        lambda c: c.metric_for_best_model not in ("loss", "perplexity"),
+        "false for loss and perplexity, else true",
+    ),
+    Rule(TrainConfig, "logging_dir", lambda c: f"{c.output_dir}/tensorboard", "a folder in output_dir"),
+    Rule(TrainConfig, "run_name", lambda c: os.path.basename(os.path.normpath(c.output_dir)), "output_dir's name"),
+    Rule(TrainConfig, "projection_scale", _projection_scale, "the papers' values; none for other optimizers"),
     Rule(
         LoraKeys,
         "lora_alpha",

@@ -23,6 +23,15 @@ ALIASES: dict[str, str] = {
     "packing": "zero_padding",
     "eval_strategy": "evaluation_strategy",
     "gradient_checkpointing": "recompute",
+    "eval_iters": "max_evaluate_steps",
+    "data_path": "input_dir",
+    "data_prefix": "input_dir",
+    "reset_attention_mask": "isolate_documents",
+    "async_save": "use_async_save",
+    "lr_end": "min_learning_rate",
+    "neftune_alpha": "neftune_noise_alpha",
+    "strategy_name": "rope_scaling_type",
+    "optimizer": "optim",
     "lr": "learning_rate",
     "lr_scheduler": "lr_scheduler_type",
     "min_lr": "min_learning_rate",
@@ -55,6 +64,16 @@ VALUE_NAMES: dict[tuple[str, str], str] = {
     ("dtype", "float16"): "fp16",
     ("optim", "adamw_torch"): "adamw",
     ("optim", "adamw_torch_fused"): "adamw",
+    ("optim", "adamw_bnb_8bit"): "adamw_8bit",
+    ("optim", "paged_adamw_8bit"): "adamw_8bit",
+    ("optim", "galore_adamw"): "galore",
+    ("optim", "apollo_adamw"): "apollo",
+    ("lr_scheduler_type", "warmup_stable_decay"): "wsd",
+    ("rope_scaling_type", "rotaryembedding"): "none",
+    ("rope_scaling_type", "linearscalingrotaryembedding"): "linear",
+    ("rope_scaling_type", "ntkscalingrotaryembedding"): "ntk",
+    ("rope_scaling_type", "dynamicntkscalingrotaryembedding"): "dynamic",
+    ("rope_scaling_type", "yarnscalingrotaryembedding"): "yarn",
     ("decode_strategy", "greedy_search"): "greedy",
     ("metric_for_best_model", "eval_loss"): "loss",
     ("metric_for_best_model", "ppl"): "perplexity",
@@ -62,7 +81,8 @@ VALUE_NAMES: dict[tuple[str, str], str] = {
     ("resume_from_checkpoint", "true"): "auto",
     ("resume_from_checkpoint", "false"): "none",
     ("report_to", "visualdl"): "tensorboard",
-    ("report_to", "all"): "tensorboard",
+    ("report_to", "all"): "tensorboard,wandb,mlflow",
+    ("report_to", "false"): "none",
     # YAML reads a bare no as false.
     ("evaluation_strategy", "false"): "no",
     ("save_strategy", "false"): "no",
@@ -71,7 +91,6 @@ VALUE_NAMES: dict[tuple[str, str], str] = {
 # Renames a person should hear about, because what they get is not quite what they named.
 VALUE_NOTES: dict[tuple[str, str], str] = {
     ("report_to", "visualdl"): "report_to visualdl: written for TensorBoard, which VisualDL's files resemble",
-    ("report_to", "all"): "report_to all: this version knows one place, TensorBoard",
 }
 
 

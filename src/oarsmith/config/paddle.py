@@ -13,7 +13,9 @@ _FUSED_WEIGHTS = "a weight layout of Paddle; weights keep their Hugging Face lay
 _CHECKPOINT = "a Paddle checkpoint format; checkpoints are always Hugging Face directories here"
 _LOADER = "rows are read and tokenized once, before training; there are no loader processes to set up"
 _CHUNKED = "the head and the loss always run in chunks, on trained tokens only"
+_DROPOUT = "the models here have no dropout inside their blocks, as most families were trained"
 _TUNING = "tunes how Paddle overlaps communication; this version trains in one process"
+_LAYOUT = "how Paddle splits the work over devices; one process computes the same numbers without"
 _AMP = "a detail of Paddle's mixed precision; here weights and optimizer are kept exactly as the docs of dtype say"
 
 WITHOUT_EFFECT: dict[str, str] = {
@@ -52,7 +54,6 @@ WITHOUT_EFFECT: dict[str, str] = {
     "amp_master_grad": _AMP,
     "amp_custom_black_list": _AMP,
     "amp_custom_white_list": _AMP,
-    "scale_loss": _AMP,
     "bf16_full_eval": _AMP,
     "fp16_full_eval": _AMP,
     "tensor_parallel_output": _TUNING,
@@ -65,8 +66,26 @@ WITHOUT_EFFECT: dict[str, str] = {
     "hybrid_parallel_topo_order": _TUNING,
     "ddp_find_unused_parameters": _TUNING,
     "local_rank": _TUNING,
+    "tensor_parallel_degree": _LAYOUT,
+    "pipeline_parallel_degree": _LAYOUT,
+    "virtual_pp_degree": _LAYOUT,
+    "sharding": _LAYOUT,
+    "sharding_parallel_degree": _LAYOUT,
+    "data_parallel_degree": _LAYOUT,
+    "sep_parallel_degree": _LAYOUT,
+    "context_parallel_degree": _LAYOUT,
+    "sequence_parallel": _LAYOUT,
+    "use_expert_parallel": _LAYOUT,
+    "enable_auto_parallel": _LAYOUT,
+    "release_grads": "gradients are always freed after an update; see the key optimizer_in_backward",
+    "refined_recompute": "which single operations Paddle computes again; see recompute_granularity and "
+    "no_recompute_layers",
+    "data_impl": "the kind of an indexed corpus is recognised by its files",
+    "skip_warmup": "corpora are mapped, and never read through before training",
+    "hidden_dropout_prob": _DROPOUT,
+    "attention_probs_dropout_prob": _DROPOUT,
+    "strategy_type": "strategy_name says it; see the key rope_scaling_type",
     "to_static": "Paddle's graph compiler; see the key torch_compile",
-    "run_name": "a run is named by its output_dir",
     "skip_profile_timer": "the log always shows where the time goes",
     "skip_memory_metrics": "the log always shows memory",
     "logging_strategy": "the log is written every logging_steps",
@@ -76,7 +95,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "append_attn": _KERNEL,
     "inference_model": _KERNEL,
     "model_prefix": "a name inside Paddle's static graph files",
-    "wandb_api_key": "Weights & Biases is not connected; see the key report_to",
+    "wandb_api_key": "Weights & Biases reads its key from the environment or 'wandb login'; see report_to",
 }
 
 
@@ -108,26 +127,8 @@ def _degree(what: str) -> NotBuilt:
 
 
 NOT_BUILT: dict[str, NotBuilt] = {
-    "tensor_parallel_degree": _degree("tensor parallelism"),
-    "pipeline_parallel_degree": _degree("pipeline parallelism"),
-    "virtual_pp_degree": _degree("pipeline parallelism"),
-    "sharding_parallel_degree": _degree("sharded data parallelism"),
-    "data_parallel_degree": _degree("data parallelism"),
-    "sep_parallel_degree": _degree("segment parallelism"),
-    "context_parallel_degree": _degree("context parallelism"),
     "nproc_per_node": _degree("training in several processes"),
     "nnodes": _degree("training on several machines"),
-    "sharding": NotBuilt(_OFF, "sharded data parallelism", 'set it to "" (on one device it saves nothing)'),
-    "sequence_parallel": _switch("sequence parallelism"),
-    "use_expert_parallel": _switch("expert parallelism"),
-    "enable_auto_parallel": _switch("automatic parallelism"),
-    "offload_optim": _switch("keeping the optimizer state on the CPU"),
-    "release_grads": _switch("releasing gradients between steps"),
-    "recompute_granularity": NotBuilt(
-        frozenset({"full", "none", ""}), "recomputing parts of a block", "set it to full"
-    ),
-    "refined_recompute": NotBuilt(_OFF, "recomputing single operations", "leave it out; recompute true is per block"),
-    "no_recompute_layers": NotBuilt(frozenset({"", "none", "[]"}), "recomputing only some blocks", "leave it out"),
     "init_lora_weights": NotBuilt(frozenset({"true", "1"}), "another start of the LoRA matrices", "set it to true"),
     "lora_path": NotBuilt(_OFF, "training an adapter further", "merge it first with oarsmith merge-adapter"),
     "pissa": _switch("PiSSA"),
@@ -141,24 +142,12 @@ NOT_BUILT: dict[str, NotBuilt] = {
     "lokr": _switch("LoKr"),
     "prefix_tuning": _switch("prefix tuning"),
     "reft": _switch("ReFT"),
-    "neftune": _switch("NEFTune"),
-    "weight_quantize_algo": NotBuilt(_OFF, "training over quantized weights", "leave it out"),
-    "use_long_sequence_strategies": _switch("stretching positions to longer sequences"),
     "autoregressive": _switch("that switch", "set dataset_format text and train_on all instead"),
-    "use_pose_convert": _switch("PoSE"),
-    "eval_with_do_generation": _switch("evaluation by generation"),
-    "save_generation_output": _switch("evaluation by generation"),
-    "do_predict": _switch("prediction after training", "set it to false and run oarsmith generate afterwards"),
     "do_export": _switch("exporting after training"),
     "do_ceval": _switch("C-Eval during training"),
     "benchmark": _switch("a benchmark mode"),
     "autotuner_benchmark": _switch("a benchmark mode"),
-    "ignore_data_skip": _switch("resuming at another place of the data"),
-    "ignore_load_lr_and_optim": _switch("resuming without the optimizer"),
-    "ignore_save_lr_and_optim": _switch("checkpoints without the optimizer"),
-    "use_async_save": _switch("saving in the background"),
     "ckpt_quant_stage": NotBuilt(frozenset({"o0", "none", ""}), "quantized optimizer states", "set it to O0"),
-    "decay_steps": NotBuilt(frozenset({"0", "none"}), "a schedule that ends before the run", "leave it out"),
     "speculate_method": NotBuilt(_OFF, "speculative decoding", "leave it out"),
     "quant_type": NotBuilt(_OFF, "quantized inference", 'set it to ""'),
     "mode": NotBuilt(frozenset({"dynamic"}), "a static graph", "set it to dynamic"),
@@ -177,13 +166,6 @@ OTHER_JOBS: dict[str, str] = {
     "ref_model_update_steps": "dpo",
     "desirable_weight": "kto",
     "undesirable_weight": "kto",
-    "input_dir": "pretrain",
-    "split": "pretrain",
-    "data_impl": "pretrain",
-    "data_cache": "pretrain",
-    "share_folder": "pretrain",
-    "skip_warmup": "pretrain",
-    "continue_training": "pretrain",
 }
 
 

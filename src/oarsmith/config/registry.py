@@ -8,6 +8,7 @@ from .base import JobConfig
 
 CONFIG_CLASSES: dict[str, tuple[str, str]] = {
     "quickstart": ("tools", "QuickstartConfig"),
+    "pretrain": ("pretrain", "PretrainConfig"),
     "sft": ("sft", "SftConfig"),
     "generate": ("inference", "GenerateConfig"),
     "chat": ("inference", "ChatConfig"),

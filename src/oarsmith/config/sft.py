@@ -4,22 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from .groups import (
-    DataKeys,
-    LoraKeys,
-    MemoryKeys,
-    ModelKeys,
-    OptimizerKeys,
-    PackingKeys,
-    ProgressKeys,
-    RunKeys,
-    RuntimeKeys,
-)
+from .groups import DataKeys, EvalRowKeys, LoraKeys, ModelKeys, PackingKeys
+from .train import TrainConfig
 
 
-class SftConfig(
-    ModelKeys, DataKeys, LoraKeys, RunKeys, PackingKeys, OptimizerKeys, ProgressKeys, MemoryKeys, RuntimeKeys
-):
+class SftConfig(ModelKeys, DataKeys, LoraKeys, PackingKeys, EvalRowKeys, TrainConfig):
     """All keys of a supervised fine-tuning run."""
 
     title: ClassVar[str] = "Fine-tuning"

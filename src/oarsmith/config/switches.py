@@ -16,7 +16,7 @@ from oarsmith.errors import ConfigError
 from .base import Bool
 from .entries import Entry
 
-SWITCHES = frozenset({"bf16", "fp16", "greedy_zero_padding", "no_cuda", "use_cpu"})
+SWITCHES = frozenset({"bf16", "fp16", "greedy_zero_padding", "no_cuda", "use_cpu", "use_long_sequence_strategies"})
 
 _BOOL: TypeAdapter[bool] = TypeAdapter(Bool)
 
@@ -27,14 +27,15 @@ def resolve_switches(given: dict[str, Entry], keys: Collection[str]) -> dict[str
     A switch is left in place (and then unknown) if the job lacks the key.
 
     Raises:
-        ConfigError: two entries of one layer contradict each other; fp16, which has no loss scaling here.
+        ConfigError: two entries of one layer contradict each other.
     """
     result = dict(given)
     if "dtype" in keys:
         _resolve(result, "dtype", {"bf16": {True: "bf16", False: "fp32"}, "fp16": {True: "fp16"}})
-        _refuse_fp16_training(result, keys)
     if "zero_padding" in keys:
         _resolve(result, "zero_padding", {"greedy_zero_padding": {True: True}})
+    if "rope_scaling_type" in keys:
+        _drop_unless_on(result, "use_long_sequence_strategies", "rope_scaling_type", "rope_scaling_factor")
     if "device" in keys:
         _resolve(result, "device", {"no_cuda": {True: "cpu"}, "use_cpu": {True: "cpu"}})
     return result
@@ -77,11 +78,11 @@ def _as_bool(entry: Entry) -> bool:
         ) from None
 
 
-def _refuse_fp16_training(given: dict[str, Entry], keys: Collection[str]) -> None:
-    entry = given.get("dtype")
-    if entry is not None and entry.value == "fp16" and "learning_rate" in keys:
-        raise ConfigError(
-            "training in fp16 is not possible: it needs loss scaling, which this version does not have",
-            where=entry.where,
-            fix="--dtype bf16 where the hardware has it, else --dtype fp32 (--dtype auto chooses)",
-        )
+def _drop_unless_on(given: dict[str, Entry], switch: str, *keys: str) -> None:
+    """A switch that is off takes back the keys it governs, in its own layer and those below."""
+    entry = given.pop(switch, None)
+    if entry is None or entry.value is None or _as_bool(entry):
+        return
+    for key in keys:
+        if key in given and given[key].rank <= entry.rank:
+            del given[key]

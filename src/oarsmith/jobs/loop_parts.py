@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 
-from oarsmith.config.sft import SftConfig
+from oarsmith.config.train import TrainConfig
 from oarsmith.models.decoder import Decoder
 from oarsmith.training.loop import LoopSettings
 from oarsmith.training.optimizer import AdamW, AdamWSettings
 from oarsmith.training.schedule import Schedule
 
 
-def make_optimizer(config: SftConfig, model: Decoder) -> AdamW:
+def make_optimizer(config: TrainConfig, model: Decoder) -> AdamW:
     """AdamW over the parameters that train."""
     settings = AdamWSettings(
         beta1=config.adam_beta1, beta2=config.adam_beta2, eps=config.adam_epsilon, weight_decay=config.weight_decay
@@ -19,7 +19,7 @@ def make_optimizer(config: SftConfig, model: Decoder) -> AdamW:
     return AdamW(((name, p) for name, p in model.named_parameters() if p.requires_grad), settings)
 
 
-def make_schedule(config: SftConfig, total: int) -> Schedule:
+def make_schedule(config: TrainConfig, total: int) -> Schedule:
     """The learning rate over ``total`` updates."""
     assert config.learning_rate is not None, "derived where not given"
     return Schedule(
@@ -31,7 +31,7 @@ def make_schedule(config: SftConfig, total: int) -> Schedule:
     )
 
 
-def loop_settings(config: SftConfig, total: int) -> LoopSettings:
+def loop_settings(config: TrainConfig, total: int) -> LoopSettings:
     """When to log, evaluate and save in ``total`` updates."""
     assert config.evaluation_strategy is not None and config.eval_steps is not None, "derived where not given"
     return LoopSettings(

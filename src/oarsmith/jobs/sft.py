@@ -231,7 +231,7 @@ def make_loop(
         output_dir=output_dir,
         store=store,
         log=RunLog(output_dir),
-        tracker=make_tracker(config.report_to, Path(config.logging_dir or output_dir / "tensorboard")),
+        tracker=make_tracker(config.report_to[0] if config.report_to else "none", Path(config.logging_dir or output_dir / "tensorboard")),
         progress=progress,
         write_model=write_model,
         load_model=load_model,
