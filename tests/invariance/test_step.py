@@ -14,6 +14,7 @@ import torch
 from oarsmith import kernels
 from oarsmith.data.batch import make_batch
 from oarsmith.models.decoder import Decoder
+from oarsmith.models.recompute import Granularity, Recompute
 from tiny import CONFIGS, Step, batches_of, largest_difference, one_step, random_samples, tiny_decoder
 
 LOSS_TOLERANCE = 1e-6
@@ -37,9 +38,12 @@ def one_by_one(model: Decoder) -> Step:
     return one_step(model, batches_of(SAMPLES, 1))
 
 
-def recomputed(model: Decoder) -> Step:
-    model.recompute = True
-    return one_step(model, batches_of(SAMPLES, 4))
+def recomputed(granularity: Granularity) -> Callable[[Decoder], Step]:
+    def way(model: Decoder) -> Step:
+        model.recompute = Recompute(granularity=granularity)
+        return one_step(model, batches_of(SAMPLES, 4))
+
+    return way
 
 
 def plain_torch(model: Decoder) -> Step:
@@ -52,7 +56,9 @@ WAYS: dict[str, Callable[[Decoder], Step]] = {
     "two packs of four": lambda model: one_step(model, batches_of(SAMPLES, 4)),
     "uneven packs": lambda model: one_step(model, batches_of(SAMPLES, 3)),
     "reversed": lambda model: one_step(model, batches_of(SAMPLES[::-1], 2)),
-    "recomputed": recomputed,
+    "blocks recomputed": recomputed("full"),
+    "attention recomputed": recomputed("full_attn"),
+    "scores recomputed": recomputed("core_attn"),
     "plain torch": plain_torch,
 }
 

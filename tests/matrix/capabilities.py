@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from oarsmith.methods.sft import OBJECTIVE
 from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.init import init_weights
+from oarsmith.models.recompute import Granularity, Recompute
 from oarsmith.training.optimizer import AdamW, AdamWSettings
 from oarsmith.training.step import run_step
 from tiny import one_step
@@ -248,14 +249,16 @@ def _visibility(bench: Bench, model: Decoder) -> None:
 
 
 def recompute(bench: Bench) -> str:
-    """Running blocks again in backward gives the same gradients, bit for bit."""
+    """Running blocks, their attention or its core again in backward gives the same gradients, bit for bit."""
+    ways = [None, *(Recompute(granularity=granularity) for granularity in get_args(Granularity))]
     found = []
-    for again in (False, True):
+    for way in ways:
         model = bench.model().train()
-        model.recompute = again
+        model.recompute = way
         found.append(one_step(model, [bench.batch]))
-    assert found[0].loss == found[1].loss
-    assert all(torch.equal(found[1].grads[name], grad) for name, grad in found[0].grads.items())
+    for other in found[1:]:
+        assert other.loss == found[0].loss
+        assert all(torch.equal(other.grads[name], grad) for name, grad in found[0].grads.items())
     return "yes"
 
 

@@ -141,18 +141,6 @@ def test_packed_gradients(case: Make, name: str) -> None:
         torch.testing.assert_close(results[0][key], expected, rtol=0, atol=limit, msg=lambda m, key=key: f"{key}: {m}")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_recompute_changes_nothing(case: Make, name: str) -> None:
-    ids, results = document(name, 11, 3), []
-    for recompute in (False, True):
-        model = load(case, name).train()
-        model.recompute = recompute
-        loss = model(ids[None]).logsumexp(-1).sum()
-        loss.backward()
-        results.append([loss.detach(), *(p.grad for p in model.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
 @torch.no_grad()
 def test_qwen_keeps_the_base_of_its_prompt() -> None:
     """A prompt of 30 (context 24) is decoded with its own base; the row of 50 has another, but shares the log."""

@@ -113,18 +113,6 @@ def test_a_full_cache_is_noticed(case: Make) -> None:
         cache.extend([2])
 
 
-@pytest.mark.parametrize("name", ["llama_bias_tied", "gemma", "gpt2", "cohere_normed", "gemma3", "mixtral"])
-def test_recompute_changes_nothing(case: Make, name: str) -> None:
-    results = []
-    for recompute in (False, True):
-        model = case(name).decoder()
-        model.recompute = recompute
-        loss = model(tokens(1, 11)).logsumexp(-1).sum()
-        loss.backward()
-        results.append([loss.detach(), *(p.grad for p in model.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
 @torch.no_grad()
 def test_the_same_call_twice(case: Make) -> None:
     model, ids = case("qwen3").decoder(), tokens(2, 33)
@@ -134,7 +122,14 @@ def test_the_same_call_twice(case: Make) -> None:
 def test_layout_of_documents() -> None:
     layout = Layout.documents([0, 2, 5], torch.tensor([0, 1, 0, 1, 2]))
     assert [(s.q_start, s.q_stop, s.k_start, s.k_stop) for s in layout.spans] == [(0, 2, 0, 2), (2, 5, 2, 5)]
-    assert layout.lengths_T.tolist() == [2, 2, 3, 3, 3]
+    assert layout.lengths_T.tolist() == layout.sizes_T.tolist() == [2, 2, 3, 3, 3]
+
+
+def test_layout_of_positions_that_skip() -> None:
+    """Rules that follow the length see how far positions reach; a document without tokens is no obstacle."""
+    layout = Layout.documents([0, 2, 2, 5], torch.tensor([0, 9, 1, 0, 4]))
+    assert layout.lengths_T.tolist() == [10, 10, 5, 5, 5]
+    assert layout.prompts_T.tolist() == layout.sizes_T.tolist() == [2, 2, 3, 3, 3]
 
 
 @pytest.mark.parametrize(

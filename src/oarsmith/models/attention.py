@@ -6,16 +6,18 @@ Shapes: T tokens, D hidden, H query heads, G kv heads, R = H / G, K head dim, S 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from oarsmith import kernels
 from oarsmith.kernels import Scores, SpanBounds
-from oarsmith.models.layout import CacheShape, KVCache, Layout
+from oarsmith.models.layout import CacheShape, KVCache, Layout, Span
 from oarsmith.models.linear import build_linear
 from oarsmith.models.norm import build_norm
 from oarsmith.models.position import PositionTables
+from oarsmith.models.recompute import run
 from oarsmith.models.spec_parts import GQA, QKNorm
 from oarsmith.models.spec_position import Alibi
 
@@ -36,10 +38,29 @@ class Attention(nn.Module):
         head = (self.spec.num_kv_heads, self.spec.head_dim)
         return CacheShape(slots=(head, head))
 
-    def forward(self, x_TD: Tensor, layout: Layout, tables: PositionTables, cache: KVCache | None) -> Tensor:
-        spec = self.spec
-        q_THK, k_TGK, v_TGK = self._project(x_TD)
-        bias_HP = None
+    def forward(
+        self,
+        x_TD: Tensor,
+        layout: Layout,
+        tables: PositionTables,
+        cache: KVCache | None,
+        *,
+        recompute_core: bool = False,
+    ) -> Tensor:
+        def core(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
+            q_THK, k_TGK, bias_HP = self._positioned(q_THK, k_TGK, layout, tables)
+            k_SGK, v_SGK = (k_TGK, v_TGK) if cache is None else cache.write(self.layer, k_TGK, v_TGK)
+            scores = Scores(self.spec.scale, self.spec.window, self.spec.softcap, bias_HP, self.sinks)
+            return attend(q_THK, k_SGK, v_SGK, layout, scores)
+
+        # The rotation is part of the core: q and k are then kept once, in the storage that v is a view of.
+        return self.out(run(core, *self._project(x_TD), again=recompute_core).flatten(-2))
+
+    def _positioned(
+        self, q_THK: Tensor, k_TGK: Tensor, layout: Layout, tables: PositionTables
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries and keys that know their positions, and the bias on their scores."""
+        spec, bias_HP = self.spec, None
         if isinstance(spec.position, Alibi):
             bias_HP = tables.biases[spec.position]
         elif spec.position is not None:
@@ -48,10 +69,7 @@ class Attention(nn.Module):
         if spec.log_n is not None and not self.training:
             growth_T = ((layout.positions_T + 1).float().log() / math.log(spec.log_n)).clamp_min(1)
             q_THK = q_THK * growth_T[:, None, None].to(q_THK.dtype)
-        k_SGK, v_SGK = (k_TGK, v_TGK) if cache is None else cache.write(self.layer, k_TGK, v_TGK)
-        scores = Scores(spec.scale, spec.window, spec.softcap, bias_HP, self.sinks)
-        o_THK = kernels.attention(q_THK, k_SGK, v_SGK, span_bounds(layout), scores)
-        return self.out(o_THK.flatten(-2))
+        return q_THK, k_TGK, bias_HP
 
     def _project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, H, K], keys and values [T, G, K], with their norms."""
@@ -79,6 +97,29 @@ class Attention(nn.Module):
         return self.q_norm(q), self.k_norm(k)
 
 
-def span_bounds(layout: Layout) -> list[SpanBounds]:
+def attend(q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, layout: Layout, scores: Scores) -> Tensor:
+    """softmax(scores) v [T, H, V], every query over the keys that the layout shows its head."""
+    if layout.halves is None:
+        return kernels.attention(q_THK, k_SGK, v_SGV, span_bounds(layout.spans), scores)
+    num_heads, groups = q_THK.shape[1], k_SGK.shape[1]
+    if groups % 2:
+        # The halves would share a kv head: each query head gets its own copy.
+        share = num_heads // groups
+        k_SGK, v_SGV = (x[:, :, None].expand(-1, -1, share, -1).flatten(1, 2) for x in (k_SGK, v_SGV))
+        groups = num_heads
+    cut, kv_cut = num_heads // 2, groups // 2
+    outputs = []
+    for spans, heads, kv_heads in zip(
+        layout.halves, (slice(cut), slice(cut, None)), (slice(kv_cut), slice(kv_cut, None)), strict=True
+    ):
+        bias_HP, sinks_H = (None if x is None else x[heads] for x in (scores.bias_HP, scores.sinks_H))
+        own = scores._replace(bias_HP=bias_HP, sinks_H=sinks_H)
+        outputs.append(
+            kernels.attention(q_THK[:, heads], k_SGK[:, kv_heads], v_SGV[:, kv_heads], span_bounds(spans), own)
+        )
+    return torch.cat(outputs, 1)
+
+
+def span_bounds(spans: Sequence[Span]) -> list[SpanBounds]:
     """The spans as the kernel takes them."""
-    return [(span.q_start, span.q_stop, span.k_start, span.k_stop, span.prefix) for span in layout.spans]
+    return [(span.q_start, span.q_stop, span.k_start, span.k_stop, span.prefix) for span in spans]

@@ -14,6 +14,7 @@ from oarsmith.models.mlp import FeedForward, GatedFeedForward
 from oarsmith.models.moe import MixtureOfExperts
 from oarsmith.models.norm import LayerNorm, RMSNorm, build_norm
 from oarsmith.models.position import PositionTables
+from oarsmith.models.recompute import Granularity, run
 from oarsmith.models.spec import (
     LayerSpec,
     NormedStream,
@@ -45,18 +46,30 @@ class Block(nn.Module):
         self.ffn = build_ffn(spec.ffn)
         self.ffn_post_norm = _optional(norms.get("ffn_post_norm"))
 
-    def forward(self, x_TD: Tensor, layout: Layout, tables: PositionTables, cache: KVCache | None) -> Tensor:
-        def attend(h_TD: Tensor) -> Tensor:
-            return self.attention(h_TD, layout, tables, cache)
+    def forward(
+        self,
+        x_TD: Tensor,
+        layout: Layout,
+        tables: PositionTables,
+        cache: KVCache | None,
+        recompute: Granularity | None = None,
+    ) -> Tensor:
+        """``recompute``: what within the block runs again in backward; all of it (``full``) is up to the caller."""
 
+        def attend(h_TD: Tensor) -> Tensor:
+            return self.attention(h_TD, layout, tables, cache, recompute_core=recompute == "core_attn")
+
+        again = recompute == "full_attn"
         match self.wiring:
             case Sequential(attention=attention, ffn=ffn):
                 assert self.ffn_norm is not None, ffn
-                x_TD = _add(attention, attend, self.attention_norm, self.attention_post_norm, x_TD)
+                norms = self.attention_norm, self.attention_post_norm
+                x_TD = run(_add, attention, attend, *norms, x_TD, again=again)
                 return _add(ffn, self.ffn, self.ffn_norm, self.ffn_post_norm, x_TD)
             case Parallel():
                 h_TD = self.attention_norm(x_TD)
-                return x_TD + attend(h_TD) + self.ffn(h_TD if self.ffn_norm is None else self.ffn_norm(x_TD))
+                mixed_TD = run(attend, h_TD, again=again)
+                return x_TD + mixed_TD + self.ffn(h_TD if self.ffn_norm is None else self.ffn_norm(x_TD))
 
 
 def _optional(spec: NormSpec | None) -> RMSNorm | LayerNorm | None:

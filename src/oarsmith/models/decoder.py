@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from oarsmith import kernels
 from oarsmith.errors import ModelError
@@ -23,6 +22,8 @@ from oarsmith.models.head import Head
 from oarsmith.models.layout import KVCache, Layout
 from oarsmith.models.norm import build_norm
 from oarsmith.models.position import position_tables
+from oarsmith.models.recompute import Recompute, run
+from oarsmith.models.shifted import ShiftedSparse
 from oarsmith.models.spec import DecoderSpec
 
 
@@ -34,7 +35,8 @@ class Decoder(nn.Module):
         config: the ``config.json`` the spec came from, kept so that saving writes back what was read.
         generation_config: text of the ``generation_config.json`` beside it, kept for the same reason.
         file_names: family name -> name in the file it was read from, where the file omits a prefix.
-        recompute: store only each block's input in training and run the block again in backward.
+        recompute: what backward computes again instead of keeping it; None: nothing.
+        shifted: LongLoRA's sparse attention, in training only; None: full attention.
     """
 
     def __init__(self, spec: DecoderSpec, config: Mapping[str, Any]) -> None:
@@ -43,7 +45,8 @@ class Decoder(nn.Module):
         self.config = dict(config)
         self.generation_config: str | None = None
         self.file_names: dict[str, str] = {}
-        self.recompute = False
+        self.recompute: Recompute | None = None
+        self.shifted: ShiftedSparse | None = None
         self.embedding = Embedding(spec.embedding, spec.vocab_size)
         self.layers = nn.ModuleList(Block(layer, index) for index, layer in enumerate(spec.layers))
         self.final_norm = build_norm(spec.final_norm) if spec.final_norm is not None else None
@@ -57,14 +60,15 @@ class Decoder(nn.Module):
     def hidden(self, input_ids_T: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
         """Hidden states [T, D] of a token stream before the final norm."""
         layout = visibility.apply(self.spec.visibility, input_ids_T, layout, cache, self.training)
-        x_TD = self.embedding(input_ids_T, layout.positions_T)
+        if self.shifted is not None and self.training:
+            layout = self.shifted.apply(layout)
+        x_TD = self.embedding(input_ids_T, layout)
         rules = {layer.attention.position for layer in self.spec.layers} - {None}
         tables = position_tables([rule for rule in rules if rule is not None], layout, self.training)
-        for block in self.layers:
-            if self.recompute and torch.is_grad_enabled():
-                x_TD = checkpoint(block, x_TD, layout, tables, cache, use_reentrant=False)
-            else:
-                x_TD = block(x_TD, layout, tables, cache)
+        recompute = self.recompute if torch.is_grad_enabled() and cache is None else None
+        for index, block in enumerate(self.layers):
+            part = None if recompute is None else recompute.of_layer(index)
+            x_TD = run(block, x_TD, layout, tables, cache, part, again=part == "full")
         return x_TD
 
     def head_inputs(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:

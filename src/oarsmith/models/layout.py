@@ -44,8 +44,10 @@ class Piece:
 class Layout:
     """One call: its documents, who sees whom, and each token's position.
 
-    ``lengths_T``: current length of the document a token belongs to; ``prompts_T``: the length it had after its first
-    call. ``blocks_T``: the second row of positions, where the model has two.
+    ``lengths_T``: how far the positions of a token's document reach by now, the highest plus 1: its number of tokens,
+    unless positions skip. ``prompts_T``: the number of tokens it had after its first call. ``blocks_T``: the second
+    row of positions, where the model has two. ``halves``: spans of the first half of the heads and of the second,
+    where they differ (see ``shifted.py``).
     """
 
     pieces: tuple[Piece, ...]
@@ -54,11 +56,18 @@ class Layout:
     lengths_T: Tensor
     prompts_T: Tensor
     blocks_T: Tensor | None = None
+    halves: tuple[tuple[Span, ...], tuple[Span, ...]] | None = None
 
     @property
     def fresh(self) -> bool:
         """Whether all documents begin in this call."""
         return all(piece.old == 0 for piece in self.pieces)
+
+    @property
+    def sizes_T(self) -> Tensor:
+        """How many tokens of this call each token's document has, itself included."""
+        sizes = torch.tensor([piece.stop - piece.start for piece in self.pieces], device=self.positions_T.device)
+        return sizes.repeat_interleave(sizes)
 
     @staticmethod
     def documents(bounds: Sequence[int], positions_T: Tensor) -> Layout:
@@ -67,8 +76,9 @@ class Layout:
         pieces = tuple(Piece(a, b, 0, index) for index, (a, b) in enumerate(pairwise(bounds)))
         spans = tuple(Span(a, b, a, b) for a, b in pairwise(bounds))
         sizes = torch.tensor([b - a for a, b in pairwise(bounds)], device=positions_T.device)
-        lengths_T = sizes.repeat_interleave(sizes)
-        return Layout(pieces, spans, positions_T, lengths_T, lengths_T)
+        document_T = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+        highest = torch.zeros_like(sizes).scatter_reduce(0, document_T, positions_T, "amax")
+        return Layout(pieces, spans, positions_T, highest[document_T] + 1, sizes[document_T])
 
 
 @dataclass(frozen=True)

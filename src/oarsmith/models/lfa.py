@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from oarsmith import kernels
 from oarsmith.kernels import Scores
-from oarsmith.models.attention import span_bounds
+from oarsmith.models.attention import attend
 from oarsmith.models.layout import CacheShape, KVCache, Layout
 from oarsmith.models.linear import build_linear
 from oarsmith.models.norm import RMSNorm
 from oarsmith.models.position import PositionTables
+from oarsmith.models.recompute import run
 from oarsmith.models.spec_parts import LFA
 
 
@@ -81,11 +81,22 @@ class FilteredAttention(nn.Module):
         head = (self.spec.num_heads, self.spec.head_dim)
         return CacheShape(slots=(head, head), state=(2, self.spec.filter_norm.size))
 
-    def forward(self, x_TD: Tensor, layout: Layout, tables: PositionTables, cache: KVCache | None) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        layout: Layout,
+        tables: PositionTables,
+        cache: KVCache | None,
+        *,
+        recompute_core: bool = False,
+    ) -> Tensor:
         spec, rotate = self.spec, tables.rotations[self.spec.position]
+
+        def core(qk: Tensor, v_THK: Tensor) -> Tensor:
+            q_THK, k_THK = rotate(qk[:, :, 0]), rotate(qk[:, :, 1])
+            k_SHK, v_SHK = (k_THK, v_THK) if cache is None else cache.write(self.layer, k_THK, v_THK)
+            return attend(q_THK, k_SHK, v_SHK, layout, Scores(spec.scale))
+
         qk = self.qk(self.filter(x_TD, layout, cache)).unflatten(-1, (spec.num_heads, 2, spec.head_dim))
-        q_THK, k_THK = rotate(qk[:, :, 0]), rotate(qk[:, :, 1])
         v_THK = self.v(x_TD).unflatten(-1, (spec.num_heads, spec.head_dim))
-        k_SHK, v_SHK = (k_THK, v_THK) if cache is None else cache.write(self.layer, k_THK, v_THK)
-        o_THK = kernels.attention(q_THK, k_SHK, v_SHK, span_bounds(layout), Scores(spec.scale))
-        return self.out(o_THK.flatten(-2))
+        return self.out(run(core, qk, v_THK, again=recompute_core).flatten(-2))

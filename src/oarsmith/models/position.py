@@ -64,7 +64,9 @@ def position_tables(positions: Iterable[Position], layout: Layout, training: boo
                 tables = tuple(rope_tables(rule.rope, layout, row_T, training) for row_T in rows)
                 rotations[rule] = Rotation(tables, rule.rope.pairs == "adjacent")
             case Alibi():
-                biases[rule] = alibi_table(rule, int(layout.lengths_T.max()), layout.positions_T.device)
+                # The kernel counts within a span, whatever the positions are.
+                longest = max((span.k_stop - span.k_start for span in layout.spans), default=0)
+                biases[rule] = alibi_table(rule, longest, layout.positions_T.device)
     return PositionTables(rotations, biases)
 
 

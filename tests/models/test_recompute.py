@@ -1,0 +1,132 @@
+"""What runs again in backward gives the same loss and gradients bit for bit, and is not kept in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from oarsmith import kernels
+from oarsmith.adapters.lora import LoraSegment, attach, lora_modules
+from oarsmith.adapters.targets import lora_rewrite
+from oarsmith.data.batch import make_batch
+from oarsmith.errors import ModelError
+from oarsmith.losses.token import token_cross_entropy
+from oarsmith.models import families
+from oarsmith.models.decoder import Decoder
+from oarsmith.models.init import init_weights
+from oarsmith.models.recompute import Granularity, Recompute
+from tiny import CONFIGS, random_samples, tiny_decoder
+
+from .conftest import Case, tokens
+from .test_cache import AUTHORS, document, load
+
+Make = Callable[[str], Case]
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
+# Every attention (grouped with norms, windows, caps, ALiBi, sinks; latent; filtered), every wiring, experts.
+NAMES = [
+    "llama_bias_tied",
+    "mistral",
+    "gemma2",
+    "gpt2",
+    "cohere_normed",
+    "olmo2",
+    "mixtral",
+    "gpt_oss",
+    "deepseek_v2",
+    "deepseek_v3",
+    "bloom",
+    "opt_350m",
+    "falcon_7b",
+    "falcon_40b",
+    "falcon_alibi_shared",
+    "chatglm_6b",
+    "chatglm2_6b",
+    "qwen1_ntk_logn",
+    "yuan2_2b",
+]
+
+
+def gradients(model: Decoder, ids_T: Tensor) -> list[Tensor]:
+    loss = model(ids_T[None]).logsumexp(-1).sum()
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("name", NAMES)
+def test_same_gradients(case: Make, name: str, backend: kernels.select.Backend) -> None:
+    ids_T = document(name, 15, 3) if name in AUTHORS else tokens(15)
+    with kernels.using(backend):
+        expected = gradients(load(case, name).train(), ids_T)
+        for granularity in GRANULARITIES:
+            model = load(case, name).train()
+            model.recompute = Recompute(granularity=granularity)
+            found = gradients(model, ids_T)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), granularity
+
+
+def kept_bytes(model: Decoder, recompute: Recompute | None) -> int:
+    """Size of all that is kept for backward, parameters left out, each storage once."""
+    model.recompute = recompute
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        outcome = token_cross_entropy(model, make_batch(random_samples((90, 40))), 1.0)
+    assert outcome.loss.requires_grad
+    return sum(size for address, size in kept.items() if address not in parameters)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma"])
+def test_less_is_kept(family: str, backend: kernels.select.Backend) -> None:
+    """The more runs again, the less is kept; layers left out keep what they kept before."""
+    model = tiny_decoder(family).train()
+    with kernels.using(backend):
+        sizes = [kept_bytes(model, None)]
+        for granularity in reversed(GRANULARITIES):
+            sizes.append(kept_bytes(model, Recompute(granularity=granularity)))
+            assert kept_bytes(model, Recompute(granularity=granularity, skip_layers=frozenset({0, 1}))) == sizes[0]
+            one = kept_bytes(model, Recompute(granularity=granularity, skip_layers=frozenset({1})))
+            assert sizes[-1] < one < sizes[0]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4, sizes
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_dropout_and_noise_are_drawn_once(granularity: Granularity) -> None:
+    """LoRA's dropout draws the same numbers again, and noise on the embeddings lies outside of what runs twice."""
+    family, spec = families.build_spec(CONFIGS["llama"])
+    segment = LoraSegment(name="", rank=4, scale=2.0)
+    spec = lora_rewrite(lambda modules: dict.fromkeys(modules, segment), dropout=0.5)(family, spec)
+    model, batch = Decoder(spec, CONFIGS["llama"]).train(), make_batch(random_samples((30, 11)))
+    init_weights(model, 0)
+    attach(model, 0)
+    for _, module in lora_modules(model):
+        for b in module.lora_B.values():
+            torch.nn.init.normal_(b, std=0.1)
+    found = []
+    for recompute, alpha in ((None, 5.0), (Recompute(granularity=granularity), 5.0), (None, None)):
+        model.recompute, model.embedding.neftune_alpha = recompute, alpha
+        model.zero_grad()
+        torch.manual_seed(3)
+        token_cross_entropy(model, batch, 1.0).loss.backward()
+        after = torch.rand(1)
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append([*grads, after])
+    assert all(torch.equal(a, b) for a, b in zip(*found[:2], strict=True))
+    assert not torch.equal(found[0][0], found[2][0]), "the noise changes the gradients"
+
+
+def test_layers_that_do_not_exist() -> None:
+    recompute = Recompute(skip_layers=frozenset({0, 2, -1}))
+    with pytest.raises(ModelError, match=r"layers \[-1, 2\] do not exist"):
+        recompute.require(2)
+    Recompute(skip_layers=frozenset({0, 1})).require(2)
