@@ -114,7 +114,7 @@ def test_dropout_and_noise_are_drawn_once(granularity: Granularity) -> None:
             torch.nn.init.normal_(b, std=0.1)
     found = []
     for recompute, alpha in ((None, 5.0), (Recompute(granularity=granularity), 5.0), (None, None)):
-        model.recompute, model.embedding.neftune_alpha = recompute, alpha
+        model.recompute, model.neftune_alpha = recompute, alpha
         model.zero_grad()
         torch.manual_seed(3)
         token_cross_entropy(model, batch, 1.0).loss.backward()

@@ -36,6 +36,7 @@ class Decoder(nn.Module):
         generation_config: text of the ``generation_config.json`` beside it, kept for the same reason.
         file_names: family name -> name in the file it was read from, where the file omits a prefix.
         recompute: what backward computes again instead of keeping it; None: nothing.
+        neftune_alpha: size of the noise on the embeddings in training (see ``neftune_noise``); None: none.
         shifted: LongLoRA's sparse attention, in training only; None: full attention.
     """
 
@@ -46,6 +47,7 @@ class Decoder(nn.Module):
         self.generation_config: str | None = None
         self.file_names: dict[str, str] = {}
         self.recompute: Recompute | None = None
+        self.neftune_alpha: float | None = None
         self.shifted: ShiftedSparse | None = None
         self.embedding = Embedding(spec.embedding, spec.vocab_size)
         self.layers = nn.ModuleList(Block(layer, index) for index, layer in enumerate(spec.layers))
@@ -62,7 +64,7 @@ class Decoder(nn.Module):
         layout = visibility.apply(self.spec.visibility, input_ids_T, layout, cache, self.training)
         if self.shifted is not None and self.training:
             layout = self.shifted.apply(layout)
-        x_TD = self.embedding(input_ids_T, layout)
+        x_TD = self.embedding(input_ids_T, layout, self.neftune_alpha if self.training else None)
         rules = {layer.attention.position for layer in self.spec.layers} - {None}
         tables = position_tables([rule for rule in rules if rule is not None], layout, self.training)
         recompute = self.recompute if torch.is_grad_enabled() and cache is None else None

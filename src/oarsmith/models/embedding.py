@@ -14,25 +14,20 @@ from oarsmith.models.spec import EmbeddingSpec, LearnedPositions
 
 
 class Embedding(nn.Module):
-    """``weight`` [V, E] is the table; a tied head uses it too.
-
-    Attributes:
-        neftune_alpha: size of the noise on the table's rows in training (see :func:`neftune_noise`); None: no noise.
-    """
+    """``weight`` [V, E] is the table; a tied head uses it too."""
 
     def __init__(self, spec: EmbeddingSpec, vocab_size: int) -> None:
         super().__init__()
         self.spec = spec
-        self.neftune_alpha: float | None = None
         self.weight = nn.Parameter(torch.empty(vocab_size, spec.size))
         self.positions = PositionEmbedding(spec) if spec.positions is not None else None
         self.norm = build_norm(spec.norm) if spec.norm is not None else None
         self.projection = build_linear(spec.projection) if spec.projection is not None else None
 
-    def forward(self, ids_T: Tensor, layout: Layout) -> Tensor:
+    def forward(self, ids_T: Tensor, layout: Layout, neftune_alpha: float | None = None) -> Tensor:
         x_TE = functional.embedding(ids_T, self.weight, self.spec.padding_id)
-        if self.neftune_alpha is not None and self.training:
-            x_TE = x_TE + neftune_noise(x_TE, layout, self.neftune_alpha)
+        if neftune_alpha is not None:
+            x_TE = x_TE + neftune_noise(x_TE, layout, neftune_alpha)
         if self.spec.scale is not None:
             # Rounded to the stream's dtype first, as the authors do: in bf16 the rounding is part of the model.
             x_TE = x_TE * torch.tensor(self.spec.scale, dtype=x_TE.dtype, device=x_TE.device)

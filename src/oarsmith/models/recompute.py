@@ -14,7 +14,7 @@ from oarsmith.errors import ModelError
 Granularity = Literal["full", "full_attn", "core_attn"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Recompute:
     """The numbers stay the same: what runs twice draws the same random numbers both times.
 

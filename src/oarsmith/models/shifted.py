@@ -12,7 +12,7 @@ from oarsmith.models.layout import Layout, Span
 from oarsmith.models.spec import DecoderSpec
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ShiftedSparse:
     """Half of the heads attend within groups of a document's tokens, the others within groups shifted by half a group.
 
