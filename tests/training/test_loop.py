@@ -15,8 +15,9 @@ from oarsmith.config.sft import SftConfig
 from oarsmith.data.batch import make_batch
 from oarsmith.errors import StoppedError
 from oarsmith.jobs import sft as job
+from oarsmith.jobs.loop_parts import make_loop
 from oarsmith.jobs.runtime import make_console
-from oarsmith.methods.sft import build_data
+from oarsmith.methods.sft import OBJECTIVE, build_data
 from oarsmith.training.checkpoint import CheckpointStore
 from oarsmith.training.evaluate import Evaluation
 from oarsmith.training.forensics import save_failure
@@ -146,16 +147,24 @@ def test_a_signal_during_an_evaluation_waits_for_the_next_step(model_dir, rows, 
     words = [f"--{key}={value}" for key, value in {**KEYS, "eval_steps": 2, "evaluation_strategy": "steps"}.items()]
     words += ["--eval_split_ratio=0.2", "--dtype=fp32", f"--output_dir={tmp_path}", "--save_strategy=no"]
     resolved = load_config(SftConfig, None, [str(model_dir), str(rows), *words])
-    config = job.settle(resolved, model_dir, torch.device("cpu")).config
-    tokenizer = job.make_tokenizer(config)
-    data = build_data(config, tokenizer)
-    model = job.load_trainable(config, model_dir, torch.device("cpu"))
-    store, progress = CheckpointStore(tmp_path, keep=None), Progress(make_console(), quiet=True)
-    loop = job.make_loop(config, model, data, tokenizer, model_dir, store, progress)
+    resolved, start = job.start(resolved, torch.device("cpu"))
+    config, tokenizer = resolved.config, job.make_tokenizer(resolved.config)
+    loop = make_loop(
+        config,
+        model=job.load_trainable(config, start, torch.device("cpu")),
+        objective=OBJECTIVE,
+        loader=build_data(config, tokenizer).train,
+        store=CheckpointStore(tmp_path, keep=None),
+        progress=Progress(make_console(), quiet=True),
+        weights=job.weights_of(config, start, tokenizer),
+        evaluate=None,
+        decode=tokenizer.decode,
+        base=start.base,
+    )
 
     def evaluate_and_signal():
         os.kill(os.getpid(), signal.SIGTERM)
-        return Evaluation(loss=1.0, accuracy=0.0, count=1.0)
+        return Evaluation(loss=1.0, accuracy=0.0, count=1.0).record()
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(StoppedError, match="saved at step 3 of"):

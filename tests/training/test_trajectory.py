@@ -18,7 +18,6 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 
 from oarsmith import cli
-from oarsmith.adapters.peft_layout import write_adapter
 from oarsmith.data.batch import Batch
 from oarsmith.jobs import sft as job
 from oarsmith.loading import load_model
@@ -83,7 +82,8 @@ def test_30_steps(model_dir: Path, variant: str, tmp_path: Path) -> None:
 
 def reference_model(model_dir: Path, words: list[str], tmp_path: Path) -> tuple[Any, list[list[Batch]]]:
     """transformers' model (with peft's LoRA from our first A), and the micro-batches of each update."""
-    config = job.settle(cli.load("sft", words[1:]), model_dir, torch.device("cpu")).config
+    resolved, start = job.start(cli.load("sft", words[1:]), torch.device("cpu"))
+    config = resolved.config
     data = sft.build_data(config, job.make_tokenizer(config))
     updates: list[list[Batch]] = []
     epoch = 0
@@ -93,9 +93,9 @@ def reference_model(model_dir: Path, words: list[str], tmp_path: Path) -> tuple[
         epoch += 1
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     if config.lora:
-        fresh = job.load_trainable(config, model_dir, torch.device("cpu"))
+        fresh = job.load_trainable(config, start, torch.device("cpu"))
         (tmp_path / "first").mkdir()
-        write_adapter(fresh, tmp_path / "first", base=str(model_dir), settings=job.lora_settings(config))
+        job.weights_of(config, start, job.make_tokenizer(config)).write(fresh, tmp_path / "first")
         model = PeftModel.from_pretrained(model, tmp_path / "first", is_trainable=True)
     return model.train(), updates[:STEPS]
 

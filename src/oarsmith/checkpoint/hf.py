@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ def load_decoder(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     rewrite: Callable[[families.Family, DecoderSpec], DecoderSpec] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Decoder:
     """A decoder with a checkpoint's weights.
 
@@ -39,11 +41,13 @@ def load_decoder(
     Args:
         dtype: of the weights in memory; None keeps that of most of the files' elements.
         rewrite: changes the spec before modules exist. Parameters it adds stay uninitialised on ``device``.
+        config: what the weights are to be used as, where it is not the checkpoint's own (a stretched context).
 
     Raises:
         CheckpointError: a missing, surplus or misshapen tensor (named), or a damaged file.
     """
-    config, opened = open_model(directory)
+    own, opened = open_model(directory)
+    config = own if config is None else config
     with opened as source:
         family, spec = families.build_spec(config)
         names = family.names(spec)

@@ -3,16 +3,74 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from oarsmith.config.train import TrainConfig
+from oarsmith.jobs.weights import Weights
 from oarsmith.models.decoder import Decoder
-from oarsmith.training.loop import LoopSettings
+from oarsmith.training.batches import BatchSource
+from oarsmith.training.checkpoint import CheckpointStore
+from oarsmith.training.forensics import Decode
+from oarsmith.training.log import RunLog
+from oarsmith.training.loop import Loop, LoopSettings
+from oarsmith.training.objective import Objective
 from oarsmith.training.optimizer import AdamW, AdamWSettings
+from oarsmith.training.progress import Progress
+from oarsmith.training.saver import Saver
 from oarsmith.training.schedule import Schedule
+from oarsmith.training.trackers import make_tracker
+
+
+def make_loop(
+    config: TrainConfig,
+    *,
+    model: Decoder,
+    objective: Objective,
+    loader: BatchSource,
+    store: CheckpointStore,
+    progress: Progress,
+    weights: Weights,
+    evaluate: Callable[[], Mapping[str, float]] | None,
+    decode: Decode,
+    base: Path,
+) -> Loop:
+    """Wire the loop for this config."""
+    total = total_steps(config, loader)
+    output_dir = store.output_dir
+    return Loop(
+        model=model,
+        objective=objective,
+        loader=loader,
+        optimizer=make_optimizer(config, model),
+        schedule=make_schedule(config, total),
+        settings=loop_settings(config, total),
+        output_dir=output_dir,
+        saver=Saver(store=store, write_model=weights.write, background=config.use_async_save),
+        log=RunLog(output_dir),
+        tracker=make_tracker(config.report_to[0] if config.report_to else "none", Path(str(config.logging_dir))),
+        progress=progress,
+        load_model=weights.load,
+        evaluate=evaluate,
+        decode=decode,
+    )
+
+
+def total_steps(config: TrainConfig, loader: BatchSource) -> int:
+    """``max_steps``, or the updates of ``num_train_epochs``; an update never spans two epochs."""
+    if config.max_steps > 0:
+        return config.max_steps
+
+    def updates(epoch: int) -> int:
+        return math.ceil(loader.batches_per_epoch(epoch) / config.gradient_accumulation_steps)
+
+    whole = int(config.num_train_epochs)
+    rest = math.ceil((config.num_train_epochs - whole) * updates(whole))
+    return sum(updates(epoch) for epoch in range(whole)) + rest
 
 
 def make_optimizer(config: TrainConfig, model: Decoder) -> AdamW:
-    """AdamW over the parameters that train."""
+    """The update rule over the parameters that train."""
     settings = AdamWSettings(
         beta1=config.adam_beta1, beta2=config.adam_beta2, eps=config.adam_epsilon, weight_decay=config.weight_decay
     )
@@ -46,4 +104,9 @@ def loop_settings(config: TrainConfig, total: int) -> LoopSettings:
         save_steps=config.save_steps,
         best_metric=f"eval_{config.metric_for_best_model}",
         greater_is_better=bool(config.greater_is_better),
+        patience=config.early_stopping_patience,
+        threshold=config.early_stopping_threshold,
+        save_optimizer=not config.ignore_save_lr_and_optim,
+        load_optimizer=not config.ignore_load_lr_and_optim,
+        load_place=not config.ignore_data_skip,
     )

@@ -27,6 +27,7 @@ from oarsmith.errors import ConfigError
 from oarsmith.jobs import merge_adapter, sft
 from oarsmith.jobs.convert import gguf_to_directory
 from oarsmith.jobs.runtime import make_console
+from oarsmith.jobs.train import train
 from oarsmith.kernels.memory import keep_freed_memory
 from oarsmith.loading import load_model
 from oarsmith.models.decoder import Decoder
@@ -85,7 +86,7 @@ def run(resolved: Resolved[QuickstartConfig]) -> int:
     console.rule("2/5 before training")
     before = examine(load_model(base), tokenizer, console)
     console.rule("3/5 fine-tuning with LoRA")
-    result = sft.train(load_config(SftConfig, None, training_words(base, run_dir, config)), console)
+    result = train(load_config(SftConfig, None, training_words(base, run_dir, config)), sft.RECIPE, console)
     console.rule("4/5 merging the adapter")
     questions = [item.question for item in demo.load_heldout()]
     proof = merge_adapter.merge(base, result.model_dir, run_dir / "merged", tokenizer, questions, kl_budget=1e-2)

@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from oarsmith.config.groups import DataKeys
 from oarsmith.config.sft import SftConfig
-from oarsmith.data.batch import Batch
 from oarsmith.data.dataset import Progress as DataProgress
 from oarsmith.data.dataset import SampleSet, build_samples
 from oarsmith.data.loader import Loader, samples_fingerprint
 from oarsmith.data.samples import Sample, SampleOptions
 from oarsmith.errors import DataError
 from oarsmith.losses.token import token_cross_entropy
+from oarsmith.methods.data import TrainingData
 from oarsmith.text import Tokenizer
+from oarsmith.training.batches import BatchSet
 from oarsmith.training.objective import Objective
 
 OBJECTIVE: Objective = token_cross_entropy
-
-
-@dataclass(frozen=True, kw_only=True)
-class SftData:
-    """What a run trains and evaluates on, and the account of every row.
-
-    ``highest_id``: the largest token id, and the row it stands in.
-    """
-
-    train: Loader
-    evaluation: Loader | None
-    reports: dict[str, object]
-    lines: list[str]
-    num_samples: int
-    num_tokens: int
-    highest_id: tuple[int, str]
 
 
 def sample_options(config: DataKeys) -> SampleOptions:
@@ -51,8 +35,8 @@ def sample_options(config: DataKeys) -> SampleOptions:
     )
 
 
-def build_data(config: SftConfig, tokenizer: Tokenizer, progress: DataProgress | None = None) -> SftData:
-    """Read, encode and pack the training and evaluation rows.
+def build_data(config: SftConfig, tokenizer: Tokenizer, progress: DataProgress | None = None) -> TrainingData:
+    """Read, encode and pack the rows to train, evaluate and test on.
 
     Raises:
         DataError: a malformed row, nothing to train on, or too many rows left out.
@@ -62,18 +46,20 @@ def build_data(config: SftConfig, tokenizer: Tokenizer, progress: DataProgress |
     split = "train" if Path(source).is_dir() else None
     train = build_samples(source, tokenizer, replace(options, split=split), progress)
     evaluation = _evaluation_samples(config, tokenizer, options, progress)
+    test = build_samples(source, tokenizer, replace(options, split="test"), progress) if config.do_predict else None
     samples, held_out = train.samples, () if evaluation is None else evaluation.samples
     if evaluation is None and config.eval_split_ratio > 0:
         samples, held_out = _split(train.samples, config.eval_split_ratio, config.seed)
     reports: dict[str, object] = {"train": train.report.to_dict()}
     lines = list(train.report.lines())
-    if evaluation is not None:
-        reports["eval"] = evaluation.report.to_dict()
-    if evaluation is not None:
-        lines += [f"evaluation: {line}" for line in evaluation.report.lines()]
-    elif held_out:
+    for name, title, part in (("eval", "evaluation", evaluation), ("test", "test", test)):
+        if part is not None:
+            reports[name] = part.report.to_dict()
+            lines += [f"{title}: {line}" for line in part.report.lines()]
+    if evaluation is None and held_out:
         lines.append(f"evaluation: {len(held_out):,} of these samples are held out")
-    return SftData(
+    tested = () if test is None else test.samples
+    return TrainingData(
         train=Loader(
             samples,
             rows_per_batch=config.per_device_train_batch_size or 1,
@@ -82,18 +68,12 @@ def build_data(config: SftConfig, tokenizer: Tokenizer, progress: DataProgress |
             seed=config.seed,
             fingerprint=samples_fingerprint(samples),
         ),
-        evaluation=None if not held_out else _evaluation_loader(held_out, config, options.max_length),
+        evaluation=_batch_set(held_out, config),
+        test=_batch_set(tested, config),
         reports=reports,
         lines=lines,
-        num_samples=len(samples),
-        num_tokens=sum(len(sample) for sample in samples),
-        highest_id=max((int(sample.ids.max()), sample.where) for sample in (*samples, *held_out)),
+        highest_id=max((int(sample.ids.max()), sample.where) for sample in (*samples, *held_out, *tested)),
     )
-
-
-def epoch_batches(loader: Loader) -> Callable[[], Iterator[Batch]]:
-    """The batches of a loader's first epoch, each time it is called."""
-    return lambda: (loader.batch_at(0, index) for index in range(loader.batches_per_epoch(0)))
 
 
 def _evaluation_samples(
@@ -121,12 +101,18 @@ def _split(samples: tuple[Sample, ...], ratio: float, seed: int) -> tuple[tuple[
     )
 
 
-def _evaluation_loader(samples: tuple[Sample, ...], config: SftConfig, capacity: int) -> Loader:
-    return Loader(
+def _batch_set(samples: tuple[Sample, ...], config: SftConfig) -> BatchSet | None:
+    """The samples in their order, at most ``max_evaluate_steps`` batches of them."""
+    if not samples:
+        return None
+    loader = Loader(
         samples,
         rows_per_batch=config.per_device_eval_batch_size,
-        capacity=capacity,
+        capacity=config.max_length,
         packing=config.zero_padding,
         seed=config.seed,
         shuffle=False,
     )
+    count, limit = loader.batches_per_epoch(0), config.max_evaluate_steps
+    shown = range(count if limit < 0 else min(limit, count))
+    return lambda: (loader.batch_at(0, index) for index in shown)

@@ -5,34 +5,45 @@ from __future__ import annotations
 import itertools
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
 
 from oarsmith.data.batch import Batch
-from oarsmith.data.loader import Loader
 from oarsmith.errors import StoppedError, TrainingError
 from oarsmith.models.decoder import Decoder
-from oarsmith.training.checkpoint import CheckpointStore, read_checkpoint
-from oarsmith.training.evaluate import Evaluation
+from oarsmith.training.batches import BatchSource
+from oarsmith.training.checkpoint import read_checkpoint
 from oarsmith.training.forensics import Decode, save_failure
 from oarsmith.training.log import RunLog, peak_memory_mb
 from oarsmith.training.objective import Objective
 from oarsmith.training.optimizer import AdamW
 from oarsmith.training.progress import Progress
+from oarsmith.training.saver import Saver
 from oarsmith.training.schedule import Schedule
 from oarsmith.training.step import NonFiniteError, StepResult, run_step, seed_step
 from oarsmith.training.trackers import Tracker
+
+if TYPE_CHECKING:
+    from oarsmith.training.ema import Ema
 
 When = Literal["no", "steps", "epoch"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
-    """When to do what. ``total_steps`` counts updates; ``best_metric`` is a key of the evaluation record."""
+    """When to do what. ``total_steps`` counts updates; ``best_metric`` is a key of the evaluation record.
+
+    Attributes:
+        patience: evaluations in a row that are not better by ``threshold`` before the run ends; 0: it never does.
+        save_optimizer: whether checkpoints hold what an exact resume needs.
+        load_optimizer, load_place: whether a resume restores the optimizer's state, and the place in the data.
+    """
 
     seed: int
     total_steps: int
@@ -45,11 +56,19 @@ class LoopSettings:
     save_steps: int = 500
     best_metric: str = "eval_loss"
     greater_is_better: bool = False
+    patience: int = 0
+    threshold: float = 0.0
+    save_optimizer: bool = True
+    load_optimizer: bool = True
+    load_place: bool = True
 
 
 @dataclass
 class RunState:
-    """All that changes while training, beside weights, optimizer and the loader's place."""
+    """All that changes while training, beside weights, optimizer and the loader's place.
+
+    ``best_value`` is of the checkpoints that are kept, ``watched_value`` of all evaluations.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -59,6 +78,8 @@ class RunState:
     window_correct: float = 0.0
     best_value: float | None = None
     best_step: int | None = None
+    watched_value: float | None = None
+    stalled: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,30 +87,30 @@ class Loop:
     """The parts, finished; :meth:`run` is the procedure.
 
     Attributes:
-        write_model: writes the model or adapter of a checkpoint into a directory.
-        load_model: restores what ``write_model`` wrote.
+        load_model: restores what ``saver.write_model`` wrote.
         evaluate: scores the model on held-out data; None without such data.
         decode: ids to text, for the record of a failed step.
+        ema: averaged weights, which evaluations then use.
     """
 
     model: Decoder
     objective: Objective
-    loader: Loader
+    loader: BatchSource
     optimizer: AdamW
     schedule: Schedule
     settings: LoopSettings
     output_dir: Path
-    store: CheckpointStore
+    saver: Saver
     log: RunLog
     tracker: Tracker
     progress: Progress
-    write_model: Callable[[Path], None]
-    load_model: Callable[[Path], None]
-    evaluate: Callable[[], Evaluation] | None
+    load_model: Callable[[Decoder, Path], None]
+    evaluate: Callable[[], Mapping[str, float]] | None
     decode: Decode
+    ema: Ema | None = None
 
     def run(self, resume: Path | None) -> RunState:
-        """Train from the start or from a checkpoint to ``total_steps``.
+        """Train from the start or from a checkpoint to ``total_steps``, or until evaluations stop getting better.
 
         Raises:
             TrainingError: a loss or gradient that is not finite (the batch is kept).
@@ -101,7 +122,7 @@ class Loop:
         self.progress.start(state.step, self.settings.total_steps)
         clock = _Clock(state.tokens)
         with _stop_signals() as stop:
-            while state.step < self.settings.total_steps:
+            while state.step < self.settings.total_steps and not self._given_up(state):
                 epoch_end = self._one_step(state)
                 last = state.step == self.settings.total_steps
                 self._report(state, clock, last)
@@ -109,16 +130,35 @@ class Loop:
                 stopping = bool(stop) and not last
                 saving = self._save_due(state, epoch_end, last, stopping)
                 self._evaluate_if_due(state, epoch_end, last, saving)
-                if saving:
+                if saving or (self._given_up(state) and self.settings.save_when != "no"):
                     self._save(state)
                 if stopping:
+                    self.saver.finish()
                     raise StoppedError(
                         f"saved at step {state.step} of {self.settings.total_steps} when asked to end",
                         where=str(self.output_dir),
                         fix="run the same command again to continue",
                     )
+        self.saver.finish()
         self.progress.stop()
         return state
+
+    def return_to(self, step: int) -> None:
+        """Take back the weights of a checkpoint (with their average), to end with them."""
+        path = self.saver.store.path(step)
+        self.load_model(self.model, path)
+        if self.ema is not None:
+            tensors, _ = read_checkpoint(path)
+            self.ema.load_state(_part(tensors, _EMA))
+
+    def evaluate_now(self, step: int) -> dict[str, float]:
+        """An evaluation, logged."""
+        assert self.evaluate is not None, "no data to evaluate on"
+        with nullcontext() if self.ema is None else self.ema.applied():
+            record = {"step": step, **self.evaluate()}
+        self.log.append(record)
+        self.tracker.log(record)
+        return record
 
     def _one_step(self, state: RunState) -> bool:
         """One update; True when it was the last of its epoch."""
@@ -137,6 +177,8 @@ class Loop:
             )
         except NonFiniteError as error:
             raise self._failed(state.step + 1, error, batches) from error
+        if self.ema is not None:
+            self.ema.update()
         state.step += 1
         state.tokens += result.num_tokens
         state.trained += result.count
@@ -177,20 +219,29 @@ class Loop:
         due = _due(self.settings.eval_when, self.settings.eval_steps, state.step, epoch_end)
         if self.evaluate is None or not (due or (last and self.settings.eval_when != "no")):
             return
-        record = self.evaluate().record()
+        record = self.evaluate_now(state.step)
         value = record[self.settings.best_metric]
-        better = state.best_value is None or (
-            value > state.best_value if self.settings.greater_is_better else value < state.best_value
-        )
-        if better and saving:  # what is not kept cannot be returned to
+        best = self._better(value, state.best_value) and saving  # what is not kept cannot be returned to
+        if best:
             state.best_value, state.best_step = value, state.step
-        self.log.append({"step": state.step, **record})
-        self.tracker.log({"step": state.step, **record})
-        mark = " (best checkpoint so far)" if better and saving else ""
-        self.progress.message(
-            f"step {state.step}: eval loss {record['eval_loss']:.4f}, perplexity {record['eval_perplexity']:.2f}, "
-            f"token accuracy {record['eval_accuracy']:.1%}{mark}"
-        )
+        if self._better(value, state.watched_value, self.settings.threshold):
+            state.watched_value, state.stalled = value, 0
+        else:
+            state.stalled += 1
+        self.progress.message(_evaluation_line(record, best))
+        if self._given_up(state):
+            self.progress.message(
+                f"stopping early: {state.stalled} evaluations without a better {self.settings.best_metric} than "
+                f"{state.watched_value:.4f}"
+            )
+
+    def _better(self, value: float, than: float | None, by: float = 0.0) -> bool:
+        if than is None:
+            return True
+        return value > than + by if self.settings.greater_is_better else value < than - by
+
+    def _given_up(self, state: RunState) -> bool:
+        return 0 < self.settings.patience <= state.stalled
 
     def _save_due(self, state: RunState, epoch_end: bool, last: bool, stopping: bool) -> bool:
         if self.settings.save_when == "no":
@@ -198,15 +249,33 @@ class Loop:
         return last or stopping or _due(self.settings.save_when, self.settings.save_steps, state.step, epoch_end)
 
     def _save(self, state: RunState) -> None:
-        saved = {"run": asdict(state), "loader": self.loader.state(), "optimizer_steps": self.optimizer.step_count}
-        self.store.save(state.step, self.write_model, self.optimizer.state_tensors(), saved)
-        self.store.prune(state.best_step)
+        tensors = dict(self.optimizer.state_tensors()) if self.settings.save_optimizer else {}
+        if self.ema is not None:
+            tensors |= {f"{_EMA}{name}": tensor for name, tensor in self.ema.state_tensors().items()}
+        saved = {
+            "run": asdict(state),
+            "loader": self.loader.state(),
+            "optimizer_steps": self.optimizer.step_count,
+            "has_optimizer": self.settings.save_optimizer,
+        }
+        self.saver.save(state.step, self.model, tensors, saved, state.best_step)
 
     def _restore(self, checkpoint: Path) -> RunState:
         tensors, saved = read_checkpoint(checkpoint)
-        self.load_model(checkpoint)
-        self.optimizer.load_state(tensors, saved["optimizer_steps"])
-        self.loader.load_state(saved["loader"])
+        self.load_model(self.model, checkpoint)
+        if self.settings.load_optimizer:
+            if not saved.get("has_optimizer", True):
+                raise TrainingError(
+                    "this checkpoint was saved without the optimizer's state",
+                    where=str(checkpoint),
+                    fix="set ignore_load_lr_and_optim to true to go on with fresh states",
+                )
+            own = {name: tensor for name, tensor in tensors.items() if not name.startswith(_EMA)}
+            self.optimizer.load_state(own, saved["optimizer_steps"])
+        if self.ema is not None:
+            self.ema.load_state(_part(tensors, _EMA))
+        if self.settings.load_place:
+            self.loader.load_state(saved["loader"])
         state = RunState(**saved["run"])
         self.progress.message(f"resuming from {checkpoint} at step {state.step} of {self.settings.total_steps}")
         return state
@@ -218,6 +287,24 @@ class Loop:
             where=str(kept),
             fix="look at documents.jsonl there; lower learning_rate, or repair the rows it names",
         )
+
+
+_EMA = "ema/"
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _evaluation_line(record: Mapping[str, float], best: bool) -> str:
+    others = [f", {name.removeprefix('eval_')} {value:.2f}" for name, value in record.items() if name not in _ALWAYS]
+    return (
+        f"step {record['step']}: eval loss {record['eval_loss']:.4f}, perplexity {record['eval_perplexity']:.2f}, "
+        f"token accuracy {record['eval_accuracy']:.1%}{''.join(others)}{' (best checkpoint so far)' if best else ''}"
+    )
+
+
+_ALWAYS = frozenset({"step", "eval_loss", "eval_perplexity", "eval_accuracy"})
 
 
 def _due(when: When, every: int, step: int, epoch_end: bool) -> bool:

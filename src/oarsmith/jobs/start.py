@@ -1,0 +1,129 @@
+"""What a training run starts from: a checkpoint or fresh weights, and the parameters that train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from oarsmith.adapters.lora import LoraSegment, attach, lora_scale
+from oarsmith.adapters.targets import lora_rewrite, match_targets
+from oarsmith.checkpoint.config_file import read_config
+from oarsmith.checkpoint.hf import DTYPES, load_decoder
+from oarsmith.config.groups import LoraKeys, ModelKeys
+from oarsmith.config.resolved import Resolved
+from oarsmith.config.train import TrainConfig
+from oarsmith.errors import ConfigError, DataError
+from oarsmith.loading import dtype_name, new_model, resolve
+from oarsmith.models import families
+from oarsmith.models.decoder import Decoder
+from oarsmith.models.recompute import Recompute
+from oarsmith.training.precision import has_fast_bf16, training_dtype
+
+C = TypeVar("C", bound=TrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The model before training.
+
+    Attributes:
+        base: directory of config, tokenizer and (unless ``fresh``) weights.
+        config: the ``config.json`` the trained model will carry.
+    """
+
+    base: Path
+    config: Mapping[str, Any]
+    fresh: bool = False
+
+    @property
+    def vocab_size(self) -> int:
+        return families.build_spec(self.config)[1].vocab_size
+
+    @property
+    def max_positions(self) -> int:
+        return families.build_spec(self.config)[1].max_positions
+
+
+def model_directory(config: ModelKeys) -> Path:
+    """The directory of the model to train.
+
+    Raises:
+        ConfigError: it is an adapter.
+    """
+    where = resolve(config.model_name_or_path)
+    if where.adapter is not None:
+        raise ConfigError(
+            f"{config.model_name_or_path} is an adapter",
+            where="model_name_or_path",
+            fix=f"merge it first: oarsmith merge-adapter {config.model_name_or_path} MERGED",
+        )
+    return where.base
+
+
+def stretched(config: TrainConfig, contents: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A ``config.json`` with the context the run asks for."""
+    if config.rope_scaling_type == "none":
+        return contents
+    from oarsmith.models.stretch import stretch
+
+    return stretch(contents, config.rope_scaling_type, config.rope_scaling_factor)
+
+
+def from_checkpoint(config: TrainConfig, base: Path) -> Start:
+    """Its weights, and its config with the context the run asks for."""
+    return Start(base=base, config=stretched(config, read_config(base)))
+
+
+def settle_dtype(resolved: Resolved[C], device: torch.device) -> Resolved[C]:
+    """The number format and device that this machine decides."""
+    dtype = training_dtype(resolved.config.dtype, fast_bf16=has_fast_bf16(device))
+    return resolved.settle("auto on this machine", device=device.type, dtype=dtype_name(dtype))
+
+
+def require_vocabulary(highest_id: tuple[int, str], start: Start) -> None:
+    """Refuse token ids the model has no row for: the tokenizer is another model's."""
+    highest, where = highest_id
+    if highest >= start.vocab_size:
+        raise DataError(
+            f"token id {highest} is outside the model's vocabulary of {start.vocab_size}",
+            where=where,
+            fix="use the tokenizer that belongs to this model",
+        )
+
+
+def load_whole(config: TrainConfig, start: Start, device: torch.device) -> Decoder:
+    """The model with all parameters training."""
+    if start.fresh:
+        model = new_model(start.config, seed=config.seed, dtype=DTYPES[config.dtype], device=device).train()
+    else:
+        model = load_decoder(start.base, dtype=DTYPES[config.dtype], device=device, config=start.config)
+    return set_up(config, model)
+
+
+def load_with_adapter(config: TrainConfig, lora: LoraKeys, start: Start, device: torch.device) -> Decoder:
+    """A frozen model with fresh adapters that train."""
+    alpha = lora.lora_alpha or 2.0 * lora.lora_rank
+    segment = LoraSegment(name="", rank=lora.lora_rank, scale=lora_scale(alpha, lora.lora_rank, lora.rslora))
+    targets = lora.lora_target_modules
+    rewrite = lora_rewrite(lambda modules: dict.fromkeys(match_targets(modules, targets), segment), lora.lora_dropout)
+    model = load_decoder(start.base, dtype=DTYPES[config.dtype], device=device, rewrite=rewrite, config=start.config)
+    attach(model, config.seed)
+    return set_up(config, model)
+
+
+def set_up(config: TrainConfig, model: Decoder) -> Decoder:
+    """What a model does in training beside its plain forward and backward pass."""
+    if config.recompute:
+        model.recompute = Recompute(
+            granularity=config.recompute_granularity, skip_layers=frozenset(config.no_recompute_layers)
+        )
+    model.neftune_alpha = config.neftune_noise_alpha if config.neftune else None
+    if config.torch_compile:
+        from oarsmith.training.compile import compile_model
+
+        compile_model(model)
+    return model

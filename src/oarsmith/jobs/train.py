@@ -1,0 +1,237 @@
+"""The procedure of a training run, whatever the method: data, model, loop, result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+from rich.console import Console
+
+from oarsmith import kernels
+from oarsmith.atomic import atomic_directory, atomic_write_text
+from oarsmith.config.resolved import RUN_FILE, Resolved
+from oarsmith.config.train import TrainConfig
+from oarsmith.errors import ConfigError
+from oarsmith.jobs.loop_parts import make_loop, total_steps
+from oarsmith.jobs.runtime import runtime
+from oarsmith.jobs.start import Start, require_vocabulary
+from oarsmith.jobs.weights import Weights
+from oarsmith.methods.data import TrainingData
+from oarsmith.models.decoder import Decoder
+from oarsmith.text import Tokenizer
+from oarsmith.training.batches import BatchSet
+from oarsmith.training.checkpoint import CheckpointStore
+from oarsmith.training.environment import describe_environment
+from oarsmith.training.evaluate import evaluate
+from oarsmith.training.loop import Loop
+from oarsmith.training.objective import Objective
+from oarsmith.training.progress import Progress
+from oarsmith.training.report import write_report
+from oarsmith.training.run_folder import discard_run, open_run
+
+C = TypeVar("C", bound=TrainConfig)
+Evaluate = Callable[[], Mapping[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Generic[C]):
+    """What a method brings to the procedure.
+
+    Attributes:
+        start: settles what machine and model decide, and says what the run starts from.
+        inputs: paths the run reads, which an overwritten run folder must not hold.
+        build_data: reads the data.
+        load_model: the model, with the parameters that train marked so.
+        weights: how its trained weights become files.
+        plan: the rows of a step, in words.
+        extra_scores: further numbers of an evaluation, beside loss, perplexity and accuracy.
+    """
+
+    objective: Callable[[C], Objective]
+    start: Callable[[Resolved[C], torch.device], tuple[Resolved[C], Start]]
+    tokenizer: Callable[[C], Tokenizer]
+    inputs: Callable[[C], list[str | None]]
+    build_data: Callable[[C, Tokenizer], TrainingData]
+    load_model: Callable[[C, Start, torch.device], Decoder]
+    weights: Callable[[C, Start, Tokenizer], Weights]
+    plan: Callable[[C], str]
+    extra_scores: Callable[[C, Decoder, Tokenizer], Evaluate | None] = lambda *_: None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where the trained model lies, which step it is of, and its records on the evaluation and test data."""
+
+    output_dir: Path
+    model_dir: Path
+    steps: int
+    evaluation: Mapping[str, float] | None
+    test: Mapping[str, float] | None = None
+
+
+def run(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainResult:
+    """Train, or only evaluate, and print what came out."""
+    result = train(resolved, recipe, console) if resolved.config.do_train else evaluate_only(resolved, recipe, console)
+    for name, record in (("eval:", result.evaluation), ("test:", result.test)):
+        if record is not None:
+            others = [f"{key.removeprefix('eval_')} {value:.2f}" for key, value in record.items() if key not in _SHOWN]
+            console.print(
+                f"{name:<7} loss {record['eval_loss']:.4f}, perplexity {record['eval_perplexity']:.2f}, "
+                + ", ".join([f"token accuracy {record['eval_accuracy']:.1%}", *others])
+            )
+    if resolved.config.do_train:
+        console.print(f"model:  {result.model_dir}")
+        console.print(f"report: {result.output_dir / 'report.html'}")
+    return result
+
+
+_SHOWN = frozenset({"step", "eval_loss", "eval_perplexity", "eval_accuracy"})
+
+
+def train(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainResult:
+    """The whole procedure of a run."""
+    with (
+        runtime(resolved.config) as device,
+        Progress(console, quiet=resolved.config.disable_tqdm) as progress,
+    ):
+        resolved, start = recipe.start(resolved, device)
+        config, output_dir = resolved.config, Path(resolved.config.output_dir)
+        store = CheckpointStore(output_dir, keep=config.save_total_limit)
+        checkpoint = open_run(
+            output_dir,
+            config.model_dump(),
+            overwrite=config.overwrite_output_dir,
+            resume=config.resume_from_checkpoint,
+            store=store,
+            inputs=[start.base, *(Path(name) for name in recipe.inputs(config) if name)],
+        )
+        tokenizer = recipe.tokenizer(config)
+        data = recipe.build_data(config, tokenizer)
+        for line in data.lines:
+            console.print(line)
+        require_vocabulary(data.highest_id, start)
+        model = recipe.load_model(config, start, device)
+        console.print(_describe(model, fresh=start.fresh))
+        console.print(f"kernels: {kernels.describe()}")
+        if config.overwrite_output_dir:
+            discard_run(output_dir)
+        _record(resolved, output_dir, data)
+        weights = recipe.weights(config, start, tokenizer)
+        objective = recipe.objective(config)
+        extra = recipe.extra_scores(config, model, tokenizer)
+        loop = make_loop(
+            config,
+            model=model,
+            objective=objective,
+            loader=data.train,
+            store=store,
+            progress=progress,
+            weights=weights,
+            evaluate=evaluation_of(model, objective, data.evaluation, extra),
+            decode=tokenizer.decode,
+            base=start.base,
+        )
+        console.print(_plan(config, recipe, loop.settings.total_steps))
+        with closing(loop.tracker):
+            result = _finish(config, loop, weights, checkpoint, data, console)
+        write_report(output_dir)
+    return result
+
+
+def _finish(
+    config: TrainConfig, loop: Loop, weights: Weights, checkpoint: Path | None, data: TrainingData, console: Console
+) -> TrainResult:
+    """Run the loop, choose the step that counts, write the result, score it."""
+    state = loop.run(checkpoint)
+    step = state.step
+    if config.load_best_model_at_end and state.best_step is not None and state.best_step != step:
+        step = state.best_step
+        loop.return_to(step)
+        console.print(f"back to the best checkpoint, step {step}")
+    folder = loop.output_dir / weights.name
+    with atomic_directory(folder) as target:
+        weights.write(loop.model, target)
+    if loop.ema is not None:
+        with loop.ema.applied(), atomic_directory(loop.output_dir / f"{weights.name}-ema") as target:
+            weights.write(loop.model, target)
+        console.print(f"averaged weights: {loop.output_dir / f'{weights.name}-ema'}")
+    evaluation = _final_evaluation(loop, step) if config.do_eval else None
+    test = None
+    if config.do_predict and data.test is not None:
+        test = {"step": step, **evaluate(loop.model, loop.objective, data.test()).record()}
+        atomic_write_text(loop.output_dir / "test.json", json.dumps(test, indent=1) + "\n")
+    return TrainResult(loop.output_dir, folder, step, evaluation, test)
+
+
+def evaluate_only(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainResult:
+    """Score the model as it is on the evaluation data; writes nothing."""
+    with runtime(resolved.config) as device:
+        resolved, start = recipe.start(resolved, device)
+        config, tokenizer = resolved.config, recipe.tokenizer(resolved.config)
+        data = recipe.build_data(config, tokenizer)
+        for line in data.lines:
+            console.print(line)
+        require_vocabulary(data.highest_id, start)
+        if data.evaluation is None:
+            raise ConfigError("there is nothing to evaluate on", where="do_train false", fix="give eval_dataset_path")
+        model = recipe.load_model(config, start, device)
+        scores = evaluation_of(
+            model, recipe.objective(config), data.evaluation, recipe.extra_scores(config, model, tokenizer)
+        )
+        assert scores is not None
+        return TrainResult(Path(config.output_dir), start.base, 0, scores())
+
+
+def evaluation_of(
+    model: Decoder, objective: Objective, batches: BatchSet | None, extra: Evaluate | None
+) -> Evaluate | None:
+    """Everything an evaluation measures, as one record; None without data for it."""
+    if batches is None:
+        return None
+
+    def score() -> Mapping[str, float]:
+        record = evaluate(model, objective, batches()).record()
+        return record if extra is None else {**record, **extra()}
+
+    return score
+
+
+def _record(resolved: Resolved[C], output_dir: Path, data: TrainingData) -> None:
+    resolved.save(output_dir / RUN_FILE)
+    atomic_write_text(output_dir / "data_report.json", json.dumps(data.reports, indent=1) + "\n")
+    atomic_write_text(output_dir / "environment.json", json.dumps(describe_environment(), indent=1) + "\n")
+
+
+def _final_evaluation(loop: Loop, step: int) -> Mapping[str, float] | None:
+    """The evaluation of the weights of ``step``: the one in the log, or made now and logged."""
+    known = [record for record in loop.log.records() if record["step"] == step and "eval_loss" in record]
+    if known or loop.evaluate is None:
+        return known[-1] if known else None
+    return loop.evaluate_now(step)
+
+
+def _plan(config: C, recipe: Recipe[C], total: int) -> str:
+    passes = config.gradient_accumulation_steps
+    split = f" in {passes} passes" if passes > 1 else ""
+    epochs = f" ({config.num_train_epochs:g} epochs)" if config.max_steps <= 0 else ""
+    rate = f"{config.optim}, learning rate {config.learning_rate:g}, {config.lr_scheduler_type}"
+    return f"training: {total:,} steps{epochs} of {recipe.plan(config)}{split}; {rate}; into {config.output_dir}"
+
+
+def _describe(model: Decoder, *, fresh: bool) -> str:
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    share = f", training {trained:,} of them ({trained / total:.2%})" if trained < total else ", training all"
+    name = str(model.embedding.weight.dtype).removeprefix("torch.")
+    threads = torch.get_num_threads()
+    workers = "1 thread" if threads == 1 else f"{threads} threads"
+    kind = "fresh weights" if fresh else "weights"
+    return f"model: {total:,} parameters{share}; {kind} in {name}; {workers}"
+
+
+__all__ = ["Recipe", "TrainResult", "evaluate_only", "run", "total_steps", "train"]
