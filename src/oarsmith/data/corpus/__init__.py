@@ -1,0 +1,1 @@
+"""Corpora for pretraining: token files on disk, their samples, blends and batches."""
