@@ -171,3 +171,50 @@ def test_a_signal_during_an_evaluation_waits_for_the_next_step(model_dir, rows, 
         dataclasses.replace(loop, evaluate=evaluate_and_signal).run(None)
     assert saved(tmp_path) == [3]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_that_no_longer_gets_better_ends_early(model_dir, rows, tmp_path, capsys):
+    """A rate that ruins the model: after the first evaluation none is better."""
+    keys = KEYS | {"evaluation_strategy": "steps", "eval_steps": 1, "save_steps": 1, "learning_rate": 2.0}
+    keys |= {"early_stopping_patience": 2, "eval_split_ratio": 0.2, "max_steps": 30, "warmup_steps": 2}
+    assert run_sft(model_dir, rows, tmp_path / "run", **keys) == 0
+    losses = [record["eval_loss"] for record in read_lines(tmp_path / "run" / "log.jsonl") if "eval_loss" in record]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 3 < 30
+    assert "stopping early: 2 evaluations" in capsys.readouterr().out
+    assert max(saved(tmp_path / "run")) == len(losses)
+    # The same command finds a run that has ended and goes no further.
+    assert run_sft(model_dir, rows, tmp_path / "run", **keys) == 0
+    assert steps(tmp_path / "run", "loss")[-1] == len(losses)
+
+
+def test_background_saves_change_nothing(model_dir, rows, tmp_path):
+    for name, flag in (("plain", False), ("background", True)):
+        keys = KEYS | {"save_steps": 1, "max_steps": 4, "use_async_save": flag}
+        assert run_sft(model_dir, rows, tmp_path / name, **keys) == 0
+    assert saved(tmp_path / "background") == [1, 2, 3, 4]
+    for step in (1, 4):
+        manifests = [tmp_path / name / f"checkpoint-{step}" / "manifest.json" for name in ("plain", "background")]
+        assert manifests[0].read_bytes() == manifests[1].read_bytes()
+
+
+def test_checkpoints_without_states(model_dir, rows, tmp_path, capsys):
+    keys = KEYS | {"save_steps": 2, "max_steps": 4}
+    assert run_sft(model_dir, rows, tmp_path / "run", **keys, ignore_save_lr_and_optim=True, save_total_limit=1) == 0
+    sizes = (tmp_path / "run" / "checkpoint-4" / "trainer" / "optimizer.safetensors").stat().st_size
+    assert sizes < 100
+    longer = {"resume_from_checkpoint": tmp_path / "run" / "checkpoint-4", "max_steps": 6}
+    assert run_sft(model_dir, rows, tmp_path / "more", **keys | longer) == 2
+    assert "without the optimizer's state" in capsys.readouterr().err
+    longer |= {"ignore_load_lr_and_optim": True, "ignore_data_skip": True}
+    assert run_sft(model_dir, rows, tmp_path / "more", **keys | longer) == 0
+    assert steps(tmp_path / "more", "loss") == [5, 6]
+
+
+def test_the_result_is_scored_on_the_test_rows(model_dir, tmp_path, capsys):
+    for name, first in (("train", 0), ("test", 200)):
+        write_rows(tmp_path / f"{name}.jsonl", 12, first)
+    assert run_sft(model_dir, tmp_path, tmp_path / "run", **KEYS, max_steps=2, do_predict=True) == 0
+    kept = json.loads((tmp_path / "run" / "test.json").read_text())
+    assert kept["step"] == 2
+    assert f"test:   loss {kept['eval_loss']:.4f}" in capsys.readouterr().out

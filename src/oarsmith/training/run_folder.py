@@ -20,8 +20,19 @@ _FREE_KEYS = frozenset(
         "resume_from_checkpoint",
         "disable_tqdm",
         "report_to",
+        "run_name",
         "logging_dir",
+        "save_strategy",
+        "save_steps",
         "save_total_limit",
+        "use_async_save",
+        "ignore_save_lr_and_optim",
+        "ignore_load_lr_and_optim",
+        "ignore_data_skip",
+        "loss_spike_factor",
+        "data_cache",
+        "share_folder",
+        "do_predict",
     }
 )
 _MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_config.json")
