@@ -13,10 +13,11 @@ from oarsmith.training.batches import BatchSource
 from oarsmith.training.checkpoint import CheckpointStore
 from oarsmith.training.forensics import Decode
 from oarsmith.training.log import RunLog
-from oarsmith.training.loop import Loop, LoopSettings
+from oarsmith.training.loop import Loop
 from oarsmith.training.objective import Objective
 from oarsmith.training.optimizer import AdamW, AdamWSettings
 from oarsmith.training.progress import Progress
+from oarsmith.training.run_state import LoopSettings
 from oarsmith.training.saver import Saver
 from oarsmith.training.schedule import Schedule
 from oarsmith.training.trackers import make_tracker

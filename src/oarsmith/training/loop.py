@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from oarsmith.training.log import RunLog, peak_memory_mb
 from oarsmith.training.objective import Objective
 from oarsmith.training.optimizer import AdamW
 from oarsmith.training.progress import Progress
+from oarsmith.training.run_state import LoopSettings, RunState
 from oarsmith.training.saver import Saver
 from oarsmith.training.schedule import Schedule
 from oarsmith.training.step import NonFiniteError, StepResult, run_step, seed_step
@@ -31,55 +32,6 @@ from oarsmith.training.trackers import Tracker
 
 if TYPE_CHECKING:
     from oarsmith.training.ema import Ema
-
-When = Literal["no", "steps", "epoch"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopSettings:
-    """When to do what. ``total_steps`` counts updates; ``best_metric`` is a key of the evaluation record.
-
-    Attributes:
-        patience: evaluations in a row that are not better by ``threshold`` before the run ends; 0: it never does.
-        save_optimizer: whether checkpoints hold what an exact resume needs.
-        load_optimizer, load_place: whether a resume restores the optimizer's state, and the place in the data.
-    """
-
-    seed: int
-    total_steps: int
-    accumulate: int
-    max_grad_norm: float
-    log_steps: int
-    eval_when: When = "no"
-    eval_steps: int = 0
-    save_when: When = "steps"
-    save_steps: int = 500
-    best_metric: str = "eval_loss"
-    greater_is_better: bool = False
-    patience: int = 0
-    threshold: float = 0.0
-    save_optimizer: bool = True
-    load_optimizer: bool = True
-    load_place: bool = True
-
-
-@dataclass
-class RunState:
-    """All that changes while training, beside weights, optimizer and the loader's place.
-
-    ``best_value`` is of the checkpoints that are kept, ``watched_value`` of all evaluations.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    trained: float = 0.0
-    window_total: float = 0.0
-    window_count: float = 0.0
-    window_correct: float = 0.0
-    best_value: float | None = None
-    best_step: int | None = None
-    watched_value: float | None = None
-    stalled: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +74,7 @@ class Loop:
         self.progress.start(state.step, self.settings.total_steps)
         clock = _Clock(state.tokens)
         with _stop_signals() as stop:
-            while state.step < self.settings.total_steps and not self._given_up(state):
+            while state.step < self.settings.total_steps and not state.given_up(self.settings):
                 epoch_end = self._one_step(state)
                 last = state.step == self.settings.total_steps
                 self._report(state, clock, last)
@@ -130,7 +82,7 @@ class Loop:
                 stopping = bool(stop) and not last
                 saving = self._save_due(state, epoch_end, last, stopping)
                 self._evaluate_if_due(state, epoch_end, last, saving)
-                if saving or (self._given_up(state) and self.settings.save_when != "no"):
+                if saving or (state.given_up(self.settings) and self.settings.save_when != "no"):
                     self._save(state)
                 if stopping:
                     self.saver.finish()
@@ -216,37 +168,23 @@ class Loop:
         self.tracker.log(timing)
 
     def _evaluate_if_due(self, state: RunState, epoch_end: bool, last: bool, saving: bool) -> None:
-        due = _due(self.settings.eval_when, self.settings.eval_steps, state.step, epoch_end)
+        due = self.settings.due(self.settings.eval_when, self.settings.eval_steps, state.step, epoch_end)
         if self.evaluate is None or not (due or (last and self.settings.eval_when != "no")):
             return
         record = self.evaluate_now(state.step)
-        value = record[self.settings.best_metric]
-        best = self._better(value, state.best_value) and saving  # what is not kept cannot be returned to
-        if best:
-            state.best_value, state.best_step = value, state.step
-        if self._better(value, state.watched_value, self.settings.threshold):
-            state.watched_value, state.stalled = value, 0
-        else:
-            state.stalled += 1
+        best = state.note_evaluation(record, self.settings, kept=saving)
         self.progress.message(_evaluation_line(record, best))
-        if self._given_up(state):
+        if state.given_up(self.settings):
             self.progress.message(
                 f"stopping early: {state.stalled} evaluations without a better {self.settings.best_metric} than "
                 f"{state.watched_value:.4f}"
             )
 
-    def _better(self, value: float, than: float | None, by: float = 0.0) -> bool:
-        if than is None:
-            return True
-        return value > than + by if self.settings.greater_is_better else value < than - by
-
-    def _given_up(self, state: RunState) -> bool:
-        return 0 < self.settings.patience <= state.stalled
-
     def _save_due(self, state: RunState, epoch_end: bool, last: bool, stopping: bool) -> bool:
-        if self.settings.save_when == "no":
+        when = self.settings.save_when
+        if when == "no":
             return stopping
-        return last or stopping or _due(self.settings.save_when, self.settings.save_steps, state.step, epoch_end)
+        return last or stopping or self.settings.due(when, self.settings.save_steps, state.step, epoch_end)
 
     def _save(self, state: RunState) -> None:
         tensors = dict(self.optimizer.state_tensors()) if self.settings.save_optimizer else {}
@@ -305,10 +243,6 @@ def _evaluation_line(record: Mapping[str, float], best: bool) -> str:
 
 
 _ALWAYS = frozenset({"step", "eval_loss", "eval_perplexity", "eval_accuracy"})
-
-
-def _due(when: When, every: int, step: int, epoch_end: bool) -> bool:
-    return (when == "steps" and step % every == 0) or (when == "epoch" and epoch_end)
 
 
 class _Clock:
