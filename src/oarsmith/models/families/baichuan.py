@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from oarsmith.models.families.base import ConfigReader, Family
+from oarsmith.models.families.base import ConfigReader, Family, Stretching
 from oarsmith.models.families.llama import pre_norm_layer, rms_norm
 from oarsmith.models.families.naming import Names
 from oarsmith.models.families.parts import attention, decoder, gated_mlp, head_counts, padding_row
@@ -72,5 +72,6 @@ FAMILY = Family(
     model_types=("baichuan",),
     architectures=(_FIRST_7B, "BaichuanForCausalLM"),
     build=build,
+    stretching=Stretching(kinds=(), reason="the authors' code reads neither a scaling rule nor a base"),
     tensor_names=Names(),
 )

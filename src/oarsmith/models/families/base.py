@@ -5,13 +5,35 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from oarsmith.errors import ModelError
 from oarsmith.models.families.naming import Names, name_map
 from oarsmith.models.names import NameMap
 from oarsmith.models.spec import DecoderSpec
 from oarsmith.models.spec_parts import Activation
+
+StretchKind = Literal["linear", "ntk", "dynamic", "yarn"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretching:
+    """How a family's ``config.json`` says that its context is stretched (see ``models/stretch.py``).
+
+    Args:
+        kinds: rules that other readers of the family's configs (transformers, the authors' code) follow.
+        reason: why not the others.
+        base: key of the rotation's base, in units of ``base_unit``, where no object of rope values has it.
+        lengths: keys of the context's length; those that stand in a config grow with the context.
+        grow_with: rules with which they do. With the others readers multiply the length by the factor themselves.
+    """
+
+    kinds: tuple[StretchKind, ...] = ("linear", "ntk", "dynamic", "yarn")
+    reason: str = ""
+    base: str = "rope_theta"
+    base_unit: float = 1.0
+    lengths: tuple[str, ...] = ("max_position_embeddings",)
+    grow_with: tuple[StretchKind, ...] = ("ntk", "yarn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +43,7 @@ class Family:
     Args:
         matches: of several families with a model type in common, the first whose config this accepts is taken.
         inside: model types of larger models (image and text) whose ``text_config`` is one of this family.
+        stretching: how its context is stretched, where it has rotary positions.
     """
 
     name: str
@@ -30,6 +53,7 @@ class Family:
     tensor_names: Names
     matches: Callable[[Mapping[str, Any]], bool] = lambda _: True
     inside: tuple[str, ...] = ()
+    stretching: Stretching = Stretching()
 
     def names(self, spec: DecoderSpec) -> NameMap:
         """The operators between the family's files and a decoder of this spec."""

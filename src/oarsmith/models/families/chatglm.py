@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from oarsmith.errors import ModelError
-from oarsmith.models.families.base import ConfigReader, Family
+from oarsmith.models.families.base import ConfigReader, Family, Stretching
 from oarsmith.models.families.naming import Names
 from oarsmith.models.families.parts import decoder, fused
 from oarsmith.models.spec import DecoderSpec, EmbeddingSpec, LayerSpec, NormedStream, PrefixLM, Sequential
@@ -81,6 +81,7 @@ FAMILY = Family(
     model_types=("chatglm",),
     architectures=("ChatGLMModel", "ChatGLMForConditionalGeneration"),
     build=build,
+    stretching=Stretching(kinds=(), reason="the base of its two rows of positions is fixed in the authors' code"),
     matches=is_first,
     tensor_names=Names(
         embedding="transformer.word_embeddings",

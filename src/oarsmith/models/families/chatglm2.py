@@ -12,7 +12,7 @@ from typing import Any
 
 from oarsmith.errors import ModelError
 from oarsmith.models.families import chatglm
-from oarsmith.models.families.base import ConfigReader, Family
+from oarsmith.models.families.base import ConfigReader, Family, Stretching
 from oarsmith.models.families.naming import Names
 from oarsmith.models.families.parts import decoder, fused, gated_mlp, residual_rule
 from oarsmith.models.spec import DecoderSpec, EmbeddingSpec, LayerSpec
@@ -68,6 +68,13 @@ FAMILY = Family(
     model_types=("chatglm",),
     architectures=("ChatGLMModel", "ChatGLMForConditionalGeneration"),
     build=build,
+    stretching=Stretching(
+        kinds=("ntk",),
+        reason="the authors' code knows rope_ratio alone, a factor on the base",
+        base="rope_ratio",
+        base_unit=10000.0,
+        lengths=("seq_length",),
+    ),
     matches=lambda config: not chatglm.is_first(config),
     tensor_names=Names(
         embedding="transformer.embedding.word_embeddings",

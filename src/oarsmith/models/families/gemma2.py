@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from oarsmith.errors import ModelError
-from oarsmith.models.families.base import ConfigReader, Family
+from oarsmith.models.families.base import ConfigReader, Family, Stretching
 from oarsmith.models.families.gemma import gemma_embedding, gemma_norm
 from oarsmith.models.families.naming import Names
 from oarsmith.models.families.parts import attention, decoder, gated_mlp, head_counts, layer_windows, window_size
@@ -78,10 +78,16 @@ def build(config: Mapping[str, Any]) -> DecoderSpec:
     return gemma_decoder(read, [sandwich_layer(read, replace(mixer, window=window)) for window in windows])
 
 
+STRETCHING = Stretching(
+    kinds=("linear", "ntk", "yarn"),
+    reason="dynamic takes max_position_embeddings for the trained length; here it is the stretched one",
+    grow_with=("linear", "ntk", "yarn"),
+)
 FAMILY = Family(
     name="gemma2",
     model_types=("gemma2",),
     architectures=("Gemma2ForCausalLM",),
     build=build,
+    stretching=STRETCHING,
     tensor_names=SANDWICH_NAMES,
 )

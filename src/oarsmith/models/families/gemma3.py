@@ -12,7 +12,13 @@ from typing import Any
 from oarsmith.errors import ModelError
 from oarsmith.models.families.base import ConfigReader, Family
 from oarsmith.models.families.gemma import gemma_norm
-from oarsmith.models.families.gemma2 import SANDWICH_NAMES, gemma_decoder, refuse_bidirectional, sandwich_layer
+from oarsmith.models.families.gemma2 import (
+    SANDWICH_NAMES,
+    STRETCHING,
+    gemma_decoder,
+    refuse_bidirectional,
+    sandwich_layer,
+)
 from oarsmith.models.families.parts import attention, head_counts, layer_windows, window_size
 from oarsmith.models.families.rope import read_rope
 from oarsmith.models.spec import DecoderSpec, LayerSpec
@@ -77,6 +83,7 @@ FAMILY = Family(
     model_types=("gemma3_text",),
     architectures=("Gemma3ForCausalLM",),
     build=build,
+    stretching=STRETCHING,
     tensor_names=SANDWICH_NAMES,
     inside=("gemma3",),
 )

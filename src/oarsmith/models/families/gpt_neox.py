@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from oarsmith.errors import ModelError
-from oarsmith.models.families.base import ConfigReader, Family
+from oarsmith.models.families.base import ConfigReader, Family, Stretching
 from oarsmith.models.families.naming import ROPE_BUFFERS, Names
 from oarsmith.models.families.parts import decoder, fused
 from oarsmith.models.families.rope import read_rope
@@ -53,6 +53,7 @@ FAMILY = Family(
     model_types=("gpt_neox",),
     architectures=("GPTNeoXForCausalLM",),
     build=build,
+    stretching=Stretching(base="rotary_emb_base"),
     tensor_names=Names(
         embedding="gpt_neox.embed_in",
         layers="gpt_neox.layers",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from oarsmith.models.families.base import ConfigReader, Family
+from oarsmith.models.families.base import ConfigReader, Family, Stretching
 from oarsmith.models.families.llama import pre_norm_layer, rms_norm
 from oarsmith.models.families.naming import Names
 from oarsmith.models.families.parts import attention, decoder, gated_mlp, head_counts, padding_row
@@ -32,6 +32,9 @@ FAMILY = Family(
     model_types=("internlm2",),
     architectures=("InternLM2ForCausalLM",),
     build=build,
+    stretching=Stretching(
+        kinds=("linear", "ntk", "dynamic"), reason="the authors' code reads the types linear and dynamic alone"
+    ),
     tensor_names=Names(
         embedding="model.tok_embeddings",
         attention="attention",

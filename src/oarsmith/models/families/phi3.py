@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from oarsmith.models.families.base import ConfigReader, Family
+from oarsmith.models.families.base import ConfigReader, Family, Stretching
 from oarsmith.models.families.llama import pre_norm_layer, rms_norm, with_windows
 from oarsmith.models.families.naming import Names
 from oarsmith.models.families.parts import attention, decoder, gated_mlp, head_counts
@@ -51,5 +51,6 @@ FAMILY = Family(
     model_types=("phi3",),
     architectures=("Phi3ForCausalLM",),
     build=build,
+    stretching=Stretching(kinds=("ntk",), reason="transformers refuses rules other than longrope for this family"),
     tensor_names=Names(),
 )

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from oarsmith.errors import ModelError
-from oarsmith.models.families.base import ConfigReader, Family
+from oarsmith.models.families.base import ConfigReader, Family, Stretching
 from oarsmith.models.families.naming import ROPE_BUFFERS, Names
 from oarsmith.models.families.parts import decoder, fused, gated_mlp, residual_rule
 from oarsmith.models.names import Ignored
@@ -93,6 +93,12 @@ FAMILY = Family(
     model_types=("qwen",),
     architectures=("QWenLMHeadModel",),
     build=build,
+    stretching=Stretching(
+        kinds=("ntk",),
+        reason="the authors' code knows the base alone, and use_dynamic_ntk outside training",
+        base="rotary_emb_base",
+        lengths=("max_position_embeddings", "n_positions", "seq_length"),
+    ),
     tensor_names=Names(
         embedding="transformer.wte",
         layers="transformer.h",

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from oarsmith.errors import ModelError
-from oarsmith.models.families.base import ConfigReader, Family
+from oarsmith.models.families.base import ConfigReader, Family, Stretching
 from oarsmith.models.families.llama import pre_norm_layer, rms_norm
 from oarsmith.models.families.naming import Names
 from oarsmith.models.families.parts import decoder, fused, gated_mlp, padding_row
@@ -72,5 +72,6 @@ FAMILY = Family(
     model_types=("yuan",),
     architectures=("YuanForCausalLM",),
     build=build,
+    stretching=Stretching(kinds=(), reason="the authors' code reads neither a scaling rule nor a base"),
     tensor_names=Names(filter="lf_gate"),
 )
