@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from oarsmith.data.batch import Batch, make_batch
+from oarsmith.data.order import permutation, require_same_plan
 from oarsmith.data.packs import best_fit_packs
 from oarsmith.data.samples import Sample
 from oarsmith.errors import ConfigError, DataError, TrainingError
@@ -104,15 +103,7 @@ class Loader:
             DataError: the state belongs to other data.
             ConfigError: the state belongs to another plan of the same data.
         """
-        if state["fingerprint"] != self._fingerprint:
-            now, then = self._fingerprint[:12], state["fingerprint"][:12]
-            what = f"the data has changed since the checkpoint (fingerprint {now}, then {then})"
-            fix = "resume with the same data, tokenizer and template, or start a new run from the checkpoint's weights"
-            raise DataError(what, fix=fix)
-        for name, value in self._settings().items():
-            if state[name] != value:
-                what = f"{name} is {value}, but the checkpoint's place in the data was counted with {state[name]}"
-                raise ConfigError(what, where=name, fix=f"resume with {name} {state[name]}, or start a new run")
+        require_same_plan(state, fingerprint=self._fingerprint, settings=self._settings())
         epoch, position = state["epoch"], state["position"]
         if epoch < 0 or not 0 <= position < self.batches_per_epoch(epoch):
             what = f"the checkpoint's place (epoch {epoch}, batch {position}) is outside the data"
@@ -137,27 +128,16 @@ class Loader:
     def _make_rows(self, epoch: int) -> list[list[int]]:
         order = list(range(len(self._samples)))
         if self._shuffle:
-            order = _permutation(len(order), self._seed, "shuffle", epoch).tolist()
+            order = permutation(len(order), self._seed, "shuffle", epoch).tolist()
         if self._capacity is None:
             return [[index] for index in order]
         # Best fit takes equal lengths in the given order, so the shuffle also changes who shares a row.
         packs = best_fit_packs([self._lengths[index] for index in order], self._capacity)
         if self._shuffle:
-            packs = [packs[n] for n in _permutation(len(packs), self._seed, "packs", epoch)]
+            packs = [packs[n] for n in permutation(len(packs), self._seed, "packs", epoch)]
         else:
             packs.sort(key=min)
         return [[order[n] for n in (pack if self._shuffle else sorted(pack))] for pack in packs]
-
-
-def _permutation(size: int, seed: int, purpose: str, epoch: int) -> npt.NDArray[np.int64]:
-    """A random order of `size` things keyed by (seed, purpose, epoch).
-
-    Sorts raw counter-based draws: unlike `Generator.permutation`, whose stream numpy may change, these never differ
-    between versions.
-    """
-    key = np.random.SeedSequence([seed & (2**64 - 1), zlib.crc32(purpose.encode()), epoch])
-    draws = np.random.Philox(key).random_raw(size)
-    return np.argsort(draws, kind="stable")
 
 
 def samples_fingerprint(samples: Sequence[Sample]) -> str:
