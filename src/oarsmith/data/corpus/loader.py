@@ -1,0 +1,175 @@
+"""Batches of corpus samples, and a place in them that is two numbers.
+
+Shape suffixes: R rows of a batch, L inputs of a row, T = R L.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from oarsmith.data.batch import Batch, assemble
+from oarsmith.data.corpus.parts import CorpusPart, Row
+from oarsmith.data.order import require_same_plan
+from oarsmith.errors import ConfigError, DataError
+
+
+class CorpusLoader:
+    """Batches of `rows_per_batch` samples end to end, in the order of the part; none of them is ever padded or short.
+
+    An epoch is as many samples as one pass over the part has, in whole batches. Epochs follow each other without a
+    border: batch p of epoch e is number e x batches_per_epoch + p of all. The files of a blend are passed through each
+    at its own rate, so in an epoch a file with a large weight may be seen twice and another one in part.
+
+    Args:
+        isolate_documents: a row is cut where its documents meet: they cannot see each other, positions begin anew, and
+            the last token of a document is not trained to predict the next document's first. False: a row is one
+            stream, as in GPT-2, GPT-3 and Megatron.
+        vocab_size: a token at or above it is an error.
+
+    Raises:
+        ConfigError: no rows.
+    """
+
+    def __init__(
+        self, part: CorpusPart, *, rows_per_batch: int, isolate_documents: bool, vocab_size: int | None = None
+    ) -> None:
+        if rows_per_batch < 1:
+            what = f"rows per batch is {rows_per_batch}, at least 1 is needed"
+            raise ConfigError(what, where="per_device_train_batch_size")
+        self._part = part
+        self._rows_per_batch = rows_per_batch
+        self._isolate = isolate_documents
+        self._vocab_size = vocab_size
+        self._epoch = 0
+        self._position = 0
+
+    def batches_per_epoch(self, epoch: int = 0) -> int:
+        """Number of batches of an epoch, the same for all."""
+        return batches_in_pass(self._part.samples_in_pass, self._rows_per_batch)
+
+    def batch_at(self, epoch: int, index: int) -> Batch:
+        """Batch `index` of an epoch; a pure function of the arguments."""
+        count = self.batches_per_epoch(epoch)
+        if not 0 <= index < count:
+            raise IndexError(f"batch {index} of {count}")
+        first = (epoch * count + index) * self._rows_per_batch
+        return make_corpus_batch(
+            [self._part.row(number) for number in range(first, first + self._rows_per_batch)],
+            isolate_documents=self._isolate,
+            vocab_size=self._vocab_size,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from the present place to the end of its epoch; the place moves on before a batch is handed out."""
+        epoch = self._epoch
+        while self._epoch == epoch:
+            batch = self.batch_at(epoch, self._position)
+            self._position += 1
+            if self._position == self.batches_per_epoch(epoch):
+                self._epoch, self._position = epoch + 1, 0
+            yield batch
+
+    def state(self) -> dict[str, Any]:
+        """The place of the next batch, and what the plan depends on. The number of samples is not among it."""
+        fingerprint = self._part.fingerprint
+        return {"epoch": self._epoch, "position": self._position, "fingerprint": fingerprint, **self._settings()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes to a saved place, also one of a run that was planned longer or shorter.
+
+        Raises:
+            DataError: the state belongs to other data.
+            ConfigError: the state belongs to another plan of the same data.
+        """
+        require_same_plan(state, fingerprint=self._part.fingerprint, settings=self._settings())
+        epoch, position = state["epoch"], state["position"]
+        if epoch < 0 or not 0 <= position < self.batches_per_epoch(epoch):
+            what = f"the checkpoint's place (epoch {epoch}, batch {position}) is outside the data"
+            raise DataError(what, fix="the checkpoint's state is damaged; resume from another one")
+        self._epoch, self._position = epoch, position
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "seed": self._part.seed,
+            "weights": self._part.weights,
+            "max_length": self._part.seq_len,
+            "rows_per_batch": self._rows_per_batch,
+            "isolate_documents": self._isolate,
+        }
+
+
+def batches_in_pass(samples_in_pass: int, rows_per_batch: int) -> int:
+    """Whole batches of one pass, at least 1: where a pass is less than a batch, the batch goes on with the next one."""
+    return max(1, samples_in_pass // rows_per_batch)
+
+
+def evaluation_batches(
+    part: CorpusPart, *, rows_per_batch: int, isolate_documents: bool, vocab_size: int | None = None
+) -> Callable[[], Iterator[Batch]]:
+    """All samples of a part, the same and in the same order at every call; the last batch may have fewer rows."""
+
+    def batches() -> Iterator[Batch]:
+        for first in range(0, part.num_samples, rows_per_batch):
+            numbers = range(first, min(first + rows_per_batch, part.num_samples))
+            rows = [part.row(number) for number in numbers]
+            yield make_corpus_batch(rows, isolate_documents=isolate_documents, vocab_size=vocab_size)
+
+    return batches
+
+
+def make_corpus_batch(rows: Sequence[Row], *, isolate_documents: bool, vocab_size: int | None = None) -> Batch:
+    """The rows end to end: inputs are all tokens of a row but the last, targets all but the first.
+
+    Raises:
+        DataError: a token outside the vocabulary, or documents of one token only that are kept apart: nothing to train.
+    """
+    tokens_RS = np.stack([row.tokens for row in rows])
+    if vocab_size is not None and (tokens_RS.max() >= vocab_size or tokens_RS.min() < 0):
+        raise _outside(rows, vocab_size)
+    seq_len = tokens_RS.shape[1] - 1
+    targets_T = tokens_RS[:, 1:].flatten()
+    weights_T = np.ones(len(targets_T), dtype=np.float32)
+    bounds, where = [0], []
+    for number, row in enumerate(rows):
+        start = number * seq_len
+        if not isolate_documents:
+            documents = ", ".join(str(piece.document) for piece in row.pieces)
+            where.append(f"{row.prefix}: {'document' if len(row.pieces) == 1 else 'documents'} {documents}")
+            bounds.append(start + seq_len)
+            continue
+        at = 0
+        for piece in row.pieces:
+            if at > 0:
+                targets_T[start + at - 1] = 0
+                weights_T[start + at - 1] = 0
+            if at < seq_len:
+                where.append(f"{row.prefix}: document {piece.document} from token {piece.offset}")
+                bounds.append(start + min(at + piece.length, seq_len))
+            at += piece.length
+    if not weights_T.any():
+        what = "all documents of a batch have one token, and none may see another: nothing can be trained"
+        raise DataError(what, where=where[0], fix="set isolate_documents to false, or leave out such documents")
+    return assemble(
+        tokens_RS[:, :-1].flatten(),
+        targets_T,
+        weights_T,
+        bounds=np.asarray(bounds, dtype=np.int64),
+        where=tuple(where),
+    )
+
+
+def _outside(rows: Sequence[Row], vocab_size: int) -> DataError:
+    for row in rows:
+        at = 0
+        for piece in row.pieces:
+            tokens = row.tokens[at : at + piece.length]
+            wrong = np.flatnonzero((tokens >= vocab_size) | (tokens < 0))
+            if len(wrong):
+                place = f"{row.prefix}: document {piece.document}, token {piece.offset + int(wrong[0])}"
+                what = f"token id {tokens[wrong[0]]} is outside the model's vocabulary of {vocab_size:,}"
+                return DataError(what, where=place, fix="make the corpus with the tokenizer of this model")
+            at += piece.length
+    raise AssertionError("every token is inside")
