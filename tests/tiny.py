@@ -139,7 +139,6 @@ def one_step(model: Decoder, batches: Iterable[Batch]) -> Step:
     for batch in batches:
         outcome = OBJECTIVE(model, batch, scale)
         outcome.loss.backward()
-        gradients.collect()
         total += outcome.total
     found = {name: grad.detach().float().clone() for name, grad in gradients.result().items()}
     gradients.clear()

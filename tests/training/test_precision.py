@@ -35,6 +35,7 @@ def test_bf16_without_instructions_is_refused():
     assert caught.value.fix == "set dtype to fp32 (or auto)"
 
 
-def test_fp16_is_not_trained():
-    with pytest.raises(ConfigError, match="'fp16'"):
-        training_dtype("fp16", fast_bf16=True)
+def test_fp16_by_choice_only():
+    assert training_dtype("fp16", fast_bf16=False) == torch.float16
+    with pytest.raises(ConfigError, match="'int8'"):
+        training_dtype("int8", fast_bf16=True)

@@ -1,19 +1,23 @@
 """Fast operations, each with a plain PyTorch twin: C++ on the CPU where a compiler is at hand, PyTorch elsewhere."""
 
 from oarsmith.kernels.activation import activation, gated_activation
+from oarsmith.kernels.adam8bit import Moments8bit, adam8bit_step
 from oarsmith.kernels.adamw import AdamWRule, adamw_step
 from oarsmith.kernels.attention import Scores, SpanBounds, attention
 from oarsmith.kernels.cross_entropy import HeadResult, head_loss, token_logprobs
 from oarsmith.kernels.norm import rms_norm
 from oarsmith.kernels.rope import rope
 from oarsmith.kernels.select import describe, using
+from oarsmith.kernels.sum_of_squares import sum_of_squares
 
 __all__ = [
     "AdamWRule",
     "HeadResult",
+    "Moments8bit",
     "Scores",
     "SpanBounds",
     "activation",
+    "adam8bit_step",
     "adamw_step",
     "attention",
     "describe",
@@ -21,6 +25,7 @@ __all__ = [
     "head_loss",
     "rms_norm",
     "rope",
+    "sum_of_squares",
     "token_logprobs",
     "using",
 ]

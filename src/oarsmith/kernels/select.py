@@ -33,6 +33,7 @@ _SIGNATURES = {
     "softmax_backward": "ppppllff",
     "cross_entropy": "pppppplliff",
     "adamw_split": "ppppplffffffff",
+    "adam8bit": "ppppppplppppppffffffff",
 }
 
 
@@ -45,6 +46,7 @@ class Library:
             for suffix in _SUFFIX.values():
                 self._functions[name, suffix] = self._bind(handle, f"{name}_{suffix}", signature)
         self._functions["adamw", "f32"] = self._bind(handle, "adamw_f32", "pppplffffffff")
+        self._functions["sum_of_squares", "bf16"] = self._bind(handle, "sum_of_squares_bf16", "plp")
 
     @staticmethod
     def _bind(handle: ctypes.CDLL, name: str, signature: str) -> ctypes._NamedFuncPointer:

@@ -29,7 +29,8 @@ def cpu_has_bf16(cpuinfo: str) -> bool:
 def training_dtype(name: str, *, fast_bf16: bool) -> torch.dtype:
     """The dtype weights are trained in: ``auto`` is bf16 where the hardware has it (``fast_bf16``), else fp32.
 
-    bf16 weights keep exact fp32 masters (see ``kernels/adamw.py``), so nothing is lost between updates.
+    bf16 and fp16 weights keep exact fp32 masters (see ``training/optimizers``), so nothing is lost between updates.
+    fp16 needs a loss scaler (``training/scaler.py``); on a CPU it is slow.
 
     Raises:
         ConfigError: bf16 asked for on a CPU that would have to emulate it, or a dtype that cannot be trained.
@@ -44,6 +45,6 @@ def training_dtype(name: str, *, fast_bf16: bool) -> torch.dtype:
                 fix="set dtype to fp32 (or auto)",
             )
         return torch.bfloat16
-    if name == "fp32":
-        return torch.float32
-    raise ConfigError(f"training in {name!r} is not possible", where="dtype", fix="use auto, bf16 or fp32")
+    if name in ("fp32", "fp16"):
+        return torch.float32 if name == "fp32" else torch.float16
+    raise ConfigError(f"training in {name!r} is not possible", where="dtype", fix="use auto, bf16, fp32 or fp16")

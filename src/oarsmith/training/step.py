@@ -3,119 +3,219 @@
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from oarsmith.data.batch import Batch
 from oarsmith.errors import TrainingError
+from oarsmith.kernels import sum_of_squares
 from oarsmith.models.decoder import Decoder
 from oarsmith.training.objective import Objective
-from oarsmith.training.optimizer import AdamW
+from oarsmith.training.optimizer import Optimizer
+from oarsmith.training.scaler import LossScaler
+from oarsmith.training.seeds import seed_step
+
+__all__ = ["Gradients", "NonFiniteError", "StepResult", "global_norm", "run_step", "run_step_in_backward", "seed_step"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """Sums over the step; the mean loss is ``total / count``."""
+    """Sums over the step; the mean loss is ``total / count``.
+
+    Attributes:
+        grad_norm: of the mean loss's gradient before clipping; not finite in a skipped step.
+        loss_scale: what the loss was multiplied with (fp16).
+        skipped: gradients overflowed at this loss scale, so nothing was updated.
+    """
 
     total: float
     count: float
     sums: Mapping[str, float]
     grad_norm: float
     num_tokens: int
+    loss_scale: float = 1.0
+    skipped: bool = False
 
 
 class NonFiniteError(TrainingError):
-    """Loss or gradient is NaN or infinite; nothing has been updated."""
+    """Loss or gradient is NaN or infinite.
 
+    Attributes:
+        partly_updated: whether some parameters may have been updated; else none has been.
+    """
 
-def seed_step(seed: int, purpose: str, step: int) -> None:
-    """Key PyTorch's global generator (dropout) by (seed, purpose, step): a resumed run draws the same numbers."""
-    torch.manual_seed(zlib.crc32(f"{seed}/{purpose}/{step}".encode()) + (seed << 32) % (1 << 62))
+    def __init__(self, what: str, *, partly_updated: bool = False) -> None:
+        self.partly_updated = partly_updated
+        super().__init__(what, fix="resume from the last checkpoint" if partly_updated else None)
 
 
 def run_step(
     model: Decoder,
     objective: Objective,
     batches: Sequence[Batch],
-    optimizer: AdamW,
+    optimizer: Optimizer,
     *,
     lr: float,
     max_grad_norm: float,
+    scaler: LossScaler | None = None,
+    inspect: Callable[[StepResult], None] | None = None,
 ) -> StepResult:
     """Forward, backward and update.
 
+    Args:
+        scaler: for fp16; told how the step went.
+        inspect: called once loss and gradients are known and finite, before the update; what it raises ends the step.
+
     Raises:
-        NonFiniteError: the loss or the gradient norm is not finite; parameters are as before.
+        NonFiniteError: the loss is not finite, or without a scaler the gradient norm; parameters are as before.
+        TrainingError: the loss scale has become too small.
     """
-    scale = 1.0 / sum(batch.num_trained for batch in batches)
+    loss_scale = 1.0 if scaler is None else scaler.scale
     gradients = Gradients(model, wide=len(batches) > 1)
-    total = count = 0.0
-    sums: dict[str, float] = {}
-    for batch in batches:
-        outcome = objective(model, batch, scale)
-        if not math.isfinite(outcome.total):
-            gradients.clear()
-            raise NonFiniteError(f"the loss is {outcome.total}")
-        outcome.loss.backward()
-        gradients.collect()
-        total, count = total + outcome.total, count + outcome.count
-        for name, value in outcome.sums.items():
-            sums[name] = sums.get(name, 0.0) + value
-    grads = gradients.result()
-    norm = global_norm(grads.values())
-    if not math.isfinite(norm):
+    try:
+        sums = _Sums()
+        scale = 1.0 / sum(batch.num_trained for batch in batches)
+        for batch in batches:
+            _backward(model, objective, batch, scale * loss_scale, sums)
+        grads = gradients.result()
+        norm = global_norm(grads.values()) / loss_scale
+        if not math.isfinite(norm):
+            if scaler is None:
+                raise NonFiniteError(f"the gradient norm is {norm}")
+            scaler.update(overflowed=True)
+            return sums.result(norm, loss_scale=loss_scale, skipped=True)
+        result = sums.result(norm, loss_scale=loss_scale)
+        if inspect is not None:
+            inspect(result)
+        clip = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm > 0 else 1.0
+        optimizer.step(grads, lr=lr, grad_scale=clip / loss_scale)
+    finally:
         gradients.clear()
-        raise NonFiniteError(f"the gradient norm is {norm}")
-    clip = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm > 0 else 1.0
-    optimizer.step(grads, lr=lr, grad_scale=clip)
-    gradients.clear()
-    num_tokens = sum(batch.num_tokens for batch in batches)
-    return StepResult(total=total, count=count, sums=sums, grad_norm=norm, num_tokens=num_tokens)
+    if scaler is not None:
+        scaler.update(overflowed=False)
+    return result
+
+
+def run_step_in_backward(
+    model: Decoder, objective: Objective, batch: Batch, optimizer: Optimizer, *, lr: float
+) -> StepResult:
+    """Forward and backward; each parameter is updated as soon as its gradient is known, and the gradient freed.
+
+    No two gradients are alive at a time, so there is no clipping by their norm and no adding up over micro-batches. The
+    numbers are those of :func:`run_step` without clipping. A parameter's last use in backward is the one that completes
+    its gradient, so no product sees a weight that is too new.
+
+    Raises:
+        NonFiniteError: of the loss, and nothing has been updated; or of a gradient, and it has not been applied, but
+            parameters of later layers have been updated.
+    """
+    sums, squares = _Sums(), dict[str, float]()
+
+    def update(name: str, parameter: Tensor) -> None:
+        grad, parameter.grad = parameter.grad, None
+        assert grad is not None, name
+        squares[name] = float(sum_of_squares(grad))
+        if not math.isfinite(squares[name]):
+            raise NonFiniteError(
+                f"the gradient of {name} is not finite; parameters of later layers may have been updated",
+                partly_updated=True,
+            )
+        optimizer.update(name, grad, lr=lr, grad_scale=1.0, step=optimizer.step_count + 1)
+
+    hooks = [p.register_post_accumulate_grad_hook(partial(update, name)) for name, p in optimizer.parameters.items()]
+    try:
+        _backward(model, objective, batch, 1.0 / batch.num_trained, sums)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, parameter in optimizer.parameters.items():
+        if name not in squares:
+            optimizer.update(name, _nothing(parameter), lr=lr, grad_scale=1.0, step=optimizer.step_count + 1)
+    optimizer.step_count += 1
+    return sums.result(math.sqrt(sum(squares.get(name, 0.0) for name in optimizer.parameters)))
+
+
+class _Sums:
+    """What micro-batches add up to."""
+
+    def __init__(self) -> None:
+        self.total = self.count = 0.0
+        self.sums: dict[str, float] = {}
+        self.num_tokens = 0
+
+    def result(self, norm: float, *, loss_scale: float = 1.0, skipped: bool = False) -> StepResult:
+        return StepResult(
+            total=self.total,
+            count=self.count,
+            sums=self.sums,
+            grad_norm=norm,
+            num_tokens=self.num_tokens,
+            loss_scale=loss_scale,
+            skipped=skipped,
+        )
+
+
+def _backward(model: Decoder, objective: Objective, batch: Batch, scale: float, sums: _Sums) -> None:
+    """One micro-batch. The scale goes through the objective: it may compute gradients in its forward pass."""
+    outcome = objective(model, batch, scale)
+    if not math.isfinite(outcome.total):
+        raise NonFiniteError(f"the loss is {outcome.total}")
+    outcome.loss.backward()
+    sums.total, sums.count = sums.total + outcome.total, sums.count + outcome.count
+    sums.num_tokens += batch.num_tokens
+    for name, value in outcome.sums.items():
+        sums.sums[name] = sums.sums.get(name, 0.0) + value
 
 
 class Gradients:
-    """Gradients of a step. With several micro-batches bf16 gradients add up in fp32, or small ones would be lost."""
+    """Gradients of a step, from now until :meth:`clear`.
+
+    With several micro-batches (``wide``) 16-bit gradients add up in fp32, or small ones would be lost. Each is taken
+    over as soon as backward has it, so they never all exist in both formats.
+    """
 
     def __init__(self, model: Decoder, *, wide: bool) -> None:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._wide: dict[str, Tensor] | None = {} if wide else None
+        self._wide: dict[str, Tensor] = {}
+        narrow = {name: p for name, p in self._parameters.items() if wide and p.dtype != torch.float32}
+        self._hooks = [p.register_post_accumulate_grad_hook(partial(self._widen, name)) for name, p in narrow.items()]
 
     @torch.no_grad()
-    def collect(self) -> None:
-        """Take over what backward left in ``.grad``."""
-        if self._wide is None:
-            return
-        for name, parameter in self._parameters.items():
-            grad = parameter.grad
-            if grad is None or grad.dtype == torch.float32:
-                continue
-            if name in self._wide:
-                self._wide[name].add_(grad)
-            else:
-                self._wide[name] = grad.float()
-            parameter.grad = None
+    def _widen(self, name: str, parameter: Tensor) -> None:
+        grad, parameter.grad = parameter.grad, None
+        assert grad is not None, name
+        if name in self._wide:
+            self._wide[name].add_(grad)
+        else:
+            self._wide[name] = grad.float()
 
     def result(self) -> dict[str, Tensor]:
         """One gradient per trainable parameter; zero where the loss does not reach it."""
-        wide = self._wide or {}
         found = {}
         for name, parameter in self._parameters.items():
-            grad = wide.get(name, parameter.grad)
-            found[name] = torch.zeros_like(parameter) if grad is None else grad
+            grad = self._wide.get(name, parameter.grad)
+            found[name] = _nothing(parameter) if grad is None else grad
         return found
 
     def clear(self) -> None:
         """Free everything."""
+        for hook in self._hooks:
+            hook.remove()
         for parameter in self._parameters.values():
             parameter.grad = None
-        self._wide = None if self._wide is None else {}
+        self._wide = {}
+
+
+def _nothing(parameter: Tensor) -> Tensor:
+    """Zeros of a parameter's shape that take no memory."""
+    return parameter.new_zeros(()).expand_as(parameter)
 
 
 def global_norm(grads: Iterable[Tensor]) -> float:
     """L2 norm over all gradients; each tensor's in fp32, their squares summed in fp64."""
-    squares = [float(torch.linalg.vector_norm(g, dtype=torch.float32)) ** 2 for g in grads]
-    return math.sqrt(sum(squares))
+    squares = torch.stack([sum_of_squares(grad) for grad in grads])  # one transfer from a GPU, not one a tensor
+    return math.sqrt(sum(squares.tolist()))

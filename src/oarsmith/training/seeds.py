@@ -1,0 +1,17 @@
+"""Random numbers keyed by what they are for, so that a resumed run draws the same ones."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+
+
+def keyed_seed(seed: int, purpose: str, index: int) -> int:
+    """A seed for PyTorch's generators, one for each (seed, purpose, index)."""
+    return zlib.crc32(f"{seed}/{purpose}/{index}".encode()) + (seed << 32) % (1 << 62)
+
+
+def seed_step(seed: int, purpose: str, step: int) -> None:
+    """Key PyTorch's global generator (dropout) by (seed, purpose, step)."""
+    torch.manual_seed(keyed_seed(seed, purpose, step))
