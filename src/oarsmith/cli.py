@@ -62,6 +62,20 @@ COMMANDS: dict[str, Command] = {
         "[FOLDER]",
         "oarsmith quickstart",
     ),
+    "preprocess": Command(
+        _TRAIN,
+        "turn raw text into token files for pretraining; train a tokenizer; merge token files",
+        "oarsmith.jobs.preprocess:run",
+        "CONFIG | INPUT_PATH OUTPUT_PREFIX",
+        "oarsmith preprocess corpus/ data/train --tokenizer_name_or_path model/",
+    ),
+    "pretrain": Command(
+        _TRAIN,
+        "train a model on an indexed corpus, from scratch or further",
+        "oarsmith.jobs.pretrain:run",
+        "CONFIG | MODEL CORPUS",
+        "oarsmith pretrain model/ data/corpus --max_steps 1000",
+    ),
     "sft": Command(
         _TRAIN,
         "fine-tune a model on conversations, all weights or LoRA",

@@ -9,6 +9,7 @@ from .base import JobConfig
 CONFIG_CLASSES: dict[str, tuple[str, str]] = {
     "quickstart": ("tools", "QuickstartConfig"),
     "pretrain": ("pretrain", "PretrainConfig"),
+    "preprocess": ("preprocess", "PreprocessConfig"),
     "sft": ("sft", "SftConfig"),
     "generate": ("inference", "GenerateConfig"),
     "chat": ("inference", "ChatConfig"),
