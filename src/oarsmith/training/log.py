@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from oarsmith.atomic import atomic_write_text
 
 
@@ -46,8 +48,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-def peak_memory_mb() -> float:
-    """Peak resident memory of this process in MB (Linux counts kilobytes)."""
+def peak_memory_mb(device: torch.device | None = None) -> float:
+    """Peak memory of this process in MiB: resident (Linux counts kilobytes), or for a GPU what PyTorch held there."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

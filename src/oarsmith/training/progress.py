@@ -1,8 +1,9 @@
-"""What a person sees while training: a bar with ETA, loss and tokens per second; lines where there is no terminal."""
+"""What a person sees while training: a bar on a terminal; elsewhere a line for each line of the log."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -11,8 +12,8 @@ from rich.progress import Progress as RichProgress
 
 from oarsmith.training.numbers import show_duration
 
-# Seconds between lines when the output is not a terminal.
-_LINE_EVERY = 15.0
+# Seconds without a line, where the output is not a terminal, after which one says that the run is alive.
+_SILENCE = 30.0
 
 
 class Progress:
@@ -25,6 +26,7 @@ class Progress:
         self._first = self._total = self._tokens = 0
         self._begin = self._line = time.perf_counter()
         self._loss: float | None = None
+        self._reported = ""
 
     def start(self, step: int, total: int) -> None:
         """Begin at ``step`` of ``total``."""
@@ -51,16 +53,19 @@ class Progress:
         # A running mean steadies the shown loss; the log has the exact ones.
         self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
         now = time.perf_counter()
-        speed = self._tokens / max(now - self._begin, 1e-9)
-        note = f"loss {self._loss:.3f}  {speed:,.0f} tok/s"
+        rest = self._reported or f"{self._tokens / max(now - self._begin, 1e-9):,.0f} tok/s"
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, note=note)
-        elif not self._quiet and (now - self._line > _LINE_EVERY or step == self._total):
-            self._line = now
-            took = now - self._begin
-            left = took / (step - self._first) * (self._total - step)
-            end = f"about {show_duration(left)} left" if step < self._total else f"took {show_duration(took)}"
-            self._console.print(f"step {step}/{self._total}  {note}  {end}", highlight=False)
+            self._bar.update(self._bar.task_ids[0], completed=step, note=f"loss {self._loss:.3f}  {rest}")
+        elif now - self._line > _SILENCE:
+            self._print(step, f"loss {self._loss:.4f}  {rest}")
+
+    def report(self, step: int, *, loss: float, learning_rate: float, speed: Mapping[str, float]) -> None:
+        """A line of the log was written: ``loss`` is the mean since the one before, ``speed`` a lap of the meter."""
+        self._reported = f"lr {learning_rate:.2e}  {show_speed(speed)}"
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], note=f"loss {self._loss or loss:.3f}  {self._reported}")
+        else:
+            self._print(step, f"loss {loss:.4f}  {self._reported}")
 
     def message(self, text: str) -> None:
         """A line above the bar."""
@@ -72,6 +77,15 @@ class Progress:
             self._bar.stop()
             self._bar = None
 
+    def _print(self, step: int, text: str) -> None:
+        if self._quiet:
+            return
+        self._line = time.perf_counter()
+        took = self._line - self._begin
+        left = took / max(step - self._first, 1) * (self._total - step)
+        end = f"about {show_duration(left)} left" if step < self._total else f"took {show_duration(took)}"
+        self._console.print(f"step {step}/{self._total}  {text}  {end}", highlight=False)
+
     def __enter__(self) -> Progress:
         return self
 
@@ -79,3 +93,11 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def show_speed(speed: Mapping[str, float]) -> str:
+    """A lap of the meter: tokens per second, MFU where it is known, peak memory."""
+    share = f"  MFU {speed['mfu']:.0%}" if "mfu" in speed else ""
+    size = speed["peak_memory_mb"]
+    memory = f"{size / 1024:.2f} GiB" if size >= 1024 else f"{size:.0f} MiB"
+    return f"{speed['tokens_per_second']:,.0f} tok/s{share}  {memory}"
