@@ -59,6 +59,11 @@ def open_source(directory: Path) -> TensorSource:
     raise no_weights(directory)
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether there are weights beside the config."""
+    return is_paddle(directory) or any((directory / name).exists() for name, _ in _READERS)
+
+
 def no_weights(directory: Path) -> CheckpointError:
     present = sorted(p.name for p in directory.iterdir())[:12] if directory.is_dir() else []
     ggufs = [name for name in present if name.endswith(".gguf")]

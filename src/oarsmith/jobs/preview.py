@@ -15,6 +15,8 @@ from oarsmith.models import families
 def run(resolved: Resolved[PreviewConfig]) -> int:
     """The command."""
     where = resolve(resolved.config.model_name_or_path)
-    config = fit_max_length(resolved, families.build_spec(read_config(where.base))[1].max_positions).config
+    config = fit_max_length(
+        resolved, resolved.config.max_length, families.build_spec(read_config(where.base))[1].max_positions
+    ).config
     preview(config.dataset_name_or_path, make_tokenizer(config), sample_options(config), config.count, make_console())
     return 0

@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 
 from oarsmith import kernels
-from oarsmith.config.groups import DataKeys, ModelKeys, RuntimeKeys
+from oarsmith.config.base import JobConfig
+from oarsmith.config.groups import ModelKeys, RuntimeKeys
 from oarsmith.config.resolved import Resolved
 from oarsmith.errors import ConfigError
 from oarsmith.kernels.memory import keep_freed_memory
@@ -18,7 +19,7 @@ from oarsmith.loading import pick_device, resolve
 from oarsmith.text import Tokenizer, load_tokenizer
 from oarsmith.text.choose import with_named_template
 
-D = TypeVar("D", bound=DataKeys)
+C = TypeVar("C", bound=JobConfig)
 
 
 @contextmanager
@@ -42,13 +43,12 @@ def make_tokenizer(config: ModelKeys) -> Tokenizer:
     return with_named_template(tokenizer, config.chat_template)
 
 
-def fit_max_length(resolved: Resolved[D], limit: int) -> Resolved[D]:
-    """``max_length`` within the model's context of ``limit`` tokens: the default shrinks to it.
+def fit_max_length(resolved: Resolved[C], asked: int, limit: int) -> Resolved[C]:
+    """``max_length``, ``asked`` for, within the model's context of ``limit`` tokens: the default shrinks to it.
 
     Raises:
         ConfigError: a longer one was asked for.
     """
-    asked = resolved.config.max_length
     if asked <= limit:
         return resolved
     origin = resolved.provenance["max_length"]

@@ -12,6 +12,7 @@ from oarsmith.jobs import weights
 from oarsmith.jobs.runtime import fit_max_length, make_console, make_tokenizer
 from oarsmith.jobs.start import Start
 from oarsmith.jobs.weights import Weights
+from oarsmith.losses.token import TokenCrossEntropy
 from oarsmith.methods import sft
 from oarsmith.models.decoder import Decoder
 from oarsmith.text import Tokenizer
@@ -31,7 +32,9 @@ def run(resolved: Resolved[SftConfig]) -> int:
 def start(resolved: Resolved[SftConfig], device: torch.device) -> tuple[Resolved[SftConfig], Start]:
     """A checkpoint; ``max_length`` fits its context."""
     begin = starting.from_checkpoint(resolved.config, starting.model_directory(resolved.config))
-    return fit_max_length(starting.settle_dtype(resolved, device), begin.max_positions), begin
+    return fit_max_length(
+        starting.settle_dtype(resolved, device), resolved.config.max_length, begin.max_positions
+    ), begin
 
 
 def load_trainable(config: SftConfig, begin: Start, device: torch.device) -> Decoder:
@@ -54,11 +57,11 @@ def plan(config: SftConfig) -> str:
 
 
 RECIPE: training.Recipe[SftConfig] = training.Recipe(
-    objective=lambda config: sft.OBJECTIVE,
+    objective=lambda config: TokenCrossEntropy(z_loss=config.z_loss),
     start=start,
     tokenizer=make_tokenizer,
     inputs=lambda config: [config.dataset_name_or_path, config.eval_dataset_path],
-    build_data=sft.build_data,
+    build_data=lambda config, begin, tokenizer: sft.build_data(config, tokenizer),
     load_model=load_trainable,
     weights=weights_of,
     plan=plan,

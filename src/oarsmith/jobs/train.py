@@ -56,7 +56,7 @@ class Recipe(Generic[C]):
     start: Callable[[Resolved[C], torch.device], tuple[Resolved[C], Start]]
     tokenizer: Callable[[C], Tokenizer]
     inputs: Callable[[C], list[str | None]]
-    build_data: Callable[[C, Tokenizer], TrainingData]
+    build_data: Callable[[C, Start, Tokenizer], TrainingData]
     load_model: Callable[[C, Start, torch.device], Decoder]
     weights: Callable[[C, Start, Tokenizer], Weights]
     plan: Callable[[C], str]
@@ -111,7 +111,7 @@ def train(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainRe
             inputs=[start.base, *(Path(name) for name in recipe.inputs(config) if name)],
         )
         tokenizer = recipe.tokenizer(config)
-        data = recipe.build_data(config, tokenizer)
+        data = recipe.build_data(config, start, tokenizer)
         for line in data.lines:
             console.print(line)
         require_vocabulary(data.highest_id, start)
@@ -173,7 +173,7 @@ def evaluate_only(resolved: Resolved[C], recipe: Recipe[C], console: Console) ->
     with runtime(resolved.config) as device:
         resolved, start = recipe.start(resolved, device)
         config, tokenizer = resolved.config, recipe.tokenizer(resolved.config)
-        data = recipe.build_data(config, tokenizer)
+        data = recipe.build_data(config, start, tokenizer)
         for line in data.lines:
             console.print(line)
         require_vocabulary(data.highest_id, start)

@@ -80,6 +80,28 @@ class DataPart(_Part):
     packing_efficiency: float | None = None
 
 
+class CorpusFile(_Part):
+    """One token file of a corpus: what a part of it holds, and what the run draws from it."""
+
+    prefix: str
+    share: float
+    documents: int
+    tokens: int
+    samples: int
+    epochs: float
+
+
+class CorpusPart(_Part):
+    """A ``PartReport`` as its ``to_dict`` writes it."""
+
+    samples: int
+    sequence_length: int
+    documents: int
+    tokens: int
+    components: list[CorpusFile] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
+
+
 class MergeProofPart(_Part):
     """A ``MergeProof``: KL in nats per token."""
 
@@ -127,6 +149,7 @@ class RunParts:
     config: Mapping[str, Any]
     origin: Origin
     data: Mapping[str, DataPart]
+    corpus: Mapping[str, CorpusPart]
     environment: Mapping[str, Any]
     merge_proof: MergeProofPart | None
     answers: Answers | None
@@ -163,11 +186,17 @@ def read_run(output_dir: Path) -> RunParts:
         timings=_read_lines(output_dir / "timing.jsonl", Timing),
         config={key: value for key, value in config.items() if key != "oarsmith"},
         origin=_check(output_dir / RUN_FILE, Origin, config.get("oarsmith", {})),
-        data=_check(data_path, dict[str, DataPart], named),
+        data=_check(data_path, dict[str, DataPart], {name: part for name, part in named.items() if not _indexed(part)}),
+        corpus=_check(data_path, dict[str, CorpusPart], {name: part for name, part in named.items() if _indexed(part)}),
         environment=_read(output_dir / "environment.json", dict[str, JsonValue]) or {},
         merge_proof=_read(output_dir / "merge_proof.json", MergeProofPart),
         answers=_read(output_dir / "answers.json", Answers),
     )
+
+
+def _indexed(part: JsonValue) -> bool:
+    """Whether a data report is of a corpus, not of rows."""
+    return isinstance(part, dict) and "components" in part
 
 
 def _read(path: Path, kind: type[P]) -> P | None:
