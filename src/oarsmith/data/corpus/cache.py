@@ -112,7 +112,7 @@ def _load_any(folders: list[Path], name: str, description: str) -> tuple[SampleI
     for folder in folders:
         try:
             return _load(folder, name, description), ""
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError) as error:
             problems.append(f"{folder / name}.dsc: the saved index cannot be used and is built again ({error})")
@@ -148,7 +148,8 @@ def _save(folder: Path, name: str, description: str, index: SampleIndex) -> None
         temporary = _temporary(path)
         try:
             with temporary.open("xb") as file:
-                np.save(file, values, allow_pickle=False)
+                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
+                file.write(values.data)
             sums.append(_crc(temporary))
             temporary.replace(path)
         finally:
