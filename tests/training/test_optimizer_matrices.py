@@ -175,7 +175,9 @@ def test_galore_is_the_paper() -> None:
     """Algorithm 2 with the authors' AdamW, in float64."""
     steps, refresh, rank, scale = 5, 2, 3, 0.25
     adam = AdamWSettings(beta2=0.99, eps=1e-6, weight_decay=DECAY)
-    found = trained(galore(parameters(), GaLoreSettings(rank=rank, steps=refresh, scale=scale, adam=adam), BLOCKS), steps)
+    found = trained(
+        galore(parameters(), GaLoreSettings(rank=rank, steps=refresh, scale=scale, adam=adam), BLOCKS), steps
+    )
     reference = {}
     for name in BLOCKS:
         reference[name] = []
