@@ -7,19 +7,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from oarsmith.config.train import TrainConfig
+from oarsmith.jobs.optimizers import make_optimizer
 from oarsmith.jobs.weights import Weights
 from oarsmith.models.decoder import Decoder
 from oarsmith.training.batches import BatchSource
 from oarsmith.training.checkpoint import CheckpointStore
+from oarsmith.training.ema import Ema
 from oarsmith.training.forensics import Decode
 from oarsmith.training.log import RunLog
 from oarsmith.training.loop import Loop
 from oarsmith.training.objective import Objective
-from oarsmith.training.optimizer import AdamW, AdamWSettings
 from oarsmith.training.progress import Progress
 from oarsmith.training.run_state import LoopSettings
 from oarsmith.training.saver import Saver
+from oarsmith.training.scaler import LossScaler
 from oarsmith.training.schedule import Schedule
+from oarsmith.training.speed import SpeedMeter, matmul_rate
 from oarsmith.training.trackers import make_tracker
 
 
@@ -34,26 +37,37 @@ def make_loop(
     weights: Weights,
     evaluate: Callable[[], Mapping[str, float]] | None,
     decode: Decode,
-    base: Path,
+    tokens_per_pass: int,
 ) -> Loop:
-    """Wire the loop for this config."""
+    """Wire the loop for this config. ``tokens_per_pass``: about how many go through the model at a time."""
     total = total_steps(config, loader)
     output_dir = store.output_dir
+    optimizer = make_optimizer(config, model)
     return Loop(
         model=model,
         objective=objective,
         loader=loader,
-        optimizer=make_optimizer(config, model),
+        optimizer=optimizer,
         schedule=make_schedule(config, total),
         settings=loop_settings(config, total),
         output_dir=output_dir,
         saver=Saver(store=store, write_model=weights.write, background=config.use_async_save),
         log=RunLog(output_dir),
-        tracker=make_tracker(config.report_to[0] if config.report_to else "none", Path(str(config.logging_dir))),
+        tracker=make_tracker(
+            config.report_to,
+            output_dir,
+            run_name=config.run_name or output_dir.name,
+            config=config.model_dump(mode="json"),
+            board_dir=None if config.logging_dir is None else Path(config.logging_dir),
+            say=progress.message,
+        ),
+        meter=SpeedMeter(model, matmul_rate(model, tokens_per_pass)),
         progress=progress,
         load_model=weights.load,
         evaluate=evaluate,
         decode=decode,
+        ema=None if config.ema_decay is None else Ema(optimizer, decay=config.ema_decay),
+        scaler=LossScaler(scale=config.scale_loss) if config.dtype == "fp16" else None,
     )
 
 
@@ -70,14 +84,6 @@ def total_steps(config: TrainConfig, loader: BatchSource) -> int:
     return sum(updates(epoch) for epoch in range(whole)) + rest
 
 
-def make_optimizer(config: TrainConfig, model: Decoder) -> AdamW:
-    """The update rule over the parameters that train."""
-    settings = AdamWSettings(
-        beta1=config.adam_beta1, beta2=config.adam_beta2, eps=config.adam_epsilon, weight_decay=config.weight_decay
-    )
-    return AdamW(((name, p) for name, p in model.named_parameters() if p.requires_grad), settings)
-
-
 def make_schedule(config: TrainConfig, total: int) -> Schedule:
     """The learning rate over ``total`` updates."""
     assert config.learning_rate is not None, "derived where not given"
@@ -87,6 +93,11 @@ def make_schedule(config: TrainConfig, total: int) -> Schedule:
         total_steps=total,
         warmup_steps=config.warmup_steps or math.ceil(config.warmup_ratio * total),
         floor=config.min_learning_rate,
+        decay_steps=config.decay_steps,
+        num_cycles=config.num_cycles,
+        power=config.power,
+        wsd_decay_steps=config.wsd_decay_steps,
+        wsd_style=config.wsd_decay_style,
     )
 
 
@@ -97,6 +108,7 @@ def loop_settings(config: TrainConfig, total: int) -> LoopSettings:
         seed=config.seed,
         total_steps=total,
         accumulate=config.gradient_accumulation_steps,
+        in_backward=config.optimizer_in_backward,
         max_grad_norm=config.max_grad_norm,
         log_steps=config.logging_steps,
         eval_when=config.evaluation_strategy,

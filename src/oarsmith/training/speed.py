@@ -1,6 +1,6 @@
-"""How fast training is: tokens per second, and the share of the machine's measured matrix product rate it makes use of.
+"""How fast training is: tokens per second, and the share of the machine's matrix product rate in use.
 
-MFU is PaLM's (Chowdhery et al. 2022, appendix B): FLOPs the model's mathematics needs (``models/count.py``) by time, over
+MFU is that of PaLM (Chowdhery et al. 2022, appendix B): FLOPs the mathematics needs (``models/count.py``) by time, over
 the rate. The rate is measured, not read off a data sheet: that of a CPU depends on its threads, clock and neighbours.
 """
 
