@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from oarsmith.data.corpus.indexed import IndexedBuilder
 from oarsmith.data.corpus.loader import CorpusLoader, batches_in_pass, evaluation_batches, make_corpus_batch
 from oarsmith.data.corpus.parts import Corpus
 from oarsmith.errors import ConfigError, DataError
+from oarsmith.models.layout import Layout
+from tiny import tiny_decoder
 
 SHARES = (0.8, 0.15, 0.05)
 
@@ -298,3 +301,21 @@ def test_notes_of_files_and_caches_reach_the_report(tmp_path):
     (tmp_path / "index-cache").touch()
     notes = Corpus(str(prefix), shares=(1, 0, 0), seq_len=8).draw("train", 3, seed=0).report().notes
     assert "2 bytes at the end" in notes[0] and "kept in memory" in notes[1]
+
+
+def test_a_model_feels_neighbours_only_where_documents_are_not_kept_apart(tmp_path, few_threads):
+    write(tmp_path / "c", [7, 3, 1, 12, 9] * 6)
+    part = Corpus(str(tmp_path / "c"), shares=(1, 0, 0), seq_len=20).draw("train", 2, seed=1)
+    model = tiny_decoder()
+    for isolate in (True, False):
+        loader = CorpusLoader(part, rows_per_batch=2, isolate_documents=isolate)
+        batch = loader.batch_at(0, 0)
+        apart = CorpusLoader(part, rows_per_batch=2, isolate_documents=True).batch_at(0, 0)
+        start, stop = next((a, b) for a, b in pairwise(apart.bounds) if a % 20 > 0)  # a document in mid-row
+        others = batch.input_ids.clone()
+        others[:start] += 300
+        others[stop:] += 300
+        layout = Layout.documents(batch.bounds, batch.positions)
+        with torch.no_grad():
+            before, after = (model.hidden(ids, layout)[start:stop] for ids in (batch.input_ids, others))
+        assert torch.equal(before, after) == isolate
