@@ -28,8 +28,8 @@ Signatures = npt.NDArray[np.integer]
 
 SHINGLE = 5
 # Words; scripts without spaces between words go character by character.
-_WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|\w")
-_WORDS = re.compile(_WORD.pattern + r"+")
+_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORDS = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _BLOCK = 1024  # shingles times num_perm words of 8 bytes: a block stays in the cache
 _RECALL = 0.99
 _MAX_CACHED_WORDS = 1 << 20
