@@ -159,7 +159,7 @@ def test_a_signal_during_an_evaluation_waits_for_the_next_step(model_dir, rows, 
         weights=job.weights_of(config, start, tokenizer),
         evaluate=None,
         decode=tokenizer.decode,
-        base=start.base,
+        tokens_per_pass=64,
     )
 
     def evaluate_and_signal():

@@ -39,6 +39,10 @@ def _projection_scale(c: TrainConfig) -> float | None:
     return {"galore": 0.25, "apollo": 1.0, "apollo_mini": 128**0.5}.get(c.optim)
 
 
+def _projection_rank(c: TrainConfig) -> int | None:
+    return {"galore": 128, "apollo": 128, "apollo_mini": 1}.get(c.optim)
+
+
 def _decode_strategy(c: SamplingKeys) -> str:
     drawn = bool(c.temperature) or (c.temperature is None and (c.top_k > 0 or c.top_p < 1))
     return "sampling" if drawn else "greedy"
@@ -68,6 +72,7 @@ RULES: tuple[Rule[Any], ...] = (
     ),
     Rule(TrainConfig, "logging_dir", lambda c: f"{c.output_dir}/tensorboard", "a folder in output_dir"),
     Rule(TrainConfig, "run_name", lambda c: os.path.basename(os.path.normpath(c.output_dir)), "output_dir's name"),
+    Rule(TrainConfig, "projection_rank", _projection_rank, "128, 1 for apollo_mini; none for other optimizers"),
     Rule(TrainConfig, "projection_scale", _projection_scale, "the papers' values; none for other optimizers"),
     Rule(
         LoraKeys,

@@ -33,7 +33,11 @@ class OptimizerKeys(JobConfig):
     adam_beta2: Float = Field(0.999, ge=0, lt=1, description="AdamW: decay of the mean of their squares.")
     adam_epsilon: Float = Field(1e-8, gt=0, description="AdamW: added to the denominator.")
     muon_momentum: Float = Field(0.95, ge=0, lt=1, description="Muon: momentum of the gradients it orthogonalises.")
-    projection_rank: Int = Field(128, ge=1, description="GaLore, APOLLO: rank of the subspace that holds the states.")
+    projection_rank: Int | None = Field(
+        None,
+        ge=1,
+        description="GaLore, APOLLO: rank of the subspace that holds the states. Not given: 128, and 1 for apollo_mini.",
+    )
     projection_steps: Int = Field(200, ge=1, description="GaLore, APOLLO: steps between new subspaces.")
     projection_scale: Float | None = Field(
         None,

@@ -83,4 +83,5 @@ RECIPE: training.Recipe[PretrainConfig] = training.Recipe(
     load_model=starting.load_whole,
     weights=lambda config, begin, tokenizer: weights.whole_model(tokenizer),
     plan=plan,
+    tokens_per_pass=lambda config: (config.per_device_train_batch_size or 1) * config.max_length,
 )

@@ -65,4 +65,5 @@ RECIPE: training.Recipe[SftConfig] = training.Recipe(
     load_model=load_trainable,
     weights=weights_of,
     plan=plan,
+    tokens_per_pass=lambda config: (config.per_device_train_batch_size or 1) * config.max_length,
 )

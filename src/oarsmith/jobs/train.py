@@ -48,7 +48,7 @@ class Recipe(Generic[C]):
         build_data: reads the data.
         load_model: the model, with the parameters that train marked so.
         weights: how its trained weights become files.
-        plan: the rows of a step, in words.
+        plan: the rows of a step, in words; ``tokens_per_pass``: about how many tokens one pass has.
         extra_scores: further numbers of an evaluation, beside loss, perplexity and accuracy.
     """
 
@@ -60,6 +60,7 @@ class Recipe(Generic[C]):
     load_model: Callable[[C, Start, torch.device], Decoder]
     weights: Callable[[C, Start, Tokenizer], Weights]
     plan: Callable[[C], str]
+    tokens_per_pass: Callable[[C], int]
     extra_scores: Callable[[C, Decoder, Tokenizer], Evaluate | None] = lambda *_: None
 
 
@@ -134,7 +135,7 @@ def train(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainRe
             weights=weights,
             evaluate=evaluation_of(model, objective, data.evaluation, extra),
             decode=tokenizer.decode,
-            base=start.base,
+            tokens_per_pass=recipe.tokens_per_pass(config),
         )
         console.print(_plan(config, recipe, loop.settings.total_steps))
         with closing(loop.tracker):

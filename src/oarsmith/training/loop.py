@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -19,19 +18,19 @@ from oarsmith.errors import StoppedError, TrainingError
 from oarsmith.models.decoder import Decoder
 from oarsmith.training.batches import BatchSource
 from oarsmith.training.checkpoint import read_checkpoint
+from oarsmith.training.ema import Ema
 from oarsmith.training.forensics import Decode, save_failure
-from oarsmith.training.log import RunLog, peak_memory_mb
+from oarsmith.training.log import RunLog
 from oarsmith.training.objective import Objective
-from oarsmith.training.optimizer import AdamW
+from oarsmith.training.optimizer import Optimizer
 from oarsmith.training.progress import Progress
 from oarsmith.training.run_state import LoopSettings, RunState
 from oarsmith.training.saver import Saver
+from oarsmith.training.scaler import LossScaler
 from oarsmith.training.schedule import Schedule
-from oarsmith.training.step import NonFiniteError, StepResult, run_step, seed_step
+from oarsmith.training.speed import SpeedMeter
+from oarsmith.training.step import NonFiniteError, StepResult, run_step, run_step_in_backward, seed_step
 from oarsmith.training.trackers import Tracker
-
-if TYPE_CHECKING:
-    from oarsmith.training.ema import Ema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +42,13 @@ class Loop:
         evaluate: scores the model on held-out data; None without such data.
         decode: ids to text, for the record of a failed step.
         ema: averaged weights, which evaluations then use.
+        scaler: for fp16.
     """
 
     model: Decoder
     objective: Objective
     loader: BatchSource
-    optimizer: AdamW
+    optimizer: Optimizer
     schedule: Schedule
     settings: LoopSettings
     output_dir: Path
@@ -56,10 +56,12 @@ class Loop:
     log: RunLog
     tracker: Tracker
     progress: Progress
+    meter: SpeedMeter
     load_model: Callable[[Decoder, Path], None]
     evaluate: Callable[[], Mapping[str, float]] | None
     decode: Decode
     ema: Ema | None = None
+    scaler: LossScaler | None = None
 
     def run(self, resume: Path | None) -> RunState:
         """Train from the start or from a checkpoint to ``total_steps``, or until evaluations stop getting better.
@@ -72,12 +74,10 @@ class Loop:
         self.log.rewind(state.step)
         self.model.train()
         self.progress.start(state.step, self.settings.total_steps)
-        clock = _Clock(state.tokens)
         with _stop_signals() as stop:
             while state.step < self.settings.total_steps and not state.given_up(self.settings):
                 epoch_end = self._one_step(state)
                 last = state.step == self.settings.total_steps
-                self._report(state, clock, last)
                 # Looked at once: a signal that comes after this is for the next step, or nothing would be saved for it.
                 stopping = bool(stop) and not last
                 saving = self._save_due(state, epoch_end, last, stopping)
@@ -106,7 +106,7 @@ class Loop:
     def evaluate_now(self, step: int) -> dict[str, float]:
         """An evaluation, logged."""
         assert self.evaluate is not None, "no data to evaluate on"
-        with nullcontext() if self.ema is None else self.ema.applied():
+        with self.meter.paused(), nullcontext() if self.ema is None else self.ema.applied():
             record = {"step": step, **self.evaluate()}
         self.log.append(record)
         self.tracker.log(record)
@@ -116,56 +116,65 @@ class Loop:
         """One update; True when it was the last of its epoch."""
         epoch = self.loader.state()["epoch"]
         batches = list(itertools.islice(self.loader, self.settings.accumulate))
+        for batch in batches:
+            self.meter.add(batch)
         lr = self.schedule(state.step)
         seed_step(self.settings.seed, "step", state.step)
         try:
-            result = run_step(
-                self.model,
-                self.objective,
-                batches,
-                self.optimizer,
-                lr=lr,
-                max_grad_norm=self.settings.max_grad_norm,
-            )
+            result = self._run_step(batches, lr)
         except NonFiniteError as error:
             raise self._failed(state.step + 1, error, batches) from error
-        if self.ema is not None:
+        if self.ema is not None and not result.skipped:
             self.ema.update()
-        state.step += 1
-        state.tokens += result.num_tokens
-        state.trained += result.count
-        state.window_total += result.total
-        state.window_count += result.count
-        state.window_correct += result.sums.get("accuracy", 0.0)
+        state.note_step(result)
         self.progress.step(state.step, result.total / result.count, result.num_tokens)
+        if result.skipped:
+            self._event(state.step, "skipped", f"gradients overflowed at a loss scale of {result.loss_scale:g}")
         self._log_if_due(state, result, lr)
         return bool(self.loader.state()["epoch"] != epoch)
 
+    def _run_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        if self.settings.in_backward:
+            (batch,) = batches
+            return run_step_in_backward(self.model, self.objective, batch, self.optimizer, lr=lr)
+        return run_step(
+            self.model,
+            self.objective,
+            batches,
+            self.optimizer,
+            lr=lr,
+            max_grad_norm=self.settings.max_grad_norm,
+            scaler=self.scaler,
+        )
+
+    def _event(self, step: int, event: str, detail: str) -> None:
+        self.log.append({"step": step, "event": event, "detail": detail})
+        self.progress.message(f"step {step}: {event}, {detail}")
+
     def _log_if_due(self, state: RunState, result: StepResult, lr: float) -> None:
-        if state.step % self.settings.log_steps and state.step not in (1, self.settings.total_steps):
+        """A line of the log every ``log_steps``, and at the first and last step; speed with the regular ones."""
+        due = state.step % self.settings.log_steps == 0 or state.step == self.settings.total_steps
+        if not due and state.step > 1:
             return
         place = self.loader.state()
         record = {
             "step": state.step,
             "epoch": place["epoch"] + place["position"] / self.loader.batches_per_epoch(place["epoch"]),
-            "loss": state.window_total / state.window_count,
-            "accuracy": state.window_correct / state.window_count,
-            "grad_norm": result.grad_norm,
+            **state.take_means(),
+            "grad_norm": None if result.skipped else result.grad_norm,
             "learning_rate": lr,
             "tokens": state.tokens,
             "trained_tokens": state.trained,
         }
-        state.window_total = state.window_count = state.window_correct = 0.0
+        if self.scaler is not None:
+            record["loss_scale"] = result.loss_scale
         self.log.append(record)
         self.tracker.log(record)
-
-    def _report(self, state: RunState, clock: _Clock, last: bool) -> None:
-        if state.step % self.settings.log_steps and not last:
-            return
-        speed = clock.lap(state.tokens)
-        timing = {"step": state.step, "tokens_per_second": speed, "peak_memory_mb": peak_memory_mb()}
-        self.log.append_timing(timing)
-        self.tracker.log(timing)
+        if due:
+            speed = self.meter.lap()
+            self.log.append_timing({"step": state.step, **speed})
+            self.tracker.log({"step": state.step, **speed})
+            self.progress.report(state.step, loss=record["loss"], learning_rate=lr, speed=speed)
 
     def _evaluate_if_due(self, state: RunState, epoch_end: bool, last: bool, saving: bool) -> None:
         due = self.settings.due(self.settings.eval_when, self.settings.eval_steps, state.step, epoch_end)
@@ -196,7 +205,10 @@ class Loop:
             "optimizer_steps": self.optimizer.step_count,
             "has_optimizer": self.settings.save_optimizer,
         }
-        self.saver.save(state.step, self.model, tensors, saved, state.best_step)
+        if self.scaler is not None:
+            saved["scaler"] = self.scaler.state()
+        with self.meter.paused():
+            self.saver.save(state.step, self.model, tensors, saved, state.best_step)
 
     def _restore(self, checkpoint: Path) -> RunState:
         tensors, saved = read_checkpoint(checkpoint)
@@ -214,14 +226,17 @@ class Loop:
             self.ema.load_state(_part(tensors, _EMA))
         if self.settings.load_place:
             self.loader.load_state(saved["loader"])
+        if self.scaler is not None and "scaler" in saved:
+            self.scaler.load_state(saved["scaler"])
         state = RunState(**saved["run"])
         self.progress.message(f"resuming from {checkpoint} at step {state.step} of {self.settings.total_steps}")
         return state
 
     def _failed(self, step: int, error: NonFiniteError, batches: Sequence[Batch]) -> TrainingError:
         kept = save_failure(self.output_dir, step, error.what, batches, self.model, self.decode)
+        applied = "not applied" if not error.partly_updated else "applied in part: resume from the last checkpoint"
         return TrainingError(
-            f"{error.what} at step {step}; the step was not applied",
+            f"{error.what} at step {step}; the step was {applied}",
             where=str(kept),
             fix="look at documents.jsonl there; lower learning_rate, or repair the rows it names",
         )
@@ -243,19 +258,6 @@ def _evaluation_line(record: Mapping[str, float], best: bool) -> str:
 
 
 _ALWAYS = frozenset({"step", "eval_loss", "eval_perplexity", "eval_accuracy"})
-
-
-class _Clock:
-    """Tokens per second since the last lap."""
-
-    def __init__(self, tokens: int) -> None:
-        self._tokens, self._time = tokens, time.perf_counter()
-
-    def lap(self, tokens: int) -> float:
-        now = time.perf_counter()
-        speed = (tokens - self._tokens) / max(now - self._time, 1e-9)
-        self._tokens, self._time = tokens, now
-        return speed
 
 
 @contextmanager

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from oarsmith.training.step import StepResult
 
 When = Literal["no", "steps", "epoch"]
 
@@ -14,6 +16,7 @@ class LoopSettings:
     """When to do what. ``total_steps`` counts updates; ``best_metric`` is a key of the evaluation record.
 
     Attributes:
+        in_backward: update each parameter during the backward pass (one pass a step, no clipping).
         patience: evaluations in a row that are not better by ``threshold`` before the run ends; 0: it never does.
         save_optimizer: whether checkpoints hold what an exact resume needs.
         load_optimizer, load_place: whether a resume restores the optimizer's state, and the place in the data.
@@ -24,6 +27,7 @@ class LoopSettings:
     accumulate: int
     max_grad_norm: float
     log_steps: int
+    in_backward: bool = False
     eval_when: When = "no"
     eval_steps: int = 0
     save_when: When = "steps"
@@ -59,11 +63,28 @@ class RunState:
     trained: float = 0.0
     window_total: float = 0.0
     window_count: float = 0.0
-    window_correct: float = 0.0
+    window_sums: dict[str, float] = field(default_factory=dict)
     best_value: float | None = None
     best_step: int | None = None
     watched_value: float | None = None
     stalled: int = 0
+
+    def note_step(self, result: StepResult) -> None:
+        """Count an update; sums go into the window of the next line of the log."""
+        self.step += 1
+        self.tokens += result.num_tokens
+        self.trained += result.count
+        self.window_total += result.total
+        self.window_count += result.count
+        for name, value in result.sums.items():
+            self.window_sums[name] = self.window_sums.get(name, 0.0) + value
+
+    def take_means(self) -> dict[str, float]:
+        """Mean loss and further sums since the last line of the log."""
+        means = {"loss": self.window_total / self.window_count}
+        means |= {name: value / self.window_count for name, value in self.window_sums.items()}
+        self.window_total, self.window_count, self.window_sums = 0.0, 0.0, {}
+        return means
 
     def note_evaluation(self, record: Mapping[str, float], settings: LoopSettings, *, kept: bool) -> bool:
         """Take in an evaluation of the present step; True where it is the best of the steps that are ``kept``."""

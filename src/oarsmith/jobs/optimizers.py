@@ -1,0 +1,72 @@
+"""The optimizer a configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from oarsmith.config.train import TrainConfig
+from oarsmith.models.decoder import Decoder
+from oarsmith.training.optimizer import (
+    AdafactorSettings,
+    Adam8bit,
+    AdamMini,
+    AdamW,
+    AdamWSettings,
+    ApolloSettings,
+    GaLoreSettings,
+    MuonSettings,
+    Optimizer,
+    adafactor,
+    apollo,
+    block_matrices,
+    embedding_names,
+    fused_matrices,
+    galore,
+    muon,
+    offloaded,
+    step_size_units,
+)
+
+Named = Iterable[tuple[str, nn.Parameter]]
+
+
+def make_optimizer(config: TrainConfig, model: Decoder) -> Optimizer:
+    """The update rule over the parameters that train."""
+    build = _rule(config, model)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return offloaded(trained, build) if config.offload_optim else build(trained)
+
+
+def _rule(config: TrainConfig, model: Decoder) -> Callable[[Named], Optimizer]:
+    adam = AdamWSettings(
+        beta1=config.adam_beta1, beta2=config.adam_beta2, eps=config.adam_epsilon, weight_decay=config.weight_decay
+    )
+    rank, steps, scale = config.projection_rank or 128, config.projection_steps, config.projection_scale or 1.0
+    match config.optim:
+        case "adamw":
+            return lambda named: AdamW(named, adam)
+        case "adamw_8bit":
+            return lambda named: Adam8bit(named, adam, wide=embedding_names(model))
+        case "adamw_mini":
+            return lambda named: AdamMini(named, adam, step_size_units(model))
+        case "adafactor":
+            factored = AdafactorSettings(weight_decay=config.weight_decay)
+            return lambda named: adafactor(named, factored, fused_matrices(model))
+        case "muon":
+            orthogonal = MuonSettings(momentum=config.muon_momentum, others=adam)
+            return lambda named: muon(named, orthogonal, block_matrices(model))
+        case "galore":
+            projected = GaLoreSettings(rank=rank, steps=steps, scale=scale, adam=adam)
+            return lambda named: galore(named, projected, block_matrices(model))
+        case "apollo" | "apollo_mini":
+            scaled = ApolloSettings(
+                rank=rank,
+                steps=steps,
+                scale=scale,
+                scaling="channel" if config.optim == "apollo" else "tensor",
+                seed=config.seed,
+                adam=adam,
+            )
+            return lambda named: apollo(named, scaled, block_matrices(model))
