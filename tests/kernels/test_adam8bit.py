@@ -1,4 +1,4 @@
-"""8-bit AdamW against the paper's formula in float64, its map against bitsandbytes' values, the kernel against its twin."""
+"""8-bit AdamW against the paper's formula in float64, its map against bitsandbytes, the kernel against its twin."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from oarsmith.kernels import AdamWRule, Moments8bit, adam8bit_step, adamw_step
 from oarsmith.kernels.adam8bit import BLOCK, dequantize, dynamic_map, new_moments, quantize
-from oarsmith.kernels.adamw import join_master
+from oarsmith.kernels.masters import join_master
 from oarsmith.kernels.select import using
 
 from .conftest import randn
@@ -26,7 +26,16 @@ def test_the_map_is_that_of_bitsandbytes() -> None:
     """``create_dynamic_map`` of bitsandbytes 0.50, at its ends, around zero and at the borders of decades."""
     signed = {0: -0.99296875, 1: -0.97890627, 63: -0.10703125, 64: -0.09859375, 126: -5.5e-7, 127: 0.0, 128: 5.5e-7}
     signed |= {129: 3.25e-6, 130: 7.75e-6, 254: 0.99296875, 255: 1.0}
-    unsigned = {0: 0.0, 1: 3.25e-7, 2: 7.75e-7, 3: 2.125e-6, 126: 0.09929688, 127: 0.10351563, 254: 0.99648434, 255: 1.0}
+    unsigned = {
+        0: 0.0,
+        1: 3.25e-7,
+        2: 7.75e-7,
+        3: 2.125e-6,
+        126: 0.09929688,
+        127: 0.10351563,
+        254: 0.99648434,
+        255: 1.0,
+    }
     for expected, table in ((signed, dynamic_map(signed=True)), (unsigned, dynamic_map(signed=False))):
         assert len(table) == 256 and bool((table.diff() > 0).all())
         assert {index: float(table[index]) for index in expected} == pytest.approx(expected, rel=1e-6)
@@ -49,7 +58,9 @@ def test_quantising_takes_the_nearest_value(signed: bool, size: int) -> None:
         assert (chosen - distances.min(1)).max() < 1e-7
     error = (dequantize(indices, scale, signed=signed) - values).abs()
     # Half of the widest step of the map, times the scale.
-    assert float((error / scale.repeat_interleave(BLOCK)[:size]).max()) <= (0.9 / 64 if signed else 0.9 / 128) / 2 + 1e-7
+    assert (
+        float((error / scale.repeat_interleave(BLOCK)[:size]).max()) <= (0.9 / 64 if signed else 0.9 / 128) / 2 + 1e-7
+    )
 
 
 def test_a_block_of_zeros() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from oarsmith.kernels import AdamWRule, adamw_step
-from oarsmith.kernels.adamw import join_master, split_master
+from oarsmith.kernels.masters import join_master, split_master
 from oarsmith.kernels.select import library, using
 
 from .conftest import randn

@@ -1,4 +1,4 @@
-"""What every rule owes: exact masters, bitwise resuming, the same numbers in backward and in host memory, and learning."""
+"""What every rule owes: exact masters, bitwise resuming, the same numbers in backward and in host memory, learning."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from oarsmith.errors import CheckpointError
-from oarsmith.kernels.adamw import join_master
+from oarsmith.kernels.masters import join_master
 from oarsmith.methods.sft import OBJECTIVE
 from oarsmith.models.decoder import Decoder
 from oarsmith.training.optimizer import (

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from oarsmith.kernels.masters import join_master, split_master
 from oarsmith.kernels.select import library
 
 
@@ -61,16 +62,3 @@ def adamw_reference(
     master.sub_(rule.lr * (exp_avg / correction1) / ((exp_avg_sq / correction2).sqrt() + rule.eps))
     if low is not None:
         split_master(master, parameter, low)
-
-
-def join_master(parameter: Tensor, low: Tensor) -> Tensor:
-    """The fp32 master of a bf16 parameter and its int16 remainder."""
-    return ((parameter.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)).view(torch.float32)
-
-
-def split_master(master: Tensor, parameter: Tensor, low: Tensor) -> None:
-    """Write fp32 values as bf16 (round half up in the bits) and the signed remainder, in place."""
-    bits = master.view(torch.int32)
-    high = (bits + 0x8000) >> 16
-    parameter.copy_(high.to(torch.int16).view(torch.bfloat16))
-    low.copy_((bits - (high << 16)).to(torch.int16))

@@ -34,6 +34,7 @@ _SIGNATURES = {
     "cross_entropy": "pppppplliff",
     "adamw_split": "ppppplffffffff",
     "adam8bit": "ppppppplppppppffffffff",
+    "subtract": "ppplf",
 }
 
 

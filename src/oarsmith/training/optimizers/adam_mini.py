@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from oarsmith.training.optimizers.adamw import AdamWSettings, adamw_state, adamw_update
-from oarsmith.training.optimizers.base import Optimizer, decays, master_of, master_state, store_master
+from oarsmith.training.optimizers.base import Optimizer, decays, master_state, subtract_delta
 
 
 class AdamMini(Optimizer):
@@ -58,7 +58,5 @@ class AdamMini(Optimizer):
         correction1, correction2 = rule.corrections
         size_U = (lr / correction1) / ((unit_sq / correction2).sqrt() + rule.eps)
         size_O = size_U if units is None else size_U.repeat_interleave(units)
-        master = master_of(parameter, state)
-        master.mul_(1 - lr * rule.weight_decay)
-        master.sub_((exp_avg.view(len(size_O), -1) * size_O[:, None]).view(parameter.shape))
-        store_master(master, parameter, state)
+        delta = (exp_avg.view(len(size_O), -1) * size_O[:, None]).view(parameter.shape)
+        subtract_delta(parameter, state, delta, keep=1 - lr * rule.weight_decay)

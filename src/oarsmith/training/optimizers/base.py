@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from oarsmith.errors import CheckpointError
-from oarsmith.kernels.adamw import join_master, split_master
+from oarsmith.kernels.masters import join_master, subtract
 
 State = dict[str, Tensor]
 
@@ -81,8 +81,8 @@ def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
 def master_state(parameter: Tensor) -> State:
     """What completes a parameter to its fp32 master.
 
-    fp32: nothing. bf16: ``low``, the lower 16 bits (see ``kernels/adamw.py``). fp16 has another exponent than fp32, so
-    there the master is a tensor of its own.
+    fp32: nothing. bf16: ``low``, the lower 16 bits (see ``kernels/masters.py``). fp16 has another exponent than fp32,
+    so there the master is a tensor of its own.
     """
     if parameter.dtype == torch.bfloat16:
         return {"low": torch.zeros_like(parameter, dtype=torch.int16)}
@@ -93,18 +93,19 @@ def master_state(parameter: Tensor) -> State:
 
 
 def master_of(parameter: Tensor, state: State) -> Tensor:
-    """The fp32 master: memory of the parameter or its state where that is fp32, else computed."""
+    """The fp32 master: the parameter's or the state's own memory where that is fp32, else computed."""
     if "low" in state:
         return join_master(parameter, state["low"])
     return state.get("master", parameter)
 
 
-def store_master(master: Tensor, parameter: Tensor, state: State) -> None:
-    """Write back what :func:`master_of` gave, after an update in place."""
-    if "low" in state:
-        split_master(master, parameter, state["low"])
-    elif "master" in state:
-        parameter.copy_(master)
+def subtract_delta(parameter: Tensor, state: State, delta: Tensor, *, keep: float) -> None:
+    """master = keep * master - delta, and the parameter with it."""
+    if "master" in state:
+        subtract(state["master"], None, delta, keep)
+        parameter.copy_(state["master"])
+    else:
+        subtract(parameter, state.get("low"), delta, keep)
 
 
 def adopt_weight(parameter: Tensor, state: State) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from oarsmith.training.optimizers.adamw import AdamWSettings, adamw_state, adamw_update
-from oarsmith.training.optimizers.base import Optimizer, State, decays, master_of, master_state, store_master
+from oarsmith.training.optimizers.base import Optimizer, State, decays, master_state, subtract_delta
 from oarsmith.training.optimizers.blocks import RowBlocks
 
 
@@ -64,8 +64,5 @@ class MatrixOptimizer(Optimizer):
         for index, part in enumerate(blocks.split(grad)):
             own = {what.removesuffix(f".{index}"): t for what, t in state.items() if what.endswith(f".{index}")}
             deltas.append(self.rule.delta(f"{name}/{index}", part.float() * grad_scale, own, lr, step))
-        master = master_of(parameter, state)
-        if decays(name, parameter):
-            master.mul_(1 - lr * self.others.weight_decay)
-        master.sub_(blocks.join(deltas))
-        store_master(master, parameter, state)
+        keep = 1 - lr * self.others.weight_decay if decays(name, parameter) else 1.0
+        subtract_delta(parameter, state, blocks.join(deltas), keep=keep)
