@@ -32,7 +32,8 @@ def build_data(config: PretrainConfig, vocab_size: int) -> TrainingData:
     lines: list[str] = []
 
     def draw(part: Part, num_samples: int) -> CorpusPart:
-        drawn = corpus.draw(part, num_samples, seed=config.seed, cache=cache)
+        # What is evaluated on is the same for every seed, so that runs with different ones can be compared.
+        drawn = corpus.draw(part, num_samples, seed=config.seed if part == "train" else 0, cache=cache)
         reports[part] = drawn.report().to_dict()
         lines.extend(drawn.report().lines())
         return drawn

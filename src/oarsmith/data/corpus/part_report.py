@@ -29,6 +29,14 @@ class ComponentReport:
     epochs: float
     left_over: int
 
+    def line(self) -> str:
+        """What is drawn from this file."""
+        empty = f" ({self.empty:,} empty)" if self.empty else ""
+        return (
+            f"  {self.prefix}: {self.share:.1%} of the samples, {self.documents:,} documents{empty}, "
+            f"{self.tokens:,} tokens seen {self.epochs:.2f} times{_left_over(self.left_over)}"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class PartReport:
@@ -66,11 +74,12 @@ class PartReport:
             f"{self.part}: {documents:,} documents, {tokens:,} tokens; {self.num_samples:,} samples of "
             f"{self.seq_len:,} tokens are drawn ({self.num_samples * self.seq_len / tokens:.2f} times the tokens)"
         ]
-        found += [
-            f"{component.prefix}: {component.share:.1%} of the samples, {component.documents:,} documents"
-            + (f" ({component.empty:,} empty)" if component.empty else "")
-            + f", {component.tokens:,} tokens seen {component.epochs:.2f} times"
-            + (f", {component.left_over:,} tokens left over at the end" if component.left_over else "")
-            for component in self.components
-        ]
+        if len(self.components) == 1:
+            found[0] += _left_over(self.components[0].left_over)
+        if len(self.components) > 1:
+            found += [component.line() for component in self.components]
         return found + list(self.notes)
+
+
+def _left_over(num_tokens: int) -> str:
+    return f", {num_tokens:,} tokens left over at the end" if num_tokens else ""
