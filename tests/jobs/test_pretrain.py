@@ -9,6 +9,7 @@ import torch
 import oarsmith
 from oarsmith import cli
 from oarsmith.data.corpus.indexed import IndexedBuilder, token_dtype
+from oarsmith.models import families
 from tiny import CONFIGS, TOKENIZER, read_lines, write_tiny_model
 
 KEYS = {"num_threads": 1, "dtype": "fp32", "max_length": 32, "per_device_train_batch_size": 2, "logging_steps": 1}
@@ -164,3 +165,51 @@ def test_a_corpus_of_another_tokenizer_is_refused(blank, tmp_path, capsys):
     strange = write_corpus(tmp_path / "strange", vocab=4000, first=3000)
     assert pretrain(blank, strange, tmp_path / "run", max_steps=1, split="1") == 2
     assert "outside the model's vocabulary of 1152" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["linear", "ntk", "dynamic", "yarn"])
+def test_a_stretched_context_stays_with_the_model(corpus, tmp_path, kind):
+    model = write_tiny_model(tmp_path / "model", max_position_embeddings=16)
+    keys = {"rope_scaling_type": kind, "rope_scaling_factor": 4, "max_steps": 2, "split": "1", "use_pose_convert": True}
+    assert pretrain(model, corpus, tmp_path / "run", **keys, max_length=16) == 0
+    kept = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert families.build_spec(kept)[1].max_positions == 64
+    # The same model, made anew from its files, is stretched in the same way.
+    assert pretrain(tmp_path / "run" / "model", corpus, tmp_path / "more", max_steps=1, split="1", max_length=64) == 0
+
+
+def test_rows_longer_than_the_context_are_refused(corpus, tmp_path, capsys):
+    model = write_tiny_model(tmp_path / "model", max_position_embeddings=16)
+    assert pretrain(model, corpus, tmp_path / "run", max_steps=1, split="1") == 2
+    assert "max_length 32 is longer than the model's context of 16 tokens" in capsys.readouterr().err
+
+
+def test_what_a_model_does_in_training_leaves_its_evaluation_alone(corpus, tmp_path):
+    """Shifted attention, noise and recomputation change training (or nothing), never how a model is scored."""
+    model = write_tiny_model(tmp_path / "model")
+    base = {"max_steps": 1, "split": "9,1", "evaluation_strategy": "steps", "eval_steps": 1, "learning_rate": 1e-9}
+    variants = {
+        "plain": {},
+        "shifted": {"use_ssa": True},
+        "noise": {"neftune": True},
+        "again": {"recompute": True, "recompute_granularity": "core_attn", "no_recompute_layers": "1"},
+        "z": {"z_loss": 1e-3},
+    }
+    found = {}
+    for name, keys in variants.items():
+        assert pretrain(model, corpus, tmp_path / name, **base, **keys) == 0
+        lines = read_lines(tmp_path / name / "log.jsonl")
+        found[name] = (lines[0], next(line["eval_loss"] for line in lines if "eval_loss" in line))
+    # A rate of 1e-9 moves no evaluation by more than this.
+    assert all(value == pytest.approx(found["plain"][1], abs=1e-6) for _, value in found.values())
+    first = {name: line["loss"] for name, (line, _) in found.items()}
+    assert first["plain"] == first["again"] == first["z"]
+    assert first["shifted"] != first["plain"] != first["noise"]
+    assert found["z"][0]["z_loss"] > 0 and found["z"][0]["grad_norm"] != found["plain"][0]["grad_norm"]
+
+
+def test_a_block_that_does_not_exist_cannot_be_spared(corpus, tmp_path, capsys):
+    model = write_tiny_model(tmp_path / "model")
+    keys = {"recompute": True, "no_recompute_layers": "0,7", "max_steps": 1, "split": "1"}
+    assert pretrain(model, corpus, tmp_path / "run", **keys) == 2
+    assert "[7]" in capsys.readouterr().err

@@ -16,11 +16,16 @@ from oarsmith.checkpoint.hf import DTYPES, load_decoder
 from oarsmith.config.groups import LoraKeys, ModelKeys
 from oarsmith.config.resolved import Resolved
 from oarsmith.config.train import TrainConfig
+from oarsmith.data.pose import Pose
 from oarsmith.errors import ConfigError, DataError
 from oarsmith.loading import dtype_name, new_model, resolve
 from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.recompute import Recompute
+from oarsmith.models.shifted import ShiftedSparse
+from oarsmith.models.stretch import stretch
+from oarsmith.training.batches import BatchSource
+from oarsmith.training.pose import PosedBatches
 from oarsmith.training.precision import has_fast_bf16, training_dtype
 
 C = TypeVar("C", bound=TrainConfig)
@@ -68,8 +73,6 @@ def stretched(config: TrainConfig, contents: Mapping[str, Any]) -> Mapping[str, 
     """A ``config.json`` with the context the run asks for."""
     if config.rope_scaling_type == "none":
         return contents
-    from oarsmith.models.stretch import stretch
-
     return stretch(contents, config.rope_scaling_type, config.rope_scaling_factor)
 
 
@@ -121,9 +124,20 @@ def set_up(config: TrainConfig, model: Decoder) -> Decoder:
         model.recompute = Recompute(
             granularity=config.recompute_granularity, skip_layers=frozenset(config.no_recompute_layers)
         )
+        model.recompute.require(len(model.spec.layers))
+    if config.use_ssa:
+        ShiftedSparse.require(model.spec)
+        model.shifted = ShiftedSparse(ratio=config.ssa_group_size_ratio)
     model.neftune_alpha = config.neftune_noise_alpha if config.neftune else None
     if config.torch_compile:
         from oarsmith.training.compile import compile_model
 
         compile_model(model)
     return model
+
+
+def with_skipped_positions(config: TrainConfig, start: Start, source: BatchSource) -> BatchSource:
+    """The training batches, under PoSE where the config asks for it."""
+    if not config.use_pose_convert:
+        return source
+    return PosedBatches(source, Pose(num_positions=start.max_positions, seed=config.seed))

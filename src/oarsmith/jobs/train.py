@@ -19,7 +19,7 @@ from oarsmith.config.train import TrainConfig
 from oarsmith.errors import ConfigError
 from oarsmith.jobs.loop_parts import make_loop, total_steps
 from oarsmith.jobs.runtime import runtime
-from oarsmith.jobs.start import Start, require_vocabulary
+from oarsmith.jobs.start import Start, require_vocabulary, with_skipped_positions
 from oarsmith.jobs.weights import Weights
 from oarsmith.methods.data import TrainingData
 from oarsmith.models.decoder import Decoder
@@ -129,7 +129,7 @@ def train(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainRe
             config,
             model=model,
             objective=objective,
-            loader=data.train,
+            loader=with_skipped_positions(config, start, data.train),
             store=store,
             progress=progress,
             weights=weights,
