@@ -114,6 +114,14 @@ COMMANDS: dict[str, Command] = {
         "CONFIG | MODEL DATA",
         "oarsmith preview model/ train.jsonl",
     ),
+    "replay": Command(
+        _LOOK,
+        "run one training step that went wrong again, alone, and show it layer by layer",
+        "oarsmith.jobs.replay:run",
+        "FAILURE_FOLDER",
+        "oarsmith replay runs/sft/failure-step-120 --dtype fp32",
+        reads_config=False,
+    ),
     "explain": Command(
         _LOOK,
         "say what a configuration key is, its value and where that came from",
