@@ -52,16 +52,7 @@ def train_tokenizer(
             where="vocab_size",
             fix=f"give at least {_NUM_BYTES + len(specials)}; 32000 is usual",
         )
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    pattern = SPLIT_PATTERNS["Qwen2Tokenizer"]
-    assert pattern is not None
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = _untrained()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[AddedToken(text, normalized=False, special=True) for text in specials],
@@ -85,6 +76,20 @@ def train_tokenizer(
         )
     _write(tokenizer, directory, special_tokens, facts)
     return size
+
+
+def _untrained() -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    pattern = SPLIT_PATTERNS["Qwen2Tokenizer"]
+    assert pattern is not None
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def _write(
