@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import oarsmith
+from oarsmith import cli
 from oarsmith.config.load import load_config
 from oarsmith.config.sft import SftConfig
-from oarsmith.data.batch import make_batch
 from oarsmith.errors import StoppedError
 from oarsmith.jobs import sft as job
 from oarsmith.jobs.loop_parts import make_loop
@@ -20,9 +20,8 @@ from oarsmith.jobs.runtime import make_console
 from oarsmith.methods.sft import OBJECTIVE, build_data
 from oarsmith.training.checkpoint import CheckpointStore
 from oarsmith.training.evaluate import Evaluation
-from oarsmith.training.forensics import save_failure
 from oarsmith.training.progress import Progress
-from tiny import TOKENIZER, random_samples, read_lines, run_sft, tiny_decoder, write_rows, write_tiny_model
+from tiny import TOKENIZER, read_lines, run_sft, tiny_decoder, write_rows, write_tiny_model
 
 KEYS = {"max_length": 64, "per_device_train_batch_size": 2, "logging_steps": 1}
 
@@ -92,7 +91,7 @@ def test_a_learning_rate_that_explodes(model_dir, rows, tmp_path, capsys):
     assert run_sft(model_dir, rows, tmp_path / "run", **keys) == 2
     message = capsys.readouterr().err
     assert "the step was not applied" in message
-    assert "documents.jsonl" in message
+    assert f"oarsmith replay {tmp_path}" in message
     step = steps(tmp_path / "run", "loss")[-1] + 1
     folder = tmp_path / "run" / f"failure-step-{step}"
     assert str(folder) in message
@@ -118,16 +117,22 @@ def test_a_nan_weight_is_named(tmp_path, rows, capsys):
     assert saved(tmp_path / "run") == []
 
 
-def test_failure_keeps_the_batch_as_it_was(tmp_path):
-    samples = random_samples((5, 8, 3))
-    batches = [make_batch(samples[:2]), make_batch(samples[2:])]
-    folder = save_failure(tmp_path, 7, "because", batches, tiny_decoder(), lambda ids: f"{len(ids)} ids")
-    documents = read_lines(folder / "documents.jsonl")
-    assert [d["where"] for d in documents] == ["random:0", "random:1", "random:2"]
-    assert [d["micro_batch"] for d in documents] == [0, 0, 1]
-    assert [d["text"] for d in documents] == ["5 ids", "8 ids", "3 ids"]
-    assert documents[1]["ids"] == samples[1].ids.tolist()
-    assert documents[1]["weights_of_next"][:-1] == samples[1].weights[1:].tolist()
+def test_a_loss_that_jumps_is_kept_and_training_goes_on(model_dir, tmp_path, capsys):
+    """After 30 rows that repeat themselves comes one of random words: easy losses, then a jump."""
+    easy = [{"src": "Say it.", "tgt": "It is it is it is it."}] * 30
+    hard = [{"src": "Say it.", "tgt": "zebra quilt 93 !! vortex §§ jam"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in easy + hard))
+    keys = {"max_length": 64, "logging_steps": 1, "zero_padding": False, "per_device_train_batch_size": 1}
+    keys |= {"learning_rate": 1e-2, "num_train_epochs": 2, "save_steps": 100}
+    assert run_sft(model_dir, tmp_path / "rows.jsonl", tmp_path / "run", **keys) == 0
+    events = [record for record in read_lines(tmp_path / "run" / "log.jsonl") if "event" in record]
+    assert [event["event"] for event in events] == ["spike"] * len(events) and events
+    folder = tmp_path / "run" / f"spike-step-{events[0]['step']}"
+    assert str(folder) in events[0]["detail"]
+    assert "zebra" in (folder / "documents.jsonl").read_text()
+    capsys.readouterr()
+    assert cli.main(["replay", str(folder), "--num_threads", "1"]) == 0
+    assert "both are the recorded ones, bit for bit" in capsys.readouterr().out
 
 
 def test_tensorboard(model_dir, rows, tmp_path):

@@ -13,7 +13,7 @@ from oarsmith.models.decoder import Decoder
 from oarsmith.training.batches import BatchSource
 from oarsmith.training.checkpoint import CheckpointStore
 from oarsmith.training.ema import Ema
-from oarsmith.training.forensics import Decode
+from oarsmith.training.forensics import Decode, Recorder
 from oarsmith.training.log import RunLog
 from oarsmith.training.loop import Loop
 from oarsmith.training.objective import Objective
@@ -23,6 +23,7 @@ from oarsmith.training.saver import Saver
 from oarsmith.training.scaler import LossScaler
 from oarsmith.training.schedule import Schedule
 from oarsmith.training.speed import SpeedMeter, matmul_rate
+from oarsmith.training.spikes import SpikeDetector
 from oarsmith.training.trackers import make_tracker
 
 
@@ -65,7 +66,10 @@ def make_loop(
         progress=progress,
         load_model=weights.load,
         evaluate=evaluate,
-        decode=decode,
+        recorder=Recorder(
+            output_dir=output_dir, model=model, objective=objective, decode=decode, write_model=weights.write
+        ),
+        spikes=SpikeDetector(config.loss_spike_factor),
         ema=None if config.ema_decay is None else Ema(optimizer, decay=config.ema_decay),
         scaler=LossScaler(scale=config.scale_loss) if config.dtype == "fp16" else None,
     )

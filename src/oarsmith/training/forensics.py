@@ -305,19 +305,6 @@ def only_document(batches: Sequence[Batch], number: int) -> Batch:
     )
 
 
-def save_failure(
-    output_dir: Path, step: int, reason: str, batches: Sequence[Batch], model: Decoder, decode: Decode
-) -> Path:
-    """Write ``failure-step-N/`` with ``documents.jsonl`` and a short ``report.json``; its path."""
-    final = output_dir / f"failure-step-{step}"
-    with atomic_directory(final) as folder:
-        write_documents(folder / DOCUMENTS, batches, decode)
-        broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
-        report = {"step": step, "reason": reason, "parameters_not_finite": broken}
-        atomic_write_text(folder / REPORT, json.dumps(report, indent=1) + "\n")
-    return final
-
-
 def differs_by(found: float, recorded: float) -> str | None:
     """How far two numbers are from each other, in words; None where they are the same, bit for bit (NaN is NaN)."""
     if found == recorded or (math.isnan(found) and math.isnan(recorded)):

@@ -19,7 +19,7 @@ from oarsmith.models.decoder import Decoder
 from oarsmith.training.batches import BatchSource
 from oarsmith.training.checkpoint import read_checkpoint
 from oarsmith.training.ema import Ema
-from oarsmith.training.forensics import Decode, save_failure
+from oarsmith.training.forensics import Recorder, StepFacts, WeightsAre
 from oarsmith.training.log import RunLog
 from oarsmith.training.objective import Objective
 from oarsmith.training.optimizer import Optimizer
@@ -29,6 +29,7 @@ from oarsmith.training.saver import Saver
 from oarsmith.training.scaler import LossScaler
 from oarsmith.training.schedule import Schedule
 from oarsmith.training.speed import SpeedMeter
+from oarsmith.training.spikes import SpikeDetector
 from oarsmith.training.step import NonFiniteError, StepResult, run_step, run_step_in_backward, seed_step
 from oarsmith.training.trackers import Tracker
 
@@ -40,7 +41,7 @@ class Loop:
     Attributes:
         load_model: restores what ``saver.write_model`` wrote.
         evaluate: scores the model on held-out data; None without such data.
-        decode: ids to text, for the record of a failed step.
+        recorder: keeps steps that fail; ``spikes`` says which other ones are odd.
         ema: averaged weights, which evaluations then use.
         scaler: for fp16.
     """
@@ -59,7 +60,8 @@ class Loop:
     meter: SpeedMeter
     load_model: Callable[[Decoder, Path], None]
     evaluate: Callable[[], Mapping[str, float]] | None
-    decode: Decode
+    recorder: Recorder
+    spikes: SpikeDetector
     ema: Ema | None = None
     scaler: LossScaler | None = None
 
@@ -120,10 +122,17 @@ class Loop:
             self.meter.add(batch)
         lr = self.schedule(state.step)
         seed_step(self.settings.seed, "step", state.step)
+        facts = StepFacts(
+            step=state.step + 1,
+            seed=self.settings.seed,
+            learning_rate=lr,
+            max_grad_norm=self.settings.max_grad_norm,
+            loss_scale=1.0 if self.scaler is None else self.scaler.scale,
+        )
         try:
-            result = self._run_step(batches, lr)
+            result = self._run_step(facts, batches)
         except NonFiniteError as error:
-            raise self._failed(state.step + 1, error, batches) from error
+            raise self._failed(facts, error, batches) from error
         if self.ema is not None and not result.skipped:
             self.ema.update()
         state.note_step(result)
@@ -133,19 +142,33 @@ class Loop:
         self._log_if_due(state, result, lr)
         return bool(self.loader.state()["epoch"] != epoch)
 
-    def _run_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+    def _run_step(self, facts: StepFacts, batches: Sequence[Batch]) -> StepResult:
+        lr = facts.learning_rate
         if self.settings.in_backward:
             (batch,) = batches
-            return run_step_in_backward(self.model, self.objective, batch, self.optimizer, lr=lr)
+            result = run_step_in_backward(self.model, self.objective, batch, self.optimizer, lr=lr)
+            self._keep_if_odd(facts, batches, result, weights="after the update")
+            return result
         return run_step(
             self.model,
             self.objective,
             batches,
             self.optimizer,
             lr=lr,
-            max_grad_norm=self.settings.max_grad_norm,
+            max_grad_norm=facts.max_grad_norm,
             scaler=self.scaler,
+            inspect=lambda result: self._keep_if_odd(facts, batches, result, weights="before the update"),
         )
+
+    def _keep_if_odd(
+        self, facts: StepFacts, batches: Sequence[Batch], result: StepResult, *, weights: WeightsAre
+    ) -> None:
+        """Keep a step whose loss jumps; training goes on."""
+        reason = self.spikes.check(result.total / result.count)
+        if reason is not None:
+            with self.meter.paused():
+                kept = self.recorder.spike(facts, reason, batches, result, weights=weights)
+            self._event(facts.step, "spike", reason if kept is None else f"{reason}; kept in {kept}")
 
     def _event(self, step: int, event: str, detail: str) -> None:
         self.log.append({"step": step, "event": event, "detail": detail})
@@ -204,6 +227,7 @@ class Loop:
             "loader": self.loader.state(),
             "optimizer_steps": self.optimizer.step_count,
             "has_optimizer": self.settings.save_optimizer,
+            "spikes": self.spikes.state(),
         }
         if self.scaler is not None:
             saved["scaler"] = self.scaler.state()
@@ -226,19 +250,23 @@ class Loop:
             self.ema.load_state(_part(tensors, _EMA))
         if self.settings.load_place:
             self.loader.load_state(saved["loader"])
+        self.spikes.load_state(saved.get("spikes", []))
         if self.scaler is not None and "scaler" in saved:
             self.scaler.load_state(saved["scaler"])
         state = RunState(**saved["run"])
         self.progress.message(f"resuming from {checkpoint} at step {state.step} of {self.settings.total_steps}")
         return state
 
-    def _failed(self, step: int, error: NonFiniteError, batches: Sequence[Batch]) -> TrainingError:
-        kept = save_failure(self.output_dir, step, error.what, batches, self.model, self.decode)
-        applied = "not applied" if not error.partly_updated else "applied in part: resume from the last checkpoint"
+    def _failed(self, facts: StepFacts, error: NonFiniteError, batches: Sequence[Batch]) -> TrainingError:
+        partly = error.partly_updated
+        kept = self.recorder.failure(
+            facts, error.what, batches, weights="partly updated" if partly else "before the update"
+        )
+        applied = "applied in part, so resume from the last checkpoint" if partly else "not applied"
         return TrainingError(
-            f"{error.what} at step {step}; the step was {applied}",
+            f"{error.what} at step {facts.step}; the step was {applied}",
             where=str(kept),
-            fix="look at documents.jsonl there; lower learning_rate, or repair the rows it names",
+            fix=f"oarsmith replay {kept} shows where it begins; then lower learning_rate, or repair the rows it names",
         )
 
 
