@@ -25,7 +25,6 @@ from oarsmith.models.recompute import Recompute
 from oarsmith.models.shifted import ShiftedSparse
 from oarsmith.models.stretch import stretch
 from oarsmith.training.batches import BatchSource
-from oarsmith.training.compile import compile_model
 from oarsmith.training.pose import PosedBatches
 from oarsmith.training.precision import has_fast_bf16, training_dtype
 
@@ -131,6 +130,9 @@ def set_up(config: TrainConfig, model: Decoder) -> Decoder:
         model.shifted = ShiftedSparse(ratio=config.ssa_group_size_ratio)
     model.neftune_alpha = config.neftune_noise_alpha if config.neftune else None
     if config.torch_compile:
+        # Not at the top: it imports PyTorch's compiler, which takes seconds.
+        from oarsmith.training.compile import compile_model
+
         compile_model(model)
     return model
 
