@@ -1,4 +1,4 @@
-// master = keep * master - delta in one pass, for fp32 parameters and for bf16 ones with the lower half of their master.
+// master = keep * master - delta in one pass: fp32 parameters and bf16 ones with the lower half of their master.
 #include "common.h"
 
 extern "C" void subtract_f32(float* p, int16_t*, const float* delta, int64_t n, float keep) {
