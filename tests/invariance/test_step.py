@@ -15,6 +15,7 @@ from oarsmith import kernels
 from oarsmith.data.batch import make_batch
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.recompute import Granularity, Recompute
+from oarsmith.training.compile import compile_model
 from tiny import CONFIGS, Step, batches_of, largest_difference, one_step, random_samples, tiny_decoder
 
 LOSS_TOLERANCE = 1e-6
@@ -87,11 +88,10 @@ def test_the_step_is_sensitive() -> None:
 
 @pytest.mark.slow
 def test_compiled() -> None:
-    """torch.compile of every block, as the job does it."""
+    """torch.compile, as the job does it."""
     model = tiny_decoder("llama", num_hidden_layers=1)
     expected = one_by_one(model)
-    for block in model.layers:
-        block.compile(dynamic=True)
+    compile_model(model)
     found = one_step(model, batches_of(SAMPLES, 4))
     assert_same(found, expected)
 
