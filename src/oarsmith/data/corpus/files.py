@@ -116,7 +116,7 @@ def suffix_of(path: Path) -> str:
 
 def piece_size(files: Sequence[Path]) -> int:
     """Bytes of a piece: small enough to keep workers busy and to lose little when killed, but not tiny."""
-    return min(max(sum(file.stat().st_size for file in files) // 64, 1 << 20), 1 << 26)
+    return min(max(sum(file.stat().st_size for file in files) // 64, 1 << 21), 1 << 26)
 
 
 def plan_pieces(files: Sequence[Path], layout: Layout, size: int) -> list[Piece]:
