@@ -174,3 +174,16 @@ def test_a_tokenizer_of_another_model(folder, tmp_path, capsys):
     assert run_sft(small, folder / "rows.jsonl", tmp_path / "run", **KEYS) == 2
     message = capsys.readouterr().err
     assert "is outside the model's vocabulary of 40" in message and "rows.jsonl:" in message
+
+
+def test_evaluation_by_generation(tmp_path, capsys):
+    model = write_tiny_model(tmp_path / "model")
+    keys = {"eval_with_do_generation": True, "save_generation_output": True, "eval_split_ratio": 0.2, "max_steps": 2}
+    keys |= {"evaluation_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "bleu4", "max_length": 64}
+    assert run_sft(model, write_rows(tmp_path / "rows.jsonl"), tmp_path / "run", **keys) == 0
+    record = next(line for line in read_lines(tmp_path / "run" / "log.jsonl") if "eval_bleu4" in line)
+    assert {"eval_bleu4", "eval_rouge1", "eval_rouge2", "eval_rougel", "eval_loss"} <= record.keys()
+    answers = read_lines(tmp_path / "run" / "generated_output.json")
+    assert answers and {"output", "tgt"} == answers[0].keys()
+    assert all(answer["tgt"].startswith("It is ") for answer in answers)
+    assert "bleu4" in capsys.readouterr().out

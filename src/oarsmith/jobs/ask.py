@@ -1,7 +1,8 @@
-"""What ``generate`` and ``chat`` share: the engine and the sampling that a configuration asks for."""
+"""What ``generate``, ``chat`` and ``eval`` share: the engine and the sampling that a configuration asks for."""
 
 from __future__ import annotations
 
+from oarsmith.config.eval import EvalConfig
 from oarsmith.config.groups import SamplingKeys
 from oarsmith.config.inference import ChatConfig, GenerateConfig
 from oarsmith.engine import Completion, Engine, Sampling
@@ -10,7 +11,7 @@ from oarsmith.text import Tokenizer
 from oarsmith.text.choose import with_named_template
 
 
-def open_engine(config: GenerateConfig | ChatConfig, batch_size: int = 1) -> Engine:
+def open_engine(config: GenerateConfig | ChatConfig | EvalConfig, batch_size: int = 1) -> Engine:
     """The model with its tokenizer, and the chat template that the configuration names."""
     return Engine(
         config.model_name_or_path,
@@ -22,7 +23,7 @@ def open_engine(config: GenerateConfig | ChatConfig, batch_size: int = 1) -> Eng
     )
 
 
-def _tokenizer(config: GenerateConfig | ChatConfig) -> Tokenizer:
+def _tokenizer(config: GenerateConfig | ChatConfig | EvalConfig) -> Tokenizer:
     path, model = config.tokenizer_name_or_path, config.model_name_or_path
     # "Not given" is the model's path by the time a job runs; then an adapter's own tokenizer comes first.
     found = find_tokenizer(model, config.adapter) if path in (None, model) else find_tokenizer(path)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch
 
 from oarsmith.config.resolved import Resolved
@@ -14,6 +17,9 @@ from oarsmith.jobs.start import Start
 from oarsmith.jobs.weights import Weights
 from oarsmith.losses.token import TokenCrossEntropy
 from oarsmith.methods import sft
+from oarsmith.methods.data import TrainingData
+from oarsmith.methods.generation import OUTPUT_FILE, generate_and_score
+from oarsmith.methods.generation_metrics import require_metrics
 from oarsmith.models.decoder import Decoder
 from oarsmith.text import Tokenizer
 
@@ -56,6 +62,24 @@ def plan(config: SftConfig) -> str:
     return f"{count} {'row' if count == 1 else 'rows'} ({length})"
 
 
+def generation_scores(
+    config: SftConfig, model: Decoder, tokenizer: Tokenizer, data: TrainingData
+) -> training.Evaluate | None:
+    """BLEU and ROUGE of the model's answers to the rows it is evaluated on."""
+    if not config.eval_with_do_generation or data.evaluation is None:
+        return None
+    require_metrics("eval_with_do_generation")
+    rows = {where for batch in data.evaluation() for where in batch.where}
+    questions = sft.evaluation_questions(config, rows)
+    output = Path(config.output_dir) / OUTPUT_FILE if config.save_generation_output else None
+
+    def score() -> Mapping[str, float]:
+        size = config.per_device_eval_batch_size
+        return generate_and_score(model, tokenizer, questions, batch_size=size, output_file=output).record()
+
+    return score
+
+
 RECIPE: training.Recipe[SftConfig] = training.Recipe(
     objective=lambda config: TokenCrossEntropy(z_loss=config.z_loss),
     start=start,
@@ -65,5 +89,6 @@ RECIPE: training.Recipe[SftConfig] = training.Recipe(
     load_model=load_trainable,
     weights=weights_of,
     plan=plan,
+    extra_scores=generation_scores,
     tokens_per_pass=lambda config: (config.per_device_train_batch_size or 1) * config.max_length,
 )

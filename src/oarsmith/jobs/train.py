@@ -61,7 +61,7 @@ class Recipe(Generic[C]):
     weights: Callable[[C, Start, Tokenizer], Weights]
     plan: Callable[[C], str]
     tokens_per_pass: Callable[[C], int]
-    extra_scores: Callable[[C, Decoder, Tokenizer], Evaluate | None] = lambda *_: None
+    extra_scores: Callable[[C, Decoder, Tokenizer, TrainingData], Evaluate | None] = lambda *_: None
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def train(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainRe
         _record(resolved, output_dir, data)
         weights = recipe.weights(config, start, tokenizer)
         objective = recipe.objective(config)
-        extra = recipe.extra_scores(config, model, tokenizer)
+        extra = recipe.extra_scores(config, model, tokenizer, data)
         loop = make_loop(
             config,
             model=model,
@@ -182,7 +182,7 @@ def evaluate_only(resolved: Resolved[C], recipe: Recipe[C], console: Console) ->
             raise ConfigError("there is nothing to evaluate on", where="do_train false", fix="give eval_dataset_path")
         model = recipe.load_model(config, start, device)
         scores = evaluation_of(
-            model, recipe.objective(config), data.evaluation, recipe.extra_scores(config, model, tokenizer)
+            model, recipe.objective(config), data.evaluation, recipe.extra_scores(config, model, tokenizer, data)
         )
         assert scores is not None
         return TrainResult(Path(config.output_dir), start.base, 0, scores())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from oarsmith.data.samples import Sample, SampleOptions
 from oarsmith.errors import DataError
 from oarsmith.losses.token import token_cross_entropy
 from oarsmith.methods.data import TrainingData
+from oarsmith.methods.generation import Question, read_questions
 from oarsmith.text import Tokenizer
 from oarsmith.training.batches import BatchSet
 from oarsmith.training.objective import Objective
@@ -73,6 +75,23 @@ def build_data(config: SftConfig, tokenizer: Tokenizer, progress: DataProgress |
         reports=reports,
         lines=lines,
         highest_id=max((int(sample.ids.max()), sample.where) for sample in (*samples, *held_out, *tested)),
+    )
+
+
+def evaluation_questions(config: SftConfig, rows: Collection[str]) -> list[Question]:
+    """Of the ``rows`` (file:line) that a run is evaluated on, those with an answer to compare with."""
+    options = sample_options(config)
+    source, split = config.eval_dataset_path, None
+    if source is None:
+        source = config.dataset_name_or_path
+        if Path(source).is_dir():
+            split = "train" if config.eval_split_ratio > 0 else "dev"
+    return read_questions(
+        source,
+        split=split,
+        dataset_format=options.dataset_format,
+        on_malformed=options.on_malformed,
+        only=rows,
     )
 
 
