@@ -107,6 +107,13 @@ COMMANDS: dict[str, Command] = {
         "ADAPTER [FOLDER]",
         "oarsmith merge-adapter runs/sft merged/",
     ),
+    "eval": Command(
+        _LOOK,
+        "measure a model: perplexity of a text, loss on rows, tasks of lm-evaluation-harness",
+        "oarsmith.jobs.eval:run",
+        "MODEL FILE",
+        "oarsmith eval runs/sft test.jsonl",
+    ),
     "preview": Command(
         _LOOK,
         "show the tokens a run would train on, coloured by loss weight",

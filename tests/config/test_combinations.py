@@ -10,6 +10,7 @@ import pytest
 import oarsmith
 from oarsmith.config.checkpoints import ConvertConfig
 from oarsmith.config.combinations import IMPOSSIBLE
+from oarsmith.config.eval import EvalConfig
 from oarsmith.config.inference import ChatConfig, GenerateConfig
 from oarsmith.config.load import load_config
 from oarsmith.config.pretrain import PretrainConfig
@@ -66,6 +67,10 @@ CASES = [
     (GenerateConfig, "--raw --system Be", "raw text has no chat template"),
     (ChatConfig, "--raw --system Be", "raw text has no chat template"),
     (ConvertConfig, "--src a --dst ./a", "the same place"),
+    (EvalConfig, "", "give a file or tasks"),
+    (EvalConfig, "--dataset_name_or_path t.txt --num_fewshot 2", "are for tasks"),
+    (EvalConfig, "--tasks arc_easy --stride 8", "tasks bring their own"),
+    (EvalConfig, "--dataset_name_or_path t.txt --max_length 8 --stride 9", "stride 9 is longer"),
 ]
 BASE = {
     PretrainConfig: {"--model_name_or_path": "m", "--input_dir": "d"},
@@ -73,6 +78,7 @@ BASE = {
     GenerateConfig: {"--model_name_or_path": "m", "--prompt": "hi"},
     ChatConfig: {"--model_name_or_path": "m"},
     ConvertConfig: {},
+    EvalConfig: {"--model_name_or_path": "m"},
 }
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 from oarsmith.errors import DataError
 from oarsmith.loading import load_model
 from oarsmith.methods.sft import OBJECTIVE
-from oarsmith.training.evaluate import Evaluation, evaluate, text_perplexity
+from oarsmith.training.evaluate import Evaluation, Piece, TextScore, evaluate, score_pieces, text_perplexity, windows
 from tiny import batches_of, random_samples, write_tiny_model
 
 
@@ -84,3 +84,73 @@ def test_text_perplexity(both, window):
 def test_text_perplexity_needs_two_tokens(both):
     with pytest.raises(DataError, match="shorter than two tokens"):
         text_perplexity(both[0], [1])
+
+
+def their_logprobs(theirs, ids):
+    """log p of ids[1:], each from all before it, and whether it was the likeliest."""
+    with torch.no_grad():
+        logits = theirs(torch.tensor([list(ids[:-1])])).logits[0]
+    targets = torch.tensor(list(ids[1:]))
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0], logits.argmax(-1) == targets
+
+
+def test_pieces_of_different_lengths_together(both):
+    ours, theirs = both
+    texts = [sample.ids.tolist() for sample in random_samples((50, 2, 17, 9))]
+    with torch.no_grad():  # one piece is what the model finds likeliest
+        texts[1] = [texts[1][0], int(theirs(torch.tensor([texts[1][:1]])).logits[0, -1].argmax())]
+    pieces = [Piece(texts[0], 20), Piece(texts[1]), Piece(texts[2], 16), Piece(texts[3])]
+    for max_tokens in (10_000, 30, 1):
+        scores = list(score_pieces(ours, pieces, max_tokens))
+        for piece, score in zip(pieces, scores, strict=True):
+            logprobs, right = their_logprobs(theirs, piece.ids)
+            # fp32 on both sides; sums of up to 30 terms.
+            assert score.logprob == pytest.approx(float(logprobs[piece.first - 1 :].sum()), rel=1e-5)
+            assert score.num_tokens == len(piece.ids) - piece.first
+            assert score.greedy == bool(right[piece.first - 1 :].all())
+        assert [score.greedy for score in scores] == [False, True, False, False]
+
+
+def test_a_piece_may_be_one_token_longer_than_the_context(tmp_path):
+    """The last token is predicted, not read: a learned table of positions has no row for it."""
+    model = load_model(write_tiny_model(tmp_path / "gpt2", "gpt2", n_positions=16))
+    (score,) = score_pieces(model, [Piece(list(range(17)))])
+    assert score.num_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("length", "max_length", "stride"), [(50, 16, 8), (50, 16, 16), (50, 16, 5), (7, 16, 8), (33, 32, 1)]
+)
+def test_windows_score_every_token_once(length, max_length, stride):
+    ids = list(range(length))
+    pieces = windows(ids, max_length, stride)
+    scored = [index for piece in pieces for index in piece.ids[piece.first :]]
+    starts = set(range(0, length, stride)) if stride == max_length else {0}
+    assert scored == [index for index in ids if index not in starts]
+    assert all(len(piece.ids) <= max_length for piece in pieces)
+    assert all(piece.first >= max_length - stride for piece in pieces[1:] if stride < max_length)
+
+
+def test_windows_of_the_guide(both):
+    """The loop of transformers' guide to perplexity, with each token's own log-probability."""
+    ours, theirs = both
+    ids = random_samples((90,))[0].ids.tolist()
+    max_length, stride = 32, 12
+    nats, count, previous = 0.0, 0, 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + max_length, len(ids))
+        new = end - previous
+        logprobs, _ = their_logprobs(theirs, ids[begin:end])
+        kept = logprobs[-new:] if begin else logprobs
+        nats, count, previous = nats - float(kept.sum()), count + len(kept), end
+        if end == len(ids):
+            break
+    scores = list(score_pieces(ours, windows(ids, max_length, stride)))
+    assert sum(score.num_tokens for score in scores) == count == 89
+    assert -sum(score.logprob for score in scores) == pytest.approx(nats, rel=1e-5)
+
+
+def test_bits_per_byte():
+    score = TextScore(nats=math.log(2) * 12, num_tokens=4, num_bytes=24)
+    assert score.bits_per_byte == pytest.approx(0.5)
+    assert score.perplexity == pytest.approx(8)

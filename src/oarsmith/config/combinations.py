@@ -12,6 +12,7 @@ from oarsmith.errors import ConfigError
 
 from .base import JobConfig
 from .checkpoints import ConvertConfig
+from .eval import EvalConfig
 from .groups import DataKeys, SamplingKeys
 from .impossible import Impossible
 from .inference import GenerateConfig
@@ -55,6 +56,30 @@ IMPOSSIBLE: tuple[Impossible[Any], ...] = (
         lambda c: c.raw and c.system is not None,
         "raw text has no chat template, so the system message would have no effect",
         "remove raw or system",
+    ),
+    Impossible(
+        EvalConfig,
+        lambda c: (c.dataset_name_or_path is None) == (not c.tasks),
+        "give a file or tasks, and not both",
+        "oarsmith eval MODEL FILE, or oarsmith eval MODEL --tasks NAME",
+    ),
+    Impossible(
+        EvalConfig,
+        lambda c: not c.tasks and (c.include_path or c.num_fewshot or c.limit or c.apply_chat_template),
+        "include_path, num_fewshot, limit and apply_chat_template are for tasks, and none is given",
+        "remove them, or add --tasks NAME",
+    ),
+    Impossible(
+        EvalConfig,
+        lambda c: bool(c.tasks) and (c.eval_with_do_generation or c.stride is not None),
+        "eval_with_do_generation and stride are for a file; tasks bring their own rules",
+        "remove them, or tasks",
+    ),
+    Impossible(
+        EvalConfig,
+        lambda c: c.stride is not None and c.max_length is not None and c.stride > c.max_length,
+        "stride {stride} is longer than the window of max_length {max_length}: tokens between windows would be skipped",
+        "lower stride, or raise max_length",
     ),
     Impossible(
         ConvertConfig,

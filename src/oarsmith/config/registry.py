@@ -16,6 +16,7 @@ CONFIG_CLASSES: dict[str, tuple[str, str]] = {
     "convert": ("checkpoints", "ConvertConfig"),
     "merge-adapter": ("checkpoints", "MergeAdapterConfig"),
     "preview": ("tools", "PreviewConfig"),
+    "eval": ("eval", "EvalConfig"),
     "replay": ("replay", "ReplayConfig"),
     "explain": ("tools", "ExplainConfig"),
     "models": ("tools", "ModelsConfig"),

@@ -1,10 +1,11 @@
-"""Loss, perplexity and token accuracy on held-out batches."""
+"""Loss, perplexity and token accuracy on held-out batches; log-probabilities of texts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -50,19 +51,114 @@ def evaluate(
     return Evaluation(total / count, correct / count, count)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Token ids, of which those from index ``first`` (at least 1) on are to be scored; the others are context."""
+
+    ids: Sequence[int]
+    first: int = 1
+
+
+@dataclass(frozen=True)
+class PieceScore:
+    """log p of a piece's scored tokens together, in nats; how many they are; whether each was the likeliest."""
+
+    logprob: float
+    num_tokens: int
+    greedy: bool
+
+
 @torch.no_grad()
+def score_pieces(model: Decoder, pieces: Sequence[Piece], max_tokens: int = 4096) -> Iterator[PieceScore]:
+    """The score of each piece, in order; several go through the model together, up to ``max_tokens`` tokens.
+
+    The last token of a piece is predicted and never read, so a piece may be one token longer than the context.
+    """
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        assert 1 <= piece.first < len(piece.ids), (piece.first, len(piece.ids))
+        if batch and size + len(piece.ids) - 1 > max_tokens:
+            yield from _score_batch(model, batch)
+            batch, size = [], 0
+        batch.append(piece)
+        size += len(piece.ids) - 1
+    if batch:
+        yield from _score_batch(model, batch)
+
+
+def _score_batch(model: Decoder, pieces: Sequence[Piece]) -> Iterator[PieceScore]:
+    device = model.device
+    ids = [index for piece in pieces for index in piece.ids[:-1]]
+    bounds = [0, *accumulate(len(piece.ids) - 1 for piece in pieces)]
+    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(bounds)])
+    # Token i of a piece is predicted at place i - 1.
+    chosen = [
+        at
+        for piece, start in zip(pieces, bounds, strict=False)
+        for at in range(start + piece.first - 1, start + len(piece.ids) - 1)
+    ]
+    targets = [index for piece in pieces for index in piece.ids[piece.first :]]
+    hidden_TD = model.hidden(torch.tensor(ids, device=device), Layout.documents(bounds, positions.to(device)))
+    targets_N = torch.tensor(targets, device=device)
+    result = model.head_loss(
+        hidden_TD[torch.tensor(chosen, device=device)], targets_N, torch.ones(len(targets), device=device)
+    )
+    counts = [len(piece.ids) - piece.first for piece in pieces]
+    found = zip(result.logprobs_N.double().split(counts), result.correct_N.split(counts), counts, strict=True)
+    for logprobs, correct, count in found:
+        yield PieceScore(float(logprobs.sum()), count, bool(correct.all()))
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """A text under a model: ``nats`` are -log p of ``num_tokens`` tokens that spell ``num_bytes`` of UTF-8."""
+
+    nats: float
+    num_tokens: int
+    num_bytes: int
+
+    @property
+    def loss(self) -> float:
+        return self.nats / self.num_tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers, as perplexity is not."""
+        return self.nats / math.log(2) / max(self.num_bytes, 1)
+
+
+def windows(ids: Sequence[int], max_length: int, stride: int) -> list[Piece]:
+    """A text of any length as pieces of at most ``max_length`` tokens, each ``stride`` tokens after the one before.
+
+    Of each piece only what the one before did not hold is scored, with what it did hold as context: at least
+    ``max_length - stride`` tokens. That is transformers' guide to the perplexity of models of fixed length. Without an
+    overlap the first token of a piece has no context and is not scored.
+    """
+    assert 1 <= stride <= max_length, (stride, max_length)
+    found, before = [], 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + max_length, len(ids))
+        first = max(before - begin, 1)
+        if first < end - begin:
+            found.append(Piece(ids[begin:end], first))
+        before = end
+        if end == len(ids):
+            break
+    return found
+
+
 def text_perplexity(model: Decoder, ids: list[int], window: int = 1024) -> float:
-    """exp(mean -log p) of a text cut into windows of ``window`` tokens, each scored from its second token on."""
-    targets, scores = 0, 0.0
-    for start in range(0, len(ids), window):
-        piece = torch.tensor(ids[start : start + window], device=model.device)
-        if len(piece) < 2:
-            continue
-        layout = Layout.documents((0, len(piece)), torch.arange(len(piece), device=piece.device))
-        hidden_TD = model.hidden(piece, layout)[:-1]
-        ones = torch.ones(len(piece) - 1, device=piece.device)
-        scores += float(model.head_loss(hidden_TD, piece[1:], ones).loss)
-        targets += len(piece) - 1
-    if targets == 0:
+    """exp(mean -log p) of a text cut into windows of ``window`` tokens, each scored from its second token on.
+
+    Raises:
+        DataError: the text is shorter than two tokens.
+    """
+    scores = list(score_pieces(model, windows(ids, window, window)))
+    if not scores:
         raise DataError("the text is shorter than two tokens", fix="give a longer text")
-    return math.exp(scores / targets)
+    return math.exp(-sum(score.logprob for score in scores) / sum(score.num_tokens for score in scores))
