@@ -157,9 +157,15 @@ TRAINING: tuple[Impossible[Any], ...] = (
     ),
     Impossible(
         TrainConfig,
-        lambda c: 0 < c.max_steps < (c.decay_steps or 0) + (c.wsd_decay_steps or 0),
-        "the rate would fall until after the end of the run ({max_steps} steps)",
-        "lower decay_steps or wsd_decay_steps",
+        lambda c: 0 < c.max_steps < (c.decay_steps or 0),
+        "the rate would fall until step {decay_steps}, after the end of the run ({max_steps} steps)",
+        "lower decay_steps",
+    ),
+    Impossible(
+        TrainConfig,
+        lambda c: c.decay_steps is not None and c.decay_steps <= c.warmup_steps,
+        "the warmup ({warmup_steps} steps) is not over when the fall ends (decay_steps {decay_steps})",
+        "raise decay_steps or lower warmup_steps",
     ),
     Impossible(
         TrainConfig,

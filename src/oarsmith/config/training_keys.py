@@ -36,7 +36,7 @@ class OptimizerKeys(JobConfig):
     projection_rank: Int | None = Field(
         None,
         ge=1,
-        description="GaLore, APOLLO: rank of the subspace that holds the states. Not given: 128, and 1 for apollo_mini.",
+        description="GaLore, APOLLO: rank of the subspace that holds the states. Not given: 128; 1 for apollo_mini.",
     )
     projection_steps: Int = Field(200, ge=1, description="GaLore, APOLLO: steps between new subspaces.")
     projection_scale: Float | None = Field(

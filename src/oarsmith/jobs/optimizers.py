@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import nn
 
 from oarsmith.config.train import TrainConfig
@@ -28,6 +29,7 @@ from oarsmith.training.optimizer import (
     offloaded,
     step_size_units,
 )
+from oarsmith.training.precision import has_fast_bf16
 
 Named = Iterable[tuple[str, nn.Parameter]]
 
@@ -55,7 +57,8 @@ def _rule(config: TrainConfig, model: Decoder) -> Callable[[Named], Optimizer]:
             factored = AdafactorSettings(weight_decay=config.weight_decay)
             return lambda named: adafactor(named, factored, fused_matrices(model))
         case "muon":
-            orthogonal = MuonSettings(momentum=config.muon_momentum, others=adam)
+            products = torch.bfloat16 if has_fast_bf16(model.device) else torch.float32
+            orthogonal = MuonSettings(momentum=config.muon_momentum, products=products, others=adam)
             return lambda named: muon(named, orthogonal, block_matrices(model))
         case "galore":
             projected = GaLoreSettings(rank=rank, steps=steps, scale=scale, adam=adam)

@@ -246,6 +246,8 @@ class Loop:
                 )
             own = {name: tensor for name, tensor in tensors.items() if not name.startswith(_EMA)}
             self.optimizer.load_state(own, saved["optimizer_steps"])
+        else:
+            self.optimizer.adopt_weights()
         if self.ema is not None:
             self.ema.load_state(_part(tensors, _EMA))
         if self.settings.load_place:

@@ -29,6 +29,10 @@ class Outcome:
 
 
 class Objective(Protocol):
-    """A pure function of model and batch. ``scale`` is 1 / the count of the whole step, known before any forward."""
+    """A pure function of model and batch.
+
+    ``scale`` is 1 / the count of the whole step, known before any forward, times the loss scale (fp16). The loss and
+    its gradient are proportional to it.
+    """
 
     def __call__(self, model: Decoder, batch: Batch, scale: float) -> Outcome: ...
