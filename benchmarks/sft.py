@@ -1,69 +1,85 @@
-"""Fine-tuning speed and memory, beside TRL's SFTTrainer, on this machine, in one run.
+"""Fine-tuning speed and memory, beside TRL's SFTTrainer and LLaMA-Factory, on this machine, in one run.
 
     python benchmarks/sft.py --model DIR --data rows.jsonl
 
-Every measurement is a process of its own: one warm-up step, then the measured ones. The trainers take turns within a
-round and the order is turned around from round to round, so that a machine that is busy for a while is busy for
-everybody; ratios are taken within a round. Tokens are counted from the ids each side trains, padding left out.
+How it is measured is told in `turns.py`. Tokens are counted from the ids each side trains, padding left out.
+`--curves picture.png` trains all weights for longer, beside the Hugging Face Trainer on the very same batches, and
+draws the losses on top of each other.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
-import statistics
+import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from watched import Watched, watch
+from roofline import matmul_rate, mean_context, model_size
+from same_batches import write_batches
+from turns import (
+    OURS,
+    Measurement,
+    Run,
+    Turns,
+    draw_curves,
+    machine,
+    our_command,
+    our_steps,
+    peer_command,
+    peer_steps,
+    table,
+)
+from watched import Watched
 
 import oarsmith
 
-PEER = Path(__file__).parent / "peers" / "trl_sft.py"
-OURS = "oarsmith"
-PEERS = {"packed": "TRL, packing", "default": "TRL, defaults"}
+PEERS = {
+    "packed": "TRL, packing",
+    "master": "TRL, packing, fp32 weights, bf16 autocast",
+    "default": "TRL, defaults",
+    "llamafactory": "LLaMA-Factory",
+}
+MODES = ("full", "lora", "lora-int8")
+CURVES = {"amp": "HF Trainer, fp32 weights, bf16 autocast", OURS: "Oarsmith"}
 SEED = 42
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """One process. Rates are over the measured steps: real tokens (no padding) per second of wall time."""
-
-    mode: str
-    system: str
-    round: int
-    tokens_per_second: float
-    tokens_per_step: float
-    seconds_per_step: float
-    peak_mb: float
-    first_step_s: float
-    cpu_share: float
-    losses: list[float]
-    dataset_tokens: int
+WARMUP_STEPS = 1
+LEARNING_RATES = {"full": 2e-5, "lora": 2e-4}
+CURVE_BATCH = 8
 
 
 def options_from_command_line() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Oarsmith beside TRL's SFTTrainer on the same rows.")
-    parser.add_argument("--model", required=True, help="Hugging Face directory that both sides read")
+    parser = argparse.ArgumentParser(description="Oarsmith beside TRL and LLaMA-Factory on the same rows.")
+    parser.add_argument("--model", required=True, help="Hugging Face directory that all sides read")
     parser.add_argument("--data", required=True, help='jsonl with one {"src": question, "tgt": answer} a line')
-    parser.add_argument("--modes", nargs="+", choices=["full", "lora"], default=["full", "lora"])
-    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
+    parser.add_argument("--peers", nargs="*", choices=list(PEERS), help="default: all that are installed")
+    parser.add_argument("--llamafactory", metavar="PYTHON", help="the Python that has LLaMA-Factory")
+    parser.add_argument("--llamafactory_template", default="smollm2", help="its name for the model's chat template")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
     parser.add_argument("--steps", type=int, default=4, help="measured steps, after one warm-up step")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--batch_tokens", type=int, default=2048, help="tokens a step, a multiple of max_length")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--curves", help="draw the loss of a longer run of each into this picture")
+    parser.add_argument("--curve_steps", type=int, default=40)
     parser.add_argument("--json", help="also write every measurement to this file")
     options = parser.parse_args()
-    if options.batch_tokens % options.max_length or min(options.rounds, options.steps, options.batch_tokens) < 1:
-        parser.error("batch_tokens must be a multiple of max_length; rounds and steps at least 1")
+    if options.batch_tokens % options.max_length or min(options.steps, options.batch_tokens, options.curve_steps) < 1:
+        parser.error("batch_tokens must be a multiple of max_length; steps at least 1")
+    if options.peers is None:
+        options.peers = [name for name in PEERS if name != "llamafactory" or options.llamafactory]
+    if "llamafactory" in options.peers and not options.llamafactory:
+        parser.error("name the Python that has LLaMA-Factory: --llamafactory PYTHON")
     return options
+
+
+def systems_of(options: argparse.Namespace, mode: str) -> list[str]:
+    """Adapters are fp32 everywhere: what an update rule with fp32 weights costs is a question of full fine-tuning."""
+    return [name for name in options.peers if mode == "full" or name != "master"] + [OURS]
 
 
 def write_rows(model: str, data: str, folder: Path) -> None:
@@ -86,159 +102,145 @@ def write_rows(model: str, data: str, folder: Path) -> None:
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def measure(options: argparse.Namespace, mode: str, system: str, round_: int, rows: Path) -> Measurement:
-    """Run one trainer once."""
-    with tempfile.TemporaryDirectory(prefix="oarsmith-bench-") as name:
-        folder = Path(name)
-        command, record_file = (our_command if system == OURS else peer_command)(options, mode, system, rows, folder)
-        output = folder / "output.txt"
-        seen = watch(command, record_file, options.steps + 1, threads=options.threads, output=output)
-        steps, dataset_tokens = (our_steps if system == OURS else peer_steps)(folder, seen, output)
-    measured = steps[1:]
-    seconds, tokens = sum(step["seconds"] for step in measured), sum(step["tokens"] for step in measured)
-    return Measurement(
-        mode=mode,
-        system=system,
-        round=round_,
-        tokens_per_second=tokens / seconds,
-        tokens_per_step=tokens / len(measured),
-        seconds_per_step=seconds / len(measured),
-        peak_mb=seen.peak_mb,
-        first_step_s=seen.first_step_s,
-        cpu_share=seen.cpu_share,
-        losses=[step["loss"] for step in steps],
-        dataset_tokens=dataset_tokens,
-    )
+def row_lengths(options: argparse.Namespace, folder: Path) -> list[int]:
+    """Tokens of each row as it is trained on."""
+    tokenizer = oarsmith.load_tokenizer(options.model)
+    rows = map(json.loads, (folder / "rendered.jsonl").read_text(encoding="utf-8").splitlines())
+    lengths = (len(tokenizer.encode(row["prompt"] + row["completion"], add_special_tokens=False)) for row in rows)
+    return [min(length, options.max_length) for length in lengths]
 
 
-def our_command(options: argparse.Namespace, mode: str, _: str, rows: Path, folder: Path) -> tuple[list[str], Path]:
-    """The command a user types: the whole job, its log, its final model and its report included."""
-    keys = {
-        "model_name_or_path": options.model,
-        "dataset_name_or_path": rows / "pairs.jsonl",
-        "output_dir": folder / "run",
-        "max_steps": options.steps + 1,
-        "max_length": options.max_length,
-        "per_device_train_batch_size": options.batch_tokens // options.max_length,
-        "zero_padding": "true",
-        "dtype": "bf16",
-        "device": "cpu",
-        "num_threads": options.threads,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": "true",
-        "seed": SEED,
-    }
-    if mode == "lora":
-        keys |= {"lora": "true", "lora_rank": 16, "lora_alpha": 32, "lora_target_modules": "all-linear"}
-    words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
-    return [sys.executable, "-m", "oarsmith", "sft", *words], folder / "run" / "timing.jsonl"
+def versions_in(python: str, packages: tuple[str, ...]) -> dict[str, str]:
+    """The versions another Python has, by names that say so."""
+    script = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
+    done = subprocess.run([python, "-c", script, *packages], capture_output=True, text=True, check=True)
+    return {f"LLaMA-Factory's {name}": version for name, version in json.loads(done.stdout).items()}
 
 
-def our_steps(folder: Path, seen: Watched, _: Path) -> tuple[list[dict[str, float]], int]:
-    """Seconds from timing.jsonl, tokens and loss from log.jsonl."""
-    lines = (folder / "run" / "log.jsonl").read_text().splitlines()
-    log = [record for record in map(json.loads, lines) if "loss" in record]
-    steps, before = [], 0
-    for record, timing in zip(log, seen.records, strict=True):
-        tokens, before = record["tokens"] - before, record["tokens"]
-        seconds = tokens / timing["tokens_per_second"]
-        steps.append({"tokens": tokens, "seconds": seconds, "loss": record["loss"]})
-    report = json.loads((folder / "run" / "data_report.json").read_text())
-    return steps, report["train"]["tokens"]
+class Work:
+    """The files that all trainers read, and how each is started."""
 
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options = options
+        self.folder = folder
+        write_rows(options.model, options.data, folder)
 
-def peer_command(
-    options: argparse.Namespace, mode: str, system: str, rows: Path, folder: Path
-) -> tuple[list[str], Path]:
-    record_file = folder / "steps.jsonl"
-    keys = {
-        "model": options.model,
-        "rows": rows / "rendered.jsonl",
-        "mode": mode,
-        "setting": system,
-        "output_dir": folder / "run",
-        "record": record_file,
-        "num_steps": options.steps + 1,
-        "max_length": options.max_length,
-        "rows_per_step": options.batch_tokens // options.max_length,
-        "threads": options.threads,
-        "seed": SEED,
-    }
-    return [sys.executable, str(PEER), *(w for k, v in keys.items() for w in (f"--{k}", str(v)))], record_file
+    def start(self, mode: str, system: str, num_steps: int, folder: Path) -> Run:
+        """One run of `system`. LoRA's peers train on a bf16 base, also beside ours on an int8 one."""
+        options = self.options
+        kind = mode.partition("-")[0]
+        if system == OURS:
+            rows = {"zero_padding": "true", "per_device_train_batch_size": options.batch_tokens // options.max_length}
+            keys = self._our_keys(folder / "run", num_steps) | rows
+            if kind == "lora":
+                keys |= {"lora": "true", "lora_rank": 16, "lora_alpha": 32, "lora_target_modules": "all-linear"}
+            if mode == "lora-int8":
+                keys |= {"weight_quantize_algo": "a8w8linear"}
+            return self._ours(keys, folder)
+        keys = {
+            "model": options.model,
+            "rows": self.folder,
+            "mode": kind,
+            "setting": system,
+            "output_dir": folder / "run",
+            "record": folder / "steps.jsonl",
+            "learning_rate": LEARNING_RATES[kind],
+            "num_steps": num_steps,
+            "max_length": options.max_length,
+            "rows_per_step": options.batch_tokens // options.max_length,
+            "threads": options.threads,
+            "seed": SEED,
+        }
+        if system == "llamafactory":
+            keys |= {"template": options.llamafactory_template}
+            command = peer_command(options.llamafactory, "llamafactory_sft.py", keys)
+        else:
+            command = peer_command(sys.executable, "trl_sft.py", keys)
+        return Run(command=command, record_file=folder / "steps.jsonl", read=peer_steps)
 
+    def start_curve(self, _: str, system: str, num_steps: int, folder: Path) -> Run:
+        """All weights on the same batches: padded by the Trainer, end to end by ours."""
+        rows = {"zero_padding": "false", "per_device_train_batch_size": CURVE_BATCH}
+        keys = self._our_keys(folder / "run", num_steps) | rows
+        if system == OURS:
+            return self._ours(keys, folder)
+        rate = LEARNING_RATES["full"]
+        batches, record = folder / "batches.npz", folder / "steps.jsonl"
+        write_batches("sft", keys, num_steps, batches)
+        peer: dict[str, object] = {"model": self.options.model, "rows": batches, "setting": "amp", "record": record}
+        peer |= {
+            "learning_rate": rate,
+            "min_learning_rate": rate,
+            "warmup_steps": 0,
+            "weight_decay": 0.0,
+            "adam_beta2": 0.999,
+        }
+        peer |= {"output_dir": folder / "peer", "num_steps": num_steps, "threads": self.options.threads, "seed": SEED}
+        command = peer_command(sys.executable, "hf_pretrain.py", peer)
+        return Run(command=command, record_file=record, read=peer_steps)
 
-def peer_steps(_: Path, seen: Watched, output: Path) -> tuple[list[dict[str, float]], int]:
-    line = next(text for text in output.read_text().splitlines() if text.startswith("tokens in the data set"))
-    return seen.records, int(line.rpartition(" ")[2])
+    def _our_keys(self, run_folder: Path, num_steps: int) -> dict[str, object]:
+        return {
+            "model_name_or_path": self.options.model,
+            "dataset_name_or_path": self.folder / "pairs.jsonl",
+            "output_dir": run_folder,
+            "max_steps": num_steps,
+            "max_length": self.options.max_length,
+            "dtype": "bf16",
+            "device": "cpu",
+            "num_threads": self.options.threads,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": "true",
+            "seed": SEED,
+        }
 
+    def _ours(self, keys: dict[str, object], folder: Path) -> Run:
+        run_folder = folder / "run"
 
-def table(found: list[Measurement], systems: list[str]) -> str:
-    """A Markdown table: medians over the rounds, with the smallest and the largest value."""
-    heads = ["", "", "real tokens/s", "Oarsmith / peer", "s/step", "real tokens/step", "peak MiB"]
-    heads += ["start to end of step 1, s", "CPU"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for mode in dict.fromkeys(one.mode for one in found):
-        ours = [one for one in found if (one.mode, one.system) == (mode, OURS)]
-        for system in systems:
-            rows = [one for one in found if (one.mode, one.system) == (mode, system)]
-            ratios = [a.tokens_per_second / b.tokens_per_second for a, b in zip(ours, rows, strict=True)]
-            cells = [
-                mode,
-                PEERS.get(system, "**Oarsmith**"),
-                spread([one.tokens_per_second for one in rows], 1),
-                "" if system == OURS else spread(ratios, 2),
-                spread([one.seconds_per_step for one in rows], 2),
-                f"{statistics.median(one.tokens_per_step for one in rows):.0f}",
-                spread([one.peak_mb for one in rows], 0),
-                spread([one.first_step_s for one in rows], 1),
-                f"{statistics.median(one.cpu_share for one in rows):.0%}",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        def read(seen: Watched, _: str) -> tuple[list[dict[str, float]], int]:
+            report = json.loads((run_folder / "data_report.json").read_text())
+            return our_steps(run_folder, seen), report["train"]["tokens"]
 
-
-def spread(values: list[float], digits: int) -> str:
-    middle = f"{statistics.median(values):.{digits}f}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
-
-def conditions(options: argparse.Namespace) -> dict[str, Any]:
-    """What the numbers depend on."""
-    cpu = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
-    packages = ("torch", "transformers", "trl", "peft", "accelerate")
-    return {
-        "cpu": f"{names[0] if names else platform.machine()}, {os.cpu_count()} CPUs, {options.threads} threads",
-        "model": options.model,
-        "data": options.data,
-        "batch": f"{options.batch_tokens} tokens a step at most, rows of {options.max_length}, bf16",
-        "steps": f"1 warm-up + {options.steps} measured, {options.rounds} rounds",
-        "versions": {"oarsmith": oarsmith.__version__, **{name: importlib.metadata.version(name) for name in packages}},
-        "load_before": os.getloadavg()[0],
-    }
+        return Run(command=our_command("sft", keys), record_file=run_folder / "timing.jsonl", read=read)
 
 
 def main() -> None:
     options = options_from_command_line()
-    facts = conditions(options)
-    systems = [*options.peers, OURS]
-    found: list[Measurement] = []
-    with tempfile.TemporaryDirectory(prefix="oarsmith-bench-rows-") as name:
-        write_rows(options.model, options.data, Path(name))
-        for mode in options.modes:
-            for round_ in range(options.rounds):
-                for system in systems if round_ % 2 == 0 else systems[::-1]:
-                    one = measure(options, mode, system, round_, Path(name))
-                    found.append(one)
-                    note = f"{one.tokens_per_second:.1f} real tokens/s, {one.peak_mb:.0f} MiB, CPU {one.cpu_share:.0%}"
-                    print(f"{mode} round {round_ + 1} {system}: {note}", file=sys.stderr, flush=True)
-    print("\n" + table(found, systems) + "\n")
-    for name, value in facts.items():
-        print(f"{name}: {value}")
-    totals = {system: next(one.dataset_tokens for one in found if one.system == system) for system in systems}
-    print("tokens in the data set, as each side cuts it: " + ", ".join(f"{s} {n:,}" for s, n in totals.items()))
+    facts = machine(options.threads, ("torch", "transformers", "trl", "peft", "accelerate"))
+    if "llamafactory" in options.peers:
+        facts["versions"] |= versions_in(options.llamafactory, ("llamafactory", "transformers", "trl", "torch"))
+    rate, size = matmul_rate(options.threads), model_size(Path(options.model))
+    with tempfile.TemporaryDirectory(prefix="oarsmith-bench-work-") as name:
+        work, caches = Work(options, Path(name)), Path(name) / "caches"
+        counts = {"num_warmup": WARMUP_STEPS, "num_steps": options.steps, "num_rounds": options.rounds}
+        turns = Turns(start=work.start, **counts, threads=options.threads, caches=caches)
+        context = mean_context(row_lengths(options, Path(name)))
+
+        def mfu(one: Measurement) -> float:
+            return one.tokens_per_second * size.flops_per_token(context, frozen=one.mode != "full") / rate
+
+        found = turns.measure_all(options.modes, lambda mode: systems_of(options, mode))
+        if found:
+            print("\n" + table(found, PEERS, turns.cold, mfu) + "\n")
+        facts |= {
+            "model": options.model,
+            "data": options.data,
+            "batch": f"{options.batch_tokens} tokens a step at most, rows of {options.max_length}, bf16",
+            "steps": f"{WARMUP_STEPS} warm-up + {options.steps} measured, {options.rounds} rounds",
+            "bf16 matrix rate": f"{rate / 1e9:.0f} GFLOP/s",
+        }
+        for key, value in facts.items():
+            print(f"{key}: {value}")
+        totals = {one.system: one.dataset_tokens for one in found}
+        print("tokens in the data set, as each side cuts it: " + ", ".join(f"{s} {n:,}" for s, n in totals.items()))
+        if options.curves:
+            turns = Turns(start=work.start_curve, **counts, threads=options.threads, caches=caches)
+            curves = {label: turns.losses("curve", system, options.curve_steps) for system, label in CURVES.items()}
+            title = f"{Path(options.model).name}, all weights: the same batches of {CURVE_BATCH} rows"
+            print(draw_curves(Path(options.curves), curves, title))
+            facts["curves"] = curves
     if options.json:
         content = {**facts, "measurements": [asdict(one) for one in found]}
         Path(options.json).write_text(json.dumps(content, indent=1) + "\n")

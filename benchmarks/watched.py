@@ -39,15 +39,20 @@ class Watched:
     cpu_share: float
 
 
-def watch(command: Sequence[str], record_file: Path, num_steps: int, *, threads: int, output: Path) -> Watched:
+def watch(
+    command: Sequence[str], record_file: Path, num_steps: int, *, threads: int, output: Path, caches: Path | None = None
+) -> Watched:
     """Run a command until it ends.
+
+    Args:
+        caches: where it keeps what it compiles: an empty folder makes it a first start. Not given: its usual place.
 
     Raises:
         FailedRunError: it failed, or noted fewer than `num_steps` steps.
     """
     with output.open("w") as log:
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_environment(threads))
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment(threads, caches))
         marks: dict[int, tuple[float, float]] = {}
         while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
@@ -74,9 +79,11 @@ def watch(command: Sequence[str], record_file: Path, num_steps: int, *, threads:
     )
 
 
-def _environment(threads: int) -> Mapping[str, str]:
+def environment(threads: int, caches: Path | None = None) -> Mapping[str, str]:
     """Both sides get the same threads, the same thread waiting (Oarsmith sets it for itself) and no network."""
     shared = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "20000"}
+    if caches is not None:
+        shared |= {"OARSMITH_CACHE": str(caches / "oarsmith"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor")}
     return {**os.environ, **shared, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 

@@ -2,7 +2,8 @@
 
 `packed` is the fastest stock setting found on CPUs: packing with batch 1 and accumulation (a larger packed batch makes
 one dense attention mask over all of it), no gradient checkpointing. `default` is what TRL does when nothing is said:
-padded, with gradient checkpointing. Weights are bf16 in both, without autocast on top, which only adds casts.
+padded, with gradient checkpointing. Weights are bf16 in both, without autocast on top, which only adds casts. `master`
+is `packed` with fp32 weights under bf16 autocast: the update rule that Oarsmith has.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ class CountingTrainer(SFTTrainer):
 
 
 def settings(options: argparse.Namespace) -> SFTConfig:
-    """The two settings under test."""
-    packed = options.setting == "packed"
+    """The settings under test."""
+    packed = options.setting in ("packed", "master")
     kind = {
         "packing": packed,
         "per_device_train_batch_size": 1 if packed else 8,
@@ -76,11 +77,11 @@ def settings(options: argparse.Namespace) -> SFTConfig:
         output_dir=options.output_dir,
         max_length=options.max_length,
         max_steps=options.num_steps,
-        learning_rate=2e-4 if options.mode == "lora" else 2e-5,
+        learning_rate=options.learning_rate,
         lr_scheduler_type="constant",
         completion_only_loss=True,
         use_cpu=True,
-        bf16=False,
+        bf16=options.setting == "master",
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -97,10 +98,14 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     for name in ("num_steps", "max_length", "rows_per_step", "threads", "seed"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--learning_rate", type=float, required=True)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = [json.loads(line) for line in Path(options.rows).read_text().splitlines()]
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16, attn_implementation="sdpa")
+    rows = [
+        json.loads(line) for line in (Path(options.rows) / "rendered.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    dtype = torch.float32 if options.setting == "master" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, attn_implementation="sdpa")
     model.config.use_cache = False
     lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     recorder = Recorder(Path(options.record))
