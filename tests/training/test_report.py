@@ -116,6 +116,34 @@ def test_few_and_many_records(tmp_path, num_steps, every, eval_every):
     assert "Configuration" not in words and "Merge" not in words and "Data" not in words
 
 
+def test_speed_events_and_generated_answers(tmp_path):
+    make_run(tmp_path, 7, 3)
+    before = read_page(tmp_path)
+    without = (tmp_path / "loss.png").read_bytes()
+    assert "Events" not in before.words and "MFU" not in before.words and "BLEU-4" not in before.words
+    log = RunLog(tmp_path)
+    for step, share in ((8, 0.41), (9, 0.52), (10, 0.55)):
+        log.append_timing({"step": step, "tokens_per_second": 500.0, "mfu": share, "peak_memory_mb": 1536.0})
+    log.append({"step": 5, "event": "spike", "detail": f"the loss is 9; kept in {NASTY}"})
+    log.append({"step": 6, "event": "skipped", "detail": "gradients overflowed at a loss scale of 32768"})
+    log.append({"step": 7, **Evaluation(1.0, 0.8, 100.0).record()})
+    log.append({"step": 7, **Evaluation(1.0, 0.8, 100.0).record(), "eval_bleu4": 0.25, "eval_rougel": 0.5})
+    words = read_page(tmp_path).words
+    assert "MFU 52% median, of the measured matrix product rate" in words
+    assert "5 spike the loss is 9; kept in" in words and " ".join(NASTY_SHOWN.split()) in words
+    assert "6 skipped gradients overflowed at a loss scale of 32768" in words
+    assert "Tokens predicted right BLEU-4 ROUGE-L 7 1.0000 2.72 80.0 % – – 7 1.0000 2.72 80.0 % 0.2500 0.5000" in words
+    assert "ROUGE-1" not in words, "nothing measured it"
+    assert (tmp_path / "loss.png").read_bytes() != without, "the picture marks them"
+
+
+def test_many_events_are_cut(tmp_path):
+    make_run(tmp_path, 7, 3)
+    for step in range(60):
+        RunLog(tmp_path).append({"step": step, "event": "skipped", "detail": "overflow"})
+    assert "The first 50 of 60; all are in log.jsonl." in read_page(tmp_path).words
+
+
 def test_evaluation_only(tmp_path):
     RunLog(tmp_path).append({"step": 0, **Evaluation(2.0, 0.5, 10.0).record()})
     words = read_page(tmp_path).words

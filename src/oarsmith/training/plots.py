@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette: told apart also by colour-blind readers and in grey.
 _TRAIN, _EVAL, _RATE, _NORM, _BAD = "#0072b2", "#d55e00", "#4d4d4d", "#00795a", "#b00020"
+_EVENT_SHAPES = ("v", "1", "d", "+")
 # Up to here each record is a visible point; beyond, a line alone is clearer.
 _MAX_MARKED = 40
 # From here on single records scatter so much that a running mean is drawn over them.
@@ -55,9 +56,15 @@ class Series:
         return np.isfinite(self.y)
 
 
-def draw_run(training: Sequence[LogRecord], evaluations: Sequence[LogRecord], *, loss_unit: str | None) -> bytes:
+def draw_run(
+    training: Sequence[LogRecord],
+    evaluations: Sequence[LogRecord],
+    events: Sequence[LogRecord] = (),
+    *,
+    loss_unit: str | None,
+) -> bytes:
     """A PNG 1800 pixels wide (900 at twice the density): training and evaluation loss in ``loss_unit`` (None: a plain
-    number), and below them, where the log has them, learning rate and gradient norm."""
+    number) with the steps of events, and below them, where the log has them, learning rate and gradient norm."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -74,6 +81,7 @@ def draw_run(training: Sequence[LogRecord], evaluations: Sequence[LogRecord], *,
         FigureCanvasAgg(figure)
         grid = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
         axes: list[Axes] = list(grid[:, 0])
+        _mark_events(axes[0], events)
         _draw_loss(axes[0], loss, eval_loss, f"loss ({loss_unit})" if loss_unit else "loss")
         for ax, (series, draw) in zip(axes[1:], small, strict=True):
             draw(ax, series)
@@ -81,7 +89,8 @@ def draw_run(training: Sequence[LogRecord], evaluations: Sequence[LogRecord], *,
         for ax in axes:
             for step in ends:
                 ax.axvline(step, color="#808080", linewidth=0.9, linestyle=(0, (1, 2.5)), zorder=0.5)
-        _limit_steps(axes[-1], np.concatenate([loss.x, eval_loss.x]))
+        happened = np.array([record.step for record in events], dtype=float)
+        _limit_steps(axes[-1], np.concatenate([loss.x, eval_loss.x, happened]))
         axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
         axes[-1].set_xlabel("optimizer step" + (" (dotted: end of an epoch)" if ends else ""))
         figure.align_ylabels(axes)
@@ -158,6 +167,16 @@ def _marker(series: Series, shape: str, size: float) -> dict[str, Any]:
     padded = np.concatenate([[False], series.finite, [False]])
     has_lone = bool((padded[1:-1] & ~padded[:-2] & ~padded[2:]).any())
     return {"marker": shape, "markersize": size} if len(series.x) <= _MAX_MARKED or has_lone else {}
+
+
+def _mark_events(ax: Axes, events: Sequence[LogRecord]) -> None:
+    """Triangles along the upper edge, one shape a kind of event."""
+    kinds = list(dict.fromkeys(record.event for record in events))
+    top = ax.get_xaxis_transform()
+    for kind, shape in zip(kinds, _EVENT_SHAPES, strict=False):
+        steps = [record.step for record in events if record.event == kind]
+        label = f"{kind} ({len(steps)})"
+        ax.plot(steps, [0.985] * len(steps), shape, color=_BAD, ms=5, transform=top, label=label, clip_on=False)
 
 
 def _mark_bad(ax: Axes, *curves: Series) -> None:

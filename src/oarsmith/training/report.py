@@ -31,6 +31,14 @@ REPORT_FILE = "report.html"
 PICTURE_FILE = "loss.png"
 
 _MAX_EVALUATIONS = 30
+_MAX_EVENTS = 50
+# Scores of generated answers: field of a record, heading.
+_GENERATION = (
+    ("eval_bleu4", "BLEU-4"),
+    ("eval_rouge1", "ROUGE-1"),
+    ("eval_rouge2", "ROUGE-2"),
+    ("eval_rougel", "ROUGE-L"),
+)
 # What the loss of a job is measured in; a job that is not named has a loss without a unit.
 _LOSS_UNITS = {"sft": "nats per token", "pretrain": "nats per token"}
 _SPLITS = {"train": "Training", "eval": "Evaluation"}
@@ -83,7 +91,7 @@ def write_report(output_dir: Path) -> Path:
         TrainingError: there is no ``log.jsonl``, or a file does not hold what it should.
     """
     run = read_run(output_dir)
-    picture = draw_run(run.training, run.evaluations, loss_unit=_LOSS_UNITS.get(run.origin.job))
+    picture = draw_run(run.training, run.evaluations, run.events, loss_unit=_LOSS_UNITS.get(run.origin.job))
     page = render(run, picture)
     atomic_write_bytes(output_dir / PICTURE_FILE, picture)
     target = output_dir / REPORT_FILE
@@ -112,6 +120,9 @@ def render(run: RunParts, picture: bytes) -> str:
         picture_text=picture_text(run),
         evaluations=run.evaluations[-_MAX_EVALUATIONS:],
         num_evaluations=len(run.evaluations),
+        generation=generation_columns(run.evaluations),
+        events=run.events[:_MAX_EVENTS],
+        num_events=len(run.events),
         answers=run.answers,
         proof=run.merge_proof,
         data=[(_SPLITS.get(name, name), part) for name, part in run.data.items()],
@@ -168,6 +179,9 @@ def headlines(run: RunParts) -> list[Headline]:
     speeds = [timing.tokens_per_second for timing in run.timings if math.isfinite(timing.tokens_per_second)]
     if speeds:
         found.append(Headline("Tokens per second", f"{median(speeds):,.0f}", "median, without padding"))
+    shares = [timing.mfu for timing in run.timings if timing.mfu is not None and math.isfinite(timing.mfu)]
+    if shares:
+        found.append(Headline("MFU", f"{median(shares):.0%}", "median, of the measured matrix product rate"))
     if run.timings:
         peak = max(timing.peak_memory_mb for timing in run.timings)
         size = f"{peak / 1024:.2f} GiB" if peak >= 1024 else f"{peak:.0f} MiB"
@@ -176,6 +190,17 @@ def headlines(run: RunParts) -> list[Headline]:
     if seconds is not None:
         found.append(Headline("Duration", show_duration(seconds), "training loop"))
     return found
+
+
+def generation_columns(evaluations: Sequence[LogRecord]) -> list[tuple[str, list[str]]]:
+    """(heading, values) of each score of generated answers that any of the shown evaluations has."""
+    shown = [record.model_dump() for record in evaluations[-_MAX_EVALUATIONS:]]
+    columns = [(heading, [record[field] for record in shown]) for field, heading in _GENERATION]
+    return [
+        (heading, ["–" if value is None else f"{value:.4f}" for value in values])
+        for heading, values in columns
+        if any(value is not None for value in values)
+    ]
 
 
 def _perplexity_remark(record: LogRecord) -> str:

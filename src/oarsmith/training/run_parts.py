@@ -26,7 +26,8 @@ class _Part(BaseModel):
 
 
 class LogRecord(_Part):
-    """A line of ``log.jsonl``: training records have ``loss``, evaluation records ``eval_loss``. None: not written."""
+    """A line of ``log.jsonl``: training records have ``loss``, evaluation records ``eval_loss``, others ``event`` (what
+    happened in one word: spike, skipped) with its ``detail``. None: not written."""
 
     step: int
     epoch: float | None = None
@@ -38,13 +39,20 @@ class LogRecord(_Part):
     eval_loss: float | None = None
     eval_perplexity: float | None = None
     eval_accuracy: float | None = None
+    eval_bleu4: float | None = None
+    eval_rouge1: float | None = None
+    eval_rouge2: float | None = None
+    eval_rougel: float | None = None
+    event: str | None = None
+    detail: str = ""
 
 
 class Timing(_Part):
-    """A line of ``timing.jsonl``; memory in MiB, since the start of the process."""
+    """A line of ``timing.jsonl``; memory in MiB, since the start of the process; ``mfu`` a share of 1."""
 
     step: int
     tokens_per_second: float
+    mfu: float | None = None
     peak_memory_mb: float
 
 
@@ -161,6 +169,10 @@ class RunParts:
     @property
     def evaluations(self) -> list[LogRecord]:
         return [record for record in self.log if record.eval_loss is not None]
+
+    @property
+    def events(self) -> list[LogRecord]:
+        return [record for record in self.log if record.event is not None]
 
 
 def read_run(output_dir: Path) -> RunParts:
