@@ -92,6 +92,17 @@ def test_in_a_process_of_its_own_from_another_folder(tmp_path):
     assert "bit for bit" in done.stdout
 
 
+def test_a_run_that_fails(tmp_path, capsys):
+    """All of it through the command line: the run ends, its message names the folder, the folder replays."""
+    model_dir, rows = write_tiny_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
+    keys = {"max_length": 64, "learning_rate": 1e30, "max_grad_norm": 0, "gradient_accumulation_steps": 2}
+    assert run_sft(model_dir, rows, tmp_path / "run", **keys) == 2
+    (folder,) = (tmp_path / "run").glob("failure-step-*")
+    assert f"oarsmith replay {folder}" in capsys.readouterr().err
+    assert cli.main(["replay", str(folder)]) == 1
+    assert "both are the recorded ones, bit for bit" in capsys.readouterr().out
+
+
 def overflow(model):
     model.layers[0].ffn.down.weight.mul_(1e30)
     model.layers[0].ffn.gate_up.weight.mul_(1e15)
@@ -102,7 +113,7 @@ def test_a_failure_shows_where_it_starts(tmp_path, capsys):
     output = tmp_path / "statistics.json"
     assert cli.main(["replay", str(folder), "--output_file", str(output)]) == 1
     out = capsys.readouterr().out
-    assert re.search(r"layers\.0\.ffn .* of .*<- first", out)
+    assert re.search(r"layers\.0\.ffn .* (all|of) .*<- first", out)
     assert "first that is not finite: output of layers.0.ffn" in out
     assert "both are the recorded ones, bit for bit" in out, "nan is nan"
     found = json.loads(output.read_text())

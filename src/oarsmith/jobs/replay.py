@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from oarsmith.adapters.peft_layout import CONFIG as ADAPTER_CONFIG
 from oarsmith.adapters.peft_layout import load_adapter_weights, read_adapter_config
@@ -116,7 +116,8 @@ def _load(step: RecordedStep, config: TrainConfig, recipe: Recipe[Any], device: 
 
 def _show(console: Console, found: StepStatistics, step: RecordedStep) -> None:
     first = next((name for name, summary in found.forward.items() if summary.not_finite), None)
-    table = Table("part", "mean", "deviation", "largest", "not finite", "", title="forward: what each part gives")
+    title = "forward: what each part gives"
+    table = Table(_names(found.forward), "mean", "deviation", "largest", "not finite", "", title=title)
     for name, summary in found.forward.items():
         mark = "<- first" if name == first else ""
         table.add_row(name, *_cells(summary, summary.std), mark, style="bold red" if mark else None)
@@ -137,7 +138,7 @@ def _gradients(gradients: Mapping[str, Summary]) -> Table:
     chosen: Sequence[tuple[str, Summary]] = (broken or largest)[:_MOST_GRADIENTS]
     kind = "that are not finite" if broken else "with the largest norm"
     title = f"gradients {kind} ({len(chosen)} of {len(broken or largest)})"
-    table = Table("parameter", "mean", "norm", "largest", "not finite", title=title)
+    table = Table(_names(dict(chosen)), "mean", "norm", "largest", "not finite", title=title)
     for name, summary in chosen:
         table.add_row(name, *_cells(summary, summary.norm))
     return table
@@ -148,7 +149,14 @@ def _plain(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
+def _names(summaries: Mapping[str, Summary]) -> Column:
+    """Names are never cut off, however narrow the terminal."""
+    return Column("name", no_wrap=True, min_width=max(map(len, summaries), default=4))
+
+
 def _cells(summary: Summary, spread: float) -> tuple[str, str, str, str]:
+    if summary.not_finite == summary.elements:
+        return "-", "-", "-", "all"
     share = f"{summary.not_finite:,} of {summary.elements:,}" if summary.not_finite else "0"
     return f"{summary.mean:.3g}", f"{spread:.3g}", f"{summary.absmax:.3g}", share
 

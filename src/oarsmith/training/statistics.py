@@ -162,7 +162,8 @@ def _watched(model: Decoder, found: dict[str, Summary]) -> Iterator[None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
             found.setdefault(name, Summary()).add(output)
 
-        return model.get_submodule(name).register_forward_hook(hook)
+        # A compiled part runs as it does in training, and is looked at from outside.
+        return model.get_submodule(name).register_forward_hook(torch.compiler.disable(hook))
 
     handles = [watch(name) for name in names]
     try:
