@@ -37,7 +37,7 @@ def head_loss(
     softcap: float | None = None,
     z_loss: float = 0.0,
 ) -> HeadResult:
-    """sum_n coef_n * (-log softmax(h W^T)[target_n] + z_loss * lse_n^2), with the gradient computed in the forward pass.
+    """sum_n coef_n * (-log softmax(h W^T)[target_n] + z_loss * lse_n^2); the gradient is computed in the forward pass.
 
     Args:
         softcap: c; logits become c * tanh(logit / c) first.
