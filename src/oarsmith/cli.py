@@ -229,7 +229,8 @@ def check(words: Sequence[str]) -> None:
 
 def split_config(name: str, words: Sequence[str]) -> tuple[str | None, list[str]]:
     """The configuration file (a first word with its suffix), and the other words."""
-    if COMMANDS[name].reads_config and words and words[0].lower().endswith(CONFIG_SUFFIXES):
+    first = words[0] if words and not words[0].startswith("-") else ""
+    if COMMANDS[name].reads_config and first.lower().endswith(CONFIG_SUFFIXES):
         return words[0], list(words[1:])
     return None, list(words)
 

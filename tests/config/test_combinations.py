@@ -13,6 +13,7 @@ from oarsmith.config.combinations import IMPOSSIBLE
 from oarsmith.config.eval import EvalConfig
 from oarsmith.config.inference import ChatConfig, GenerateConfig
 from oarsmith.config.load import load_config
+from oarsmith.config.preprocess import PreprocessConfig
 from oarsmith.config.pretrain import PretrainConfig
 from oarsmith.config.sft import SftConfig
 from oarsmith.errors import ConfigError
@@ -60,6 +61,17 @@ CASES = [
         "--load_best_model_at_end --evaluation_strategy steps --eval_steps 3 --save_steps 10",
         "save_steps 10 is not a multiple of eval_steps 3",
     ),
+    (PreprocessConfig, "--tokenizer t", "no output_prefix"),
+    (PreprocessConfig, "--output_prefix out", "no tokenizer is named"),
+    (PreprocessConfig, "--output_prefix out --tokenizer t --train_tokenizer u", "another one is to be trained"),
+    (PreprocessConfig, "--output_prefix out --merge --dedup exact", "merge copies documents as they are"),
+    (
+        PreprocessConfig,
+        "--output_prefix out --tokenizer t --minhash_num_perm 64",
+        "minhash keys are given but dedup is",
+    ),
+    (PreprocessConfig, "--output_prefix out --tokenizer t --vocab_size 1000", "none is trained"),
+    (PreprocessConfig, "--output_prefix out --tokenizer t --ray_address auto", "engine is local"),
     (GenerateConfig, "--decode_strategy greedy --temperature 1", "greedy always takes"),
     (GenerateConfig, "--decode_strategy sampling --temperature 0", "not defined"),
     (GenerateConfig, "--prompt null", "give a prompt or an input_file"),
@@ -74,6 +86,7 @@ CASES = [
     (EvalConfig, "--dataset_name_or_path t.txt --max_length 8 --stride 9", "stride 9 is longer"),
 ]
 BASE = {
+    PreprocessConfig: {"--input_path": "in"},
     PretrainConfig: {"--model_name_or_path": "m", "--input_dir": "d"},
     SftConfig: {"--model_name_or_path": "m", "--dataset_name_or_path": "d"},
     GenerateConfig: {"--model_name_or_path": "m", "--prompt": "hi"},

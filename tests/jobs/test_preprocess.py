@@ -84,6 +84,13 @@ def test_a_tokenizer_is_trained_and_used(corpus, tmp_path, capsys):
     assert "exists already, and is not what this would train" in capsys.readouterr().err
 
 
+def test_reports_of_its_own_are_not_read(corpus, tmp_path):
+    for name in ("one", "two"):
+        assert run(corpus, corpus / "made" / name, tokenizer_name_or_path=TOKENIZER, workers=1) == 0
+    one, two = (documents_of(corpus / "made" / name) for name in ("one", "two"))
+    assert one == two
+
+
 def test_merge(corpus, tmp_path):
     keys = {"tokenizer_name_or_path": TOKENIZER, "workers": 1}
     for name in ("1.jsonl", "2.txt", "3.json"):
@@ -104,7 +111,7 @@ def test_merge(corpus, tmp_path):
         ({"tokenizer_name_or_path": TOKENIZER, "minhash_threshold": 0.5}, "dedup is none"),
         ({"tokenizer_name_or_path": TOKENIZER, "vocab_size": 1000}, "none is trained"),
         ({"tokenizer_name_or_path": TOKENIZER, "ray_address": "auto"}, "engine is local"),
-        ({"tokenizer_name_or_path": TOKENIZER, "data_impl": "lazy"}, "must be mmap"),
+        ({"tokenizer_name_or_path": TOKENIZER, "data_impl": "lazy"}, "another layout than mmap"),
         ({"tokenizer_name_or_path": TOKENIZER, "json_key": "content"}, "no field 'content'; the row has 'text'"),
         ({"tokenizer_name_or_path": TOKENIZER, "min_doc_length": 10**9}, "no document is kept"),
         ({"tokenizer_name_or_path": "absent"}, "there is no directory 'absent'"),

@@ -14,6 +14,7 @@ _CHECKPOINT = "a Paddle checkpoint format; checkpoints are always Hugging Face d
 _LOADER = "rows are read and tokenized once, before training; there are no loader processes to set up"
 _CHUNKED = "the head and the loss always run in chunks, on trained tokens only"
 _DROPOUT = "the models here have no dropout inside their blocks, as most families were trained"
+_WORDS = "whole words matter to masked models only; decoders take the text as it is"
 _TUNING = "tunes how Paddle overlaps communication; this version trains in one process"
 _LAYOUT = "how Paddle splits the work over devices; one process computes the same numbers without"
 _AMP = "a detail of Paddle's mixed precision; here weights and optimizer are kept exactly as the docs of dtype say"
@@ -80,7 +81,12 @@ WITHOUT_EFFECT: dict[str, str] = {
     "release_grads": "gradients are always freed after an update; see the key optimizer_in_backward",
     "refined_recompute": "which single operations Paddle computes again; see recompute_granularity and "
     "no_recompute_layers",
-    "data_impl": "the kind of an indexed corpus is recognised by its files",
+    "data_format": "the format of a corpus is recognised by its files",
+    "chinese": _WORDS,
+    "cn_whole_word_segment": _WORDS,
+    "cn_seg_func": _WORDS,
+    "cn_splited": _WORDS,
+    "cn_split_dimer": _WORDS,
     "skip_warmup": "corpora are mapped, and never read through before training",
     "hidden_dropout_prob": _DROPOUT,
     "attention_probs_dropout_prob": _DROPOUT,
@@ -127,6 +133,11 @@ def _degree(what: str) -> NotBuilt:
 
 
 NOT_BUILT: dict[str, NotBuilt] = {
+    "data_impl": NotBuilt(
+        frozenset({"mmap", "", "none"}),
+        "writing another layout than mmap",
+        "set it to mmap; old corpora are recognised",
+    ),
     "nproc_per_node": _degree("training in several processes"),
     "nnodes": _degree("training on several machines"),
     "init_lora_weights": NotBuilt(frozenset({"true", "1"}), "another start of the LoRA matrices", "set it to true"),

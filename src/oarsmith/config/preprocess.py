@@ -86,7 +86,6 @@ class PreprocessConfig(TokenizerKeys, CorpusKeys):
     output_prefix: str | None = Field(
         None, description="Path of the output without its endings: PREFIX.bin, PREFIX.idx and PREFIX.report.json."
     )
-    data_impl: Literal["mmap"] = Field("mmap", description="Layout of the output: Megatron's .bin and .idx.")
     merge: Bool = Field(False, description="Put several pairs of .bin and .idx together, in the order given.")
     overwrite: Bool = Field(False, description="Replace an output that exists.")
     workers: Int | None = Field(None, ge=1, description="Processes. Not given: one a CPU.")

@@ -105,7 +105,10 @@ def find_files(paths: Sequence[str]) -> tuple[list[Path], list[Path]]:
 
 
 def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+    """Hidden files, and the reports of corpora that were made into this directory."""
+    index = path.with_name(path.name.removesuffix(".report.json") + ".idx")
+    own = path.name.endswith(".report.json") and index.is_file()
+    return own or any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def suffix_of(path: Path) -> str:

@@ -27,6 +27,7 @@ from oarsmith.data.corpus.samples import (
 from oarsmith.data.corpus.stored import StoredTokens
 from oarsmith.errors import DataError
 
+_ALL = "; 'split 1' trains on everything and evaluates on nothing"
 _TITLES = {"train": "training", "valid": "evaluation", "test": "test"}
 
 
@@ -88,10 +89,11 @@ class Corpus:
             share = f"{self.shares[part]:.3g} of {file.num_documents:,} documents"
             if len(chosen) == 0:
                 what = f"the {title} part has no document ({share})"
-                raise DataError(what, where=str(file.prefix), fix="raise its share in split, or join small files")
+                fix = f"raise its share in split, or join small files{_ALL}"
+                raise DataError(what, where=str(file.prefix), fix=fix)
             if num_tokens < needed:
                 what = f"the {title} part has {num_tokens:,} tokens ({share}), a sample {needed:,}"
-                fix = "raise its share in split, lower max_length, or join small files"
+                fix = f"raise its share in split, lower max_length, or join small files{_ALL}"
                 raise DataError(what, where=str(file.prefix), fix=fix)
 
     def draw(self, part: Part, num_samples: int, *, seed: int, cache: IndexCache | None = None) -> CorpusPart:
