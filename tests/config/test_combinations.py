@@ -68,7 +68,7 @@ CASES = [
     (
         PreprocessConfig,
         "--output_prefix out --tokenizer t --minhash_num_perm 64",
-        "minhash keys are given but dedup is",
+        "minhash keys are given but",
     ),
     (PreprocessConfig, "--output_prefix out --tokenizer t --vocab_size 1000", "none is trained"),
     (PreprocessConfig, "--output_prefix out --tokenizer t --ray_address auto", "engine is local"),

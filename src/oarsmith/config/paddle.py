@@ -136,7 +136,7 @@ NOT_BUILT: dict[str, NotBuilt] = {
     "data_impl": NotBuilt(
         frozenset({"mmap", "", "none"}),
         "writing another layout than mmap",
-        "set it to mmap; old corpora are recognised",
+        "set it to mmap; old corpora are read",
     ),
     "nproc_per_node": _degree("training in several processes"),
     "nnodes": _degree("training on several machines"),
