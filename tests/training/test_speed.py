@@ -74,7 +74,7 @@ def test_adding_a_batch_is_cheap():
 
 def test_shapes_are_the_models_own():
     shapes = matmul_shapes(tiny_decoder().spec, 100)
-    assert shapes == ((100, 32, 96), (100, 32, 64), (100, 48, 32), (100, 32, 32))
+    assert shapes == ((100, 32, 96), (100, 32, 64), (100, 48, 32))
     assert all(shape[0] == 2048 for shape in matmul_shapes(tiny_decoder().spec, 10**6))
 
 
@@ -91,17 +91,28 @@ def test_the_rate_is_that_of_a_plain_product(monkeypatch):
     assert 0.2 < rate / best < 5
 
 
-def test_the_rate_is_kept_and_expires(tmp_path, monkeypatch):
-    model, calls = tiny_decoder(), []
-    monkeypatch.setattr(speed, "_measure", lambda *arguments: calls.append(arguments) or 1e9 + len(calls))
-    first = matmul_rate(model, 64, now=lambda: 1000.0)
+def test_the_best_rate_of_a_day_counts(tmp_path, monkeypatch):
+    model, speeds, calls = tiny_decoder(), [5.0], []
+    monkeypatch.setattr(speed, "_measure", lambda *arguments: calls.append(arguments) or speeds[0])
+
+    def rate(minutes, num_tokens=64):
+        return matmul_rate(model, num_tokens, now=lambda: 1000.0 + 60 * minutes)
+
+    assert rate(0) == 5.0
     num_shapes = len(calls)
-    assert first == 1e9 + num_shapes
-    assert matmul_rate(model, 64, now=lambda: 1000.0 + 3600) == first
+    assert num_shapes == 3
+    speeds[0] = 7.0
+    assert rate(9) == 5.0, "measured lately"
     assert len(calls) == num_shapes
-    assert matmul_rate(model, 32, now=lambda: 1000.0 + 3600) > first, "other shapes"
-    assert matmul_rate(model.bfloat16(), 64, now=lambda: 1000.0 + 3600) > first, "another number format"
-    assert matmul_rate(model.float(), 64, now=lambda: 1000.0 + 30 * 3600) > first, "too old"
+    assert rate(11) == 7.0
+    speeds[0] = 2.0
+    assert rate(60) == 7.0, "the machine is busy now"
+    assert len(calls) == 3 * num_shapes
+    assert rate(60, 32) == 2.0, "other shapes"
+    model.bfloat16()
+    assert rate(60) == 2.0, "another number format"
+    model.float()
+    assert rate(25 * 60) == 2.0, "too long ago"
     kept = json.loads((tmp_path / "cache" / "matmul_rates.json").read_text())
     assert len(kept) == 1, "what has expired is removed"
 
