@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ class Saver:
     store: CheckpointStore
     write_model: Callable[[Decoder, Path], None]
     background: bool = False
-    _thread: threading.Thread | None = field(default=None, init=False)
-    _error: BaseException | None = field(default=None, init=False)
+    _worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "save"), init=False)
+    _writing: Future[None] | None = field(default=None, init=False)
 
     def save(
         self, step: int, model: Decoder, tensors: Mapping[str, Tensor], state: Mapping[str, Any], best: int | None
@@ -45,10 +45,7 @@ class Saver:
             self._write(step, model, tensors, state, best)
             return
         twin, kept = _copy_of(model), {name: tensor.clone() for name, tensor in tensors.items()}
-        self._thread = threading.Thread(
-            target=self._try_to_write, args=(step, twin, kept, copy.deepcopy(state), best), name=f"save-{step}"
-        )
-        self._thread.start()
+        self._writing = self._worker.submit(self._write, step, twin, kept, copy.deepcopy(state), best)
 
     def finish(self) -> None:
         """Wait until nothing is being written.
@@ -56,18 +53,9 @@ class Saver:
         Raises:
             OSError, OarsmithError: what went wrong in the background.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def _try_to_write(self, *arguments: Any) -> None:
-        try:
-            self._write(*arguments)
-        except BaseException as error:  # noqa: BLE001 - a thread cannot raise; finish() does
-            self._error = error
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def _write(
         self, step: int, model: Decoder, tensors: Mapping[str, Tensor], state: Mapping[str, Any], best: int | None
