@@ -71,7 +71,16 @@ def test_wandb_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("HOME", str(tmp_path))
     for records in (FIRST, SECOND):
-        track(["wandb"], tmp_path / "run", records)
+        # In a process of its own, as a run is: wandb writes from a helper that ends with it.
+        code = (
+            "from pathlib import Path\n"
+            "from oarsmith.training.trackers import make_tracker\n"
+            f"folder = Path({str(tmp_path / 'run')!r})\n"
+            "tracker = make_tracker(['wandb'], folder, run_name='mine', config={'seed': 42})\n"
+            f"for record in {records!r}:\n    tracker.log(record)\n"
+            "tracker.close()\n"
+        )
+        subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
     files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     known = json.loads((tmp_path / "run" / IDS_FILE).read_text())["wandb"]
     assert [file.name for file in files] == [f"run-{known}.wandb"] * 2, "the same run, so that a sync joins them"
