@@ -62,7 +62,7 @@ def options_from_command_line() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--curves", help="draw the loss of a longer run of each into this picture")
     parser.add_argument("--curve_steps", type=int, default=200)
-    parser.add_argument("--curve_peers", nargs="+", choices=list(PEERS), default=["master"])
+    parser.add_argument("--curve_peers", nargs="+", choices=list(PEERS), default=["default", "master"])
     parser.add_argument("--json", help="also write every measurement to this file")
     options = parser.parse_args()
     if (options.corpus is None) != (options.model is None):

@@ -62,7 +62,7 @@ class Work:
             write_tokenizer(self.model, VOCAB_SIZE)
         pairs = read_pairs(Path(options.data)) if options.data else made_up_pairs()
         for count in options.rows:
-            rows = ({"src": f"{i} {src}", "tgt": tgt} for i, (src, tgt) in enumerate(repeated(pairs, count)))
+            rows = ({"src": f"{i} {src}\n", "tgt": tgt} for i, (src, tgt) in enumerate(repeated(pairs, count)))
             self.rows(count).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         vocab_size = json.loads((self.model / "config.json").read_text())["vocab_size"]
         # Twice as much as is read, so that nothing is seen again.
