@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from oarsmith.kernels.document_attention import document_attention, document_bounds
 from oarsmith.kernels.select import Library, native_for
 
 # (first query, end of queries, first key slot, end of key slots, keys that all queries see); beside those, the last
@@ -48,6 +49,10 @@ def attention(q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, spans: Sequence[SpanB
         spans: together they hold every query once. Keys of other spans are invisible.
     """
     assert scores.softcap is None or scores.bias_HP is None, "no model has both"
+    if scores.softcap is None and scores.bias_HP is None and scores.sinks_H is None:
+        bounds = document_bounds(q_THK, k_SGK, v_SGV, spans)
+        if bounds is not None:
+            return document_attention(q_THK, k_SGK, v_SGV, bounds, scale=scores.scale, window=scores.window)
     if native_for(q_THK, k_SGK, v_SGV) is not None:
         return _SpanAttention.apply(q_THK, k_SGK, v_SGV, scores.sinks_H, spans, scores)
     return attention_reference(q_THK, k_SGK, v_SGV, spans, scores)

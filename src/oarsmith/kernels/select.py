@@ -36,10 +36,19 @@ _SIGNATURES = {
     "adam8bit": "ppppppplppppppffffffff",
     "subtract": "ppplf",
 }
+# In bf16 only, and only on CPUs that multiply pairs of bf16.
+_DOCUMENT_ATTENTION = {
+    "document_attention": "ppppp" + "plplllllf",
+    "document_attention_backward": "ppppppppp" + "plplllllf",
+}
 
 
 class Library:
-    """The compiled kernels with their argument types set; tensors are passed by address."""
+    """The compiled kernels with their argument types set; tensors are passed by address.
+
+    Attributes:
+        has_document_attention: whether this CPU has what that kernel is made of.
+    """
 
     def __init__(self, handle: ctypes.CDLL) -> None:
         self._functions = {}
@@ -48,6 +57,9 @@ class Library:
                 self._functions[name, suffix] = self._bind(handle, f"{name}_{suffix}", signature)
         self._functions["adamw", "f32"] = self._bind(handle, "adamw_f32", "pppplffffffff")
         self._functions["sum_of_squares", "bf16"] = self._bind(handle, "sum_of_squares_bf16", "plp")
+        self.has_document_attention = bool(handle["document_attention_available"]())
+        for name, signature in _DOCUMENT_ATTENTION.items():
+            self._functions[name, "bf16"] = self._bind(handle, f"{name}_bf16", signature)
 
     @staticmethod
     def _bind(handle: ctypes.CDLL, name: str, signature: str) -> ctypes._NamedFuncPointer:
