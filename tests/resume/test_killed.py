@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
-import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +15,7 @@ import pytest
 import torch
 
 from oarsmith.training.precision import has_fast_bf16
+from resume.killing import check_checkpoints, finish, kill, num_lines, results, same
 from tiny import command, environment, sft_words, write_rows, write_tiny_model
 
 BF16 = has_fast_bf16(torch.device("cpu"))
@@ -70,13 +69,10 @@ def stories(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
 
     def tell(name: str) -> Story:
         whole, killed = root / name / "whole", root / name / "killed"
-        finish(words(inputs, whole, name))
-        moments = []
+        finish(words(inputs, whole, name), whole)
         chance = random.Random(name)
-        for _ in range(kills[name]):
-            moments.append(run_and_kill(words(inputs, killed, name), killed, chance))
-            check_checkpoints(killed)
-        finish(words(inputs, killed, name))
+        moments = [kill(words(inputs, killed, name), killed, chance, most_lines=6) for _ in range(kills[name])]
+        finish(words(inputs, killed, name), killed)
         return Story(whole, killed, moments)
 
     with ThreadPoolExecutor(2) as pool:
@@ -87,80 +83,10 @@ def words(inputs: tuple[Path, Path], output_dir: Path, name: str, **changes: Any
     return sft_words(*inputs, output_dir, **KEYS | VARIANTS[name] | changes)
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(arguments: list[str]) -> str:
-    process = start(arguments)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    return output
-
-
-def num_lines(output_dir: Path) -> int:
-    log = output_dir / "log.jsonl"
-    return log.read_bytes().count(b"\n") if log.exists() else 0
-
-
-def run_and_kill(arguments: list[str], output_dir: Path, chance: random.Random) -> str:
-    """Kill after a few random steps: as soon as a save is seen, or while none is. Says where it hit."""
-    before, wanted = num_lines(output_dir), chance.randint(1, 9)
-    in_save = chance.random() < 0.5
-    process = start(arguments)
-    try:
-        begin = time.monotonic()
-        while process.poll() is None and time.monotonic() - begin < 120:
-            lines = num_lines(output_dir)
-            # The log is rewound to the checkpoint first, so it may hold fewer lines than before.
-            stepped = lines >= wanted if before == 0 else lines >= before + wanted - 3
-            if stepped and in_save == is_saving(output_dir):
-                break
-            time.sleep(0.0005)
-        time.sleep(chance.uniform(0, 0.004))
-        saving = is_saving(output_dir)
-    finally:
-        process.kill()
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, f"ended before it could be killed: {output}"
-    return "in a save" if saving else "between saves"
-
-
-def is_saving(output_dir: Path) -> bool:
-    return any(output_dir.glob(".tmp-checkpoint-*"))
-
-
-def check_checkpoints(output_dir: Path) -> None:
-    """Every checkpoint with a name is whole: the files of its manifest, no others, each with its hash."""
-    for folder in output_dir.glob("checkpoint-*"):
-        manifest = json.loads((folder / "manifest.json").read_text())
-        files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-        assert files == {*manifest, "manifest.json"}
-        for name, entry in manifest.items():
-            data = (folder / name).read_bytes()
-            assert len(data) == entry["bytes"]
-            assert hashlib.sha256(data).hexdigest() == entry["sha256"]
-
-
-def results(output_dir: Path) -> dict[str, bytes]:
-    """Weights, optimizer state, trainer state and log: all that training computes."""
-    names = ["log.jsonl"]
-    for folder in ("model", "adapter", *(path.name for path in output_dir.glob("checkpoint-*"))):
-        names += [str(path.relative_to(output_dir)) for path in (output_dir / folder).rglob("*.safetensors")]
-        names += [str(path.relative_to(output_dir)) for path in (output_dir / folder).glob("trainer/*.json")]
-    return {name: (output_dir / name).read_bytes() for name in names}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHOSEN)
 def test_killed_run_ends_as_the_undisturbed_one(stories: dict[str, Story], name: str) -> None:
-    whole, killed = results(stories[name].whole), results(stories[name].killed)
-    assert any(path.endswith("trainer/optimizer.safetensors") for path in whole)
-    assert [path for path in sorted(whole) if whole[path] != killed.get(path)] == []
-    assert whole.keys() == killed.keys()
-    assert not list(stories[name].killed.glob(".tmp-*"))
+    same(stories[name].whole, stories[name].killed)
 
 
 @pytest.mark.slow
@@ -190,7 +116,9 @@ def test_sigterm_saves_and_the_run_goes_on(
     inputs: tuple[Path, Path], stories: dict[str, Story], tmp_path: Path
 ) -> None:
     arguments = words(inputs, tmp_path / "run", "lora-fp32", save_steps=1000)
-    process = start(arguments)
+    process = subprocess.Popen(
+        command(arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     while process.poll() is None and num_lines(tmp_path / "run") < 7:
         time.sleep(0.001)
     process.terminate()
@@ -200,7 +128,7 @@ def test_sigterm_saves_and_the_run_goes_on(
     assert "run the same command again to continue" in output
     check_checkpoints(tmp_path / "run")
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
-    assert "resuming from" in finish(arguments)
+    assert "resuming from" in finish(arguments, tmp_path / "run")
     whole, stopped = results(stories["lora-fp32"].whole), results(tmp_path / "run")
     for name in ("log.jsonl", "adapter/adapter_model.safetensors"):
         assert whole[name] == stopped[name], name
