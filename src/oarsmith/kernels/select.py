@@ -35,6 +35,8 @@ _SIGNATURES = {
     "adamw_split": "ppppplffffffff",
     "adam8bit": "ppppppplppppppffffffff",
     "subtract": "ppplf",
+    "quantize_rows": "pppplll",
+    "dequantize_rows": "ppppplll",
 }
 # In bf16 only, and only on CPUs that multiply pairs of bf16.
 _DOCUMENT_ATTENTION = {

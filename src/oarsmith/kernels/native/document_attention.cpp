@@ -55,6 +55,27 @@ struct Scratch {
   std::vector<uint32_t> keys, key_rows, values, p, p_pairs, ds_pairs, query_rows, grad_rows;
 };
 
+// exp(scale * x - top) as bf16, top the largest scale * x, zeros outside [from, to); returns their sum. A function of its
+// own, or GCC does not vectorise the loops inside a parallel region. With the sum and the 16-bit store in one loop, GCC 12
+// adds some terms twice.
+__attribute__((noinline)) static float exponentials(float* x, int64_t from, int64_t to, int64_t wide, float scale,
+                                                    bf16* out, float* largest) {
+  float top = -INFINITY, sum = 0.0f;
+#pragma omp simd reduction(max : top)
+  for (int64_t j = from; j < to; ++j) top = std::max(top, x[j]);
+  top *= scale;
+#pragma omp simd
+  for (int64_t j = from; j < to; ++j) x[j] = fast_exp(x[j] * scale - top);
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = from; j < to; ++j) sum += x[j];
+  for (int64_t j = 0; j < from; ++j) out[j].bits = 0;
+#pragma omp simd
+  for (int64_t j = from; j < to; ++j) store(out + j, x[j]);
+  for (int64_t j = to; j < wide; ++j) out[j].bits = 0;
+  *largest = top;
+  return sum;
+}
+
 static void forward(const Task& t, const Shape& s, View q, View k, View v, bf16* o, float* lse, int64_t tokens,
                     Scratch& w) {
   int64_t share = s.heads / s.groups;
@@ -77,23 +98,10 @@ static void forward(const Task& t, const Shape& s, View q, View k, View v, bf16*
               w.scores.data(), padded, false);
       float sums[ROWS];
       for (int64_t r = 0; r < rows; ++r) {
-        float* x = w.scores.data() + r * padded;
-        bf16* y = p + r * padded;
         int64_t from, to;
         seen(s, q0 + r, first, count, &from, &to);
-        float top = -INFINITY, sum = 0.0f;
-#pragma omp simd reduction(max : top)
-        for (int64_t j = from; j < to; ++j) top = std::max(top, x[j]);
-        top *= s.scale;
-        for (int64_t j = 0; j < from; ++j) y[j].bits = 0;
-        // Three loops: with the sum and the 16-bit store in one, GCC 12 adds some terms twice.
-#pragma omp simd
-        for (int64_t j = from; j < to; ++j) x[j] = fast_exp(x[j] * s.scale - top);
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = from; j < to; ++j) sum += x[j];
-#pragma omp simd
-        for (int64_t j = from; j < to; ++j) store(y + j, x[j]);
-        for (int64_t j = to; j < wide; ++j) y[j].bits = 0;
+        float top;
+        float sum = exponentials(w.scores.data() + r * padded, from, to, wide, s.scale, p + r * padded, &top);
         sums[r] = 1.0f / sum;
         lse[head * tokens + t.start + q0 + r] = top + std::log(sum);
       }
@@ -115,7 +123,7 @@ struct Block {
 
 // Probabilities and score gradients of a block from its scores and their gradients: in pairs of rows (of queries) for the
 // products over queries, and the score gradients also as they lie for the product over keys.
-static void differentiate(const Block& b, const Shape& s, bool pairs, const float* lse, const float* delta, Scratch& w) {
+__attribute__((noinline)) static void differentiate(const Block& b, const Shape& s, bool pairs, const float* lse, const float* delta, Scratch& w) {
   bf16* ds_rows = reinterpret_cast<bf16*>(w.p.data());
   for (int64_t r = 0; r < b.rows; ++r) {
     float *x = w.scores.data() + r * KEYS, *dx = w.grads.data() + r * KEYS;
