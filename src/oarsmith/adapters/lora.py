@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from oarsmith.kernels.int8 import Int8Weight, int8_backward, int8_forward, int8_linear
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.linear import Linear
 from oarsmith.models.spec_parts import LinearSpec
+
+BaseWeight = Tensor | Int8Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +68,24 @@ class LoraLinear(Linear):
         """``counts``: for stacked maps, how many rows of x go through each."""
         a, b = self._stacked(x_TI.dtype)
         if self.spec.experts is None:
-            return self._adapted(x_TI, self.weight, self.bias, a, b)
+            return self._adapted(x_TI, self.base_weights()[0], self.bias, a, b)
         biases = [None] * self.spec.experts if self.bias is None else self.bias.unbind()
-        maps = zip(self.weight.unbind(), biases, a.unbind(), b.unbind(), strict=True)
+        maps = zip(self.base_weights(), biases, a.unbind(), b.unbind(), strict=True)
         rows = zip(x_TI.split(list(counts)), maps, strict=True)
         return torch.cat([self._adapted(x, *weights) for x, weights in rows if len(x)])
 
-    def _adapted(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor) -> Tensor:
+    def base_weights(self) -> Sequence[BaseWeight]:
+        """The weight [O, I] under the adapter, or that of each expert."""
+        return [self.weight] if self.spec.experts is None else self.weight.unbind()
+
+    def _adapted(
+        self, x_TI: Tensor, weight_OI: BaseWeight, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor
+    ) -> Tensor:
         if self.lora.dropout > 0 and self.training:
-            base = functional.linear(x_TI, weight_OI, bias_O)
+            if isinstance(weight_OI, Int8Weight):
+                base = int8_linear(x_TI, weight_OI, bias_O)
+            else:
+                base = functional.linear(x_TI, weight_OI, bias_O)
             dropped_TI = functional.dropout(x_TI, self.lora.dropout)
             return base + functional.linear(functional.linear(dropped_TI, a_RI), b_OR)
         return _LoraProduct.apply(x_TI, weight_OI, bias_O, a_RI, b_OR)
@@ -117,23 +129,28 @@ class _LoraProduct(torch.autograd.Function):
     """x W^T + b + (x A^T) B^T with the additions fused into the products and no gradient for a frozen W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
+    def forward(ctx: Any, x: Tensor, weight: BaseWeight, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
         xa = flat @ a.t()
-        y = functional.linear(flat, weight, bias)
+        if isinstance(weight, Int8Weight):
+            y = int8_forward(flat, weight, bias)
+            ctx.save_for_backward(flat, xa, a, b, *weight)
+        else:
+            y = functional.linear(flat, weight, bias)
+            ctx.save_for_backward(flat, xa, a, b, weight)
         y.addmm_(xa, b.t())
-        ctx.save_for_backward(flat, xa, weight, a, b)
         ctx.has_bias = bias is not None
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, xa, weight, a, b = ctx.saved_tensors
-        flat = dy.reshape(-1, dy.shape[-1])
+        x, xa, a, b, *weight = ctx.saved_tensors
+        flat = dy.reshape(-1, dy.shape[-1]).contiguous()
         dxa = flat @ b
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (flat @ weight).addmm_(dxa, a).unflatten(0, dy.shape[:-1])
+            dx = int8_backward(flat, Int8Weight(*weight)) if len(weight) == 2 else flat @ weight[0]
+            dx = dx.addmm_(dxa, a).unflatten(0, dy.shape[:-1])
         d_weight = flat.t() @ x if ctx.needs_input_grad[1] else None
         d_bias = flat.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return dx, d_weight, d_bias, dxa.t() @ x, flat.t() @ xa

@@ -21,6 +21,7 @@ def merge_lora(model: Decoder) -> Decoder:
     Works in place (one copy of the weights); the returned decoder is the same object, now plain.
     """
     for path, module in list(lora_modules(model)):
+        assert module.weight.is_floating_point(), f"{path} has 8-bit weights: merge into the checkpoint's own"
         for _, where, delta in module.deltas():
             module.weight[where] = (module.weight[where].float() + delta).to(module.weight.dtype)
         kind = Linear if module.spec.experts is None else ExpertLinear
