@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from oarsmith.kernels.int8 import Int8Weight, int8_backward, int8_forward, int8_linear
+from oarsmith.kernels.remake import recipe_of
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.linear import Linear
 from oarsmith.models.spec_parts import LinearSpec
@@ -130,21 +131,24 @@ class _LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: BaseWeight, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        flat, recipe = x.reshape(-1, x.shape[-1]).contiguous(), recipe_of(x)
         xa = flat @ a.t()
-        if isinstance(weight, Int8Weight):
-            y = int8_forward(flat, weight, bias)
-            ctx.save_for_backward(flat, xa, a, b, *weight)
-        else:
-            y = functional.linear(flat, weight, bias)
-            ctx.save_for_backward(flat, xa, a, b, weight)
+        y = (
+            int8_forward(flat, weight, bias)
+            if isinstance(weight, Int8Weight)
+            else functional.linear(flat, weight, bias)
+        )
         y.addmm_(xa, b.t())
-        ctx.has_bias = bias is not None
+        parts = tuple(weight) if isinstance(weight, Int8Weight) else (weight,)
+        ctx.save_for_backward(xa, a, b, *parts, *recipe.inputs)
+        ctx.make, ctx.num_parts, ctx.has_bias = recipe.make, len(parts), bias is not None
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, xa, a, b, *weight = ctx.saved_tensors
+        xa, a, b, *rest = ctx.saved_tensors
+        weight, inputs = rest[: ctx.num_parts], rest[ctx.num_parts :]
+        x = ctx.make(*inputs).reshape(-1, a.shape[1])
         flat = dy.reshape(-1, dy.shape[-1]).contiguous()
         dxa = flat @ b
         dx = None

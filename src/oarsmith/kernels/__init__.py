@@ -5,6 +5,7 @@ from oarsmith.kernels.adam8bit import Moments8bit, adam8bit_step
 from oarsmith.kernels.adamw import AdamWRule, adamw_step
 from oarsmith.kernels.attention import Scores, SpanBounds, attention
 from oarsmith.kernels.cross_entropy import HeadResult, head_loss, token_logprobs
+from oarsmith.kernels.linear import linear
 from oarsmith.kernels.norm import rms_norm
 from oarsmith.kernels.rope import rope
 from oarsmith.kernels.select import describe, using
@@ -23,6 +24,7 @@ __all__ = [
     "describe",
     "gated_activation",
     "head_loss",
+    "linear",
     "rms_norm",
     "rope",
     "sum_of_squares",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from oarsmith.kernels.remake import leave_recipe
 from oarsmith.kernels.select import native_for
 
 _CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
@@ -30,7 +32,8 @@ def activation(x: Tensor, kind: str) -> Tensor:
 def gated_activation(gate_up: Tensor, kind: str) -> Tensor:
     """act(gate) * up as [T, I]; the compiled path rounds once, where the twin rounds the activation too."""
     if native_for(gate_up) is not None:
-        return _Gated.apply(gate_up, _CODES[kind])
+        gate_up = gate_up.contiguous()
+        return leave_recipe(_Gated.apply(gate_up, _CODES[kind]), partial(_forward, code=_CODES[kind]), gate_up)
     return gated_activation_reference(gate_up, kind)
 
 
@@ -40,19 +43,21 @@ def gated_activation_reference(gate_up: Tensor, kind: str) -> Tensor:
     return activation(gate, kind) * up
 
 
+def _forward(gate_up: Tensor, code: int) -> Tensor:
+    inner = gate_up.shape[-1] // 2
+    out = torch.empty((*gate_up.shape[:-1], inner), dtype=gate_up.dtype)
+    library = native_for(gate_up)
+    assert library is not None
+    library.call("gated_forward", gate_up.dtype, gate_up, out, gate_up.numel() // (2 * inner), inner, code)
+    return out
+
+
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, code: int) -> Tensor:
-        gate_up = gate_up.contiguous()
-        inner = gate_up.shape[-1] // 2
-        tokens = gate_up.numel() // (2 * inner)
-        out = torch.empty((*gate_up.shape[:-1], inner), dtype=gate_up.dtype)
-        library = native_for(gate_up)
-        assert library is not None
-        library.call("gated_forward", gate_up.dtype, gate_up, out, tokens, inner, code)
         ctx.save_for_backward(gate_up)
         ctx.code = code
-        return out
+        return _forward(gate_up, code)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from oarsmith.kernels.remake import leave_recipe
 from oarsmith.kernels.select import native_for
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * w, statistics in fp32 (Zhang and Sennrich 2019); unit_offset: * (1 + w) in fp32."""
     if native_for(x, weight) is not None:
-        return _RMSNorm.apply(x, weight, eps, unit_offset)
+        y = _RMSNorm.apply(x, weight, eps, unit_offset)
+        return leave_recipe(y, partial(_normed, eps=eps, unit_offset=unit_offset), x, weight)
     return rms_norm_reference(x, weight, eps, unit_offset)
 
 
@@ -35,18 +38,27 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
     return flat, flat.shape[-1]
 
 
+def _normed(x: Tensor, weight: Tensor, *, eps: float, unit_offset: bool) -> Tensor:
+    return _forward(x, weight, eps, unit_offset)[0]
+
+
+def _forward(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The normed rows, 1 / rms of each, and what :func:`_rows` gives."""
+    library = native_for(x, weight)
+    assert library is not None
+    flat, stride = _rows(x)
+    dim = x.shape[-1]
+    rows = x.numel() // dim
+    y, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(rows)
+    library.call("rms_forward", x.dtype, flat, weight.contiguous(), y, rstd, rows, dim, stride, eps, int(unit_offset))
+    return y, rstd, flat, stride
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
-        library = native_for(x, weight)
-        assert library is not None
-        flat, stride = _rows(x)
-        dim = x.shape[-1]
-        rows = x.numel() // dim
-        y, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(rows)
-        weight = weight.contiguous()
-        library.call("rms_forward", x.dtype, flat, weight, y, rstd, rows, dim, stride, eps, int(unit_offset))
-        ctx.save_for_backward(flat, weight, rstd)
+        y, rstd, flat, stride = _forward(x, weight, eps, unit_offset)
+        ctx.save_for_backward(flat, weight.contiguous(), rstd)
         ctx.stride, ctx.unit_offset = stride, unit_offset
         return y
 
