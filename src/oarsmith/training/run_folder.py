@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from oarsmith.atomic import remove_directory
 from oarsmith.config.resolved import RUN_FILE
 from oarsmith.errors import ConfigError
@@ -35,6 +37,7 @@ _FREE_KEYS = frozenset(
         "do_predict",
     }
 )
+_SETTINGS: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 _MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_config.json")
 
 
@@ -100,12 +103,23 @@ def _keep_inputs(output_dir: Path, inputs: Sequence[Path]) -> None:
             )
 
 
+def _settings_of(path: Path) -> dict[str, Any]:
+    try:
+        return _SETTINGS.validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ConfigError(
+            f"not the settings of a run: {error.errors()[0]['msg']}",
+            where=str(path),
+            fix="repair it; or choose another output_dir; or set overwrite_output_dir true to start over",
+        ) from error
+
+
 def _has_result(output_dir: Path) -> bool:
     return any((output_dir / name).is_dir() for name in ("model", "adapter"))
 
 
 def _same_run(output_dir: Path, settings: Mapping[str, Any]) -> None:
-    before = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
+    before = _settings_of(output_dir / RUN_FILE)
     now = json.loads(json.dumps(dict(settings)))
     changed = [key for key in now if key not in _FREE_KEYS and key in before and before[key] != now[key]]
     if changed:

@@ -187,11 +187,30 @@ def _parquet_documents(piece: Piece, layout: Layout, passed: Passed) -> Iterator
                 )
             groups = range(piece.start, piece.stop)
             for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[layout.json_key]):
-                for text in batch.column(0).to_pylist():
+                for text in _values(batch.column(0)):
                     passed.places += 1
-                    yield _text_of({layout.json_key: text}, layout, passed.places)
+                    if isinstance(text, UnicodeDecodeError):
+                        yield _not_utf8(text.object, text, passed.places)
+                    else:
+                        yield _text_of({layout.json_key: text}, layout, passed.places)
     except (pyarrow.ArrowException, OSError) as error:
         raise unreadable(path, "parquet", error) from error
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of an Arrow array; an error in place of a text that is not UTF-8, which files may hold unchecked."""
+    try:
+        found: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        found = [_decoded_value(value) for value in column.cast("large_binary").to_pylist()]
+    return found
+
+
+def _decoded_value(value: bytes | None) -> str | UnicodeDecodeError | None:
+    try:
+        return None if value is None else value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error
 
 
 def _record_documents(piece: Piece, layout: Layout, passed: Passed) -> Iterator[Document | Malformed]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import io
 import itertools
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,7 +219,7 @@ def _gz(path: Path) -> Iterator[bytes]:
         with gzip.open(path) as opened:
             while chunk := opened.read(_CHUNK):
                 yield chunk
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise unreadable(path, "gzip", error) from error
 
 

@@ -12,6 +12,7 @@ Numpy pair: ``<prefix>_ids.npy`` holds all tokens; ``<prefix>_idx.npz`` has ``le
 from __future__ import annotations
 
 import struct
+import tokenize
 import zipfile
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from oarsmith.data.corpus.stored import REWRITE, StoredTokens, file_size, map_by
 from oarsmith.errors import DataError
 
 LAZY_MAGIC = b"TNTIDX\x00\x00"
+# What numpy raises for files that are not its own: it reads headers as Python, and makes room for what they claim.
+_DAMAGED = (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError, MemoryError)
 _LAZY_HEADER = struct.Struct("<8sQQQQQQ")
 
 
@@ -116,11 +119,11 @@ class NumpyDataset(StoredTokens):
         try:
             with np.load(index, allow_pickle=False) as arrays:
                 sizes, doc_idx = arrays["lens"], arrays["docs"].astype(np.int64)
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        except (*_DAMAGED, KeyError, zipfile.BadZipFile) as error:
             raise DataError(f"not an index of a corpus: {error}", where=str(index), fix=REWRITE) from error
         try:
             tokens = np.lib.format.open_memmap(ids, mode="r")
-        except (OSError, ValueError, EOFError) as error:
+        except _DAMAGED as error:
             raise DataError(f"not an array of tokens: {error}", where=str(ids), fix=REWRITE) from error
         if tokens.dtype.kind not in "iu" or tokens.ndim != 1:
             what = f"an array {tokens.shape} of {tokens.dtype}; tokens are one row of integers"
