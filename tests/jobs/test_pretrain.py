@@ -213,3 +213,21 @@ def test_a_block_that_does_not_exist_cannot_be_spared(corpus, tmp_path, capsys):
     keys = {"recompute": True, "no_recompute_layers": "0,7", "max_steps": 1, "split": "1"}
     assert pretrain(model, corpus, tmp_path / "run", **keys) == 2
     assert "[7]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_model_with_prefixes_generates_the_text(corpus, tmp_path, isolate):
+    """ChatGLM-6B: every row, or document, stands behind [gMASK] and the start token, in evaluations too."""
+    config = json.loads((TOKENIZER.parents[1] / "families" / "chatglm_6b" / "config.json").read_text())
+    folder = tmp_path / "blank"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    oarsmith.load_tokenizer(TOKENIZER).save(folder)
+    keys = {"max_steps": 12, "learning_rate": 5e-3, "split": "8,2", "eval_steps": 12, "isolate_documents": isolate}
+    assert pretrain(folder, corpus, tmp_path / "run", **keys) == 0
+    learned = losses(tmp_path / "run")
+    assert learned[-1] < learned[0] - 0.3
+    records = read_lines(tmp_path / "run" / "log.jsonl")
+    assert any(record.get("eval_loss", 9) < learned[0] - 0.3 for record in records)
+    if not isolate:
+        assert records[0]["tokens"] == 2 * (32 + 2) and records[0]["trained_tokens"] == 2 * (32 + 1)

@@ -16,7 +16,9 @@ from oarsmith.jobs.runtime import fit_max_length, make_console, make_tokenizer
 from oarsmith.jobs.start import Start
 from oarsmith.losses.token import TokenCrossEntropy
 from oarsmith.methods import pretrain
+from oarsmith.models import families
 from oarsmith.models.fresh import fresh_config
+from oarsmith.models.spec import PrefixLM
 
 # Without a learning_rate: what small models learn well with, and what disturbs trained weights little.
 _FROM_SCRATCH, _FURTHER = 1e-3, 5e-5
@@ -67,6 +69,15 @@ def start(resolved: Resolved[PretrainConfig], device: torch.device) -> tuple[Res
     return resolved, Start(base=base, config=starting.stretched(config, contents), fresh=True)
 
 
+def opening(begin: Start) -> tuple[int, ...]:
+    """What stands before a text without a prompt: models with prefixes generate after [gMASK] and their start token.
+
+    GLM's own pretraining fills spans of 50 to 100 % of a document (Du et al. 2022, section 2.2); this is its 100 %.
+    """
+    rule = families.build_spec(begin.config)[1].visibility
+    return (rule.mask_ids[0], rule.start_id) if isinstance(rule, PrefixLM) else ()
+
+
 def plan(config: PretrainConfig) -> str:
     """The rows of a step."""
     count = (config.per_device_train_batch_size or 1) * config.gradient_accumulation_steps
@@ -79,7 +90,7 @@ RECIPE: training.Recipe[PretrainConfig] = training.Recipe(
     start=start,
     tokenizer=make_tokenizer,
     inputs=lambda config: [],
-    build_data=lambda config, begin, tokenizer: pretrain.build_data(config, begin.vocab_size),
+    build_data=lambda config, begin, tokenizer: pretrain.build_data(config, begin.vocab_size, opening(begin)),
     load_model=starting.load_whole,
     weights=lambda config, begin, tokenizer: weights.whole_model(tokenizer),
     plan=plan,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from oarsmith.config.pretrain import PretrainConfig, split_shares
@@ -17,8 +18,11 @@ from oarsmith.training.batches import BatchSet
 EVALUATION_BATCHES, TEST_BATCHES = 10, 100
 
 
-def build_data(config: PretrainConfig, vocab_size: int) -> TrainingData:
+def build_data(config: PretrainConfig, vocab_size: int, opening: Sequence[int] = ()) -> TrainingData:
     """Open the corpus and lay out the samples of its parts.
+
+    Args:
+        opening: ids in front of every row, or of every document where they are apart (see ``make_corpus_batch``).
 
     Raises:
         DataError: files that are missing or malformed, or a part too small for a sample.
@@ -47,6 +51,7 @@ def build_data(config: PretrainConfig, vocab_size: int) -> TrainingData:
             rows_per_batch=config.per_device_eval_batch_size,
             isolate_documents=config.isolate_documents,
             vocab_size=vocab_size,
+            opening=opening,
         )
 
     train = CorpusLoader(
@@ -54,6 +59,7 @@ def build_data(config: PretrainConfig, vocab_size: int) -> TrainingData:
         rows_per_batch=rows,
         isolate_documents=config.isolate_documents,
         vocab_size=vocab_size,
+        opening=opening,
     )
     limit = config.max_evaluate_steps
     return TrainingData(

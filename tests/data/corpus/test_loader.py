@@ -319,3 +319,20 @@ def test_a_model_feels_neighbours_only_where_documents_are_not_kept_apart(tmp_pa
         with torch.no_grad():
             before, after = (model.hidden(ids, layout)[start:stop] for ids in (batch.input_ids, others))
         assert torch.equal(before, after) == isolate
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_an_opening_stands_before_every_document_and_predicts_its_first_token(corpus, isolate):
+    rows = [corpus.draw("train", 6, seed=5).row(number) for number in range(6)]
+    plain = make_corpus_batch(rows, isolate_documents=isolate)
+    opened = make_corpus_batch(rows, isolate_documents=isolate, opening=(70_001, 70_002))
+    ids, targets, weights, bounds = [], [], [], [0]
+    for start, stop in pairwise(plain.bounds):
+        inside = plain.input_ids[start:stop].tolist()
+        ids += [70_001, 70_002, *inside]
+        targets += [70_002, inside[0], *plain.targets[start:stop].tolist()]
+        weights += [0.0, 1.0, *plain.weights[start:stop].tolist()]
+        bounds.append(len(ids))
+    assert (opened.input_ids.tolist(), opened.targets.tolist()) == (ids, targets)
+    assert (opened.weights.tolist(), list(opened.bounds)) == (weights, bounds)
+    assert opened.num_trained == plain.num_trained + len(plain.where) and opened.where == plain.where

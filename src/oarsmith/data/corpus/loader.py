@@ -9,11 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from oarsmith.data.batch import Batch, assemble
 from oarsmith.data.corpus.parts import CorpusPart, Row
 from oarsmith.data.order import require_same_plan
 from oarsmith.errors import ConfigError, DataError
+
+Ids = npt.NDArray[np.int64]
+Weights = npt.NDArray[np.float32]
 
 
 class CorpusLoader:
@@ -28,13 +32,20 @@ class CorpusLoader:
             the last token of a document is not trained to predict the next document's first. False: a row is one
             stream, as in GPT-2, GPT-3 and Megatron.
         vocab_size: a token at or above it is an error.
+        opening: see :func:`make_corpus_batch`.
 
     Raises:
         ConfigError: no rows.
     """
 
     def __init__(
-        self, part: CorpusPart, *, rows_per_batch: int, isolate_documents: bool, vocab_size: int | None = None
+        self,
+        part: CorpusPart,
+        *,
+        rows_per_batch: int,
+        isolate_documents: bool,
+        vocab_size: int | None = None,
+        opening: Sequence[int] = (),
     ) -> None:
         if rows_per_batch < 1:
             what = f"rows per batch is {rows_per_batch}, at least 1 is needed"
@@ -43,6 +54,7 @@ class CorpusLoader:
         self._rows_per_batch = rows_per_batch
         self._isolate = isolate_documents
         self._vocab_size = vocab_size
+        self._opening = tuple(opening)
         self._epoch = 0
         self._position = 0
 
@@ -60,6 +72,7 @@ class CorpusLoader:
             [self._part.row(number) for number in range(first, first + self._rows_per_batch)],
             isolate_documents=self._isolate,
             vocab_size=self._vocab_size,
+            opening=self._opening,
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -107,21 +120,36 @@ def batches_in_pass(samples_in_pass: int, rows_per_batch: int) -> int:
 
 
 def evaluation_batches(
-    part: CorpusPart, *, rows_per_batch: int, isolate_documents: bool, vocab_size: int | None = None
+    part: CorpusPart,
+    *,
+    rows_per_batch: int,
+    isolate_documents: bool,
+    vocab_size: int | None = None,
+    opening: Sequence[int] = (),
 ) -> Callable[[], Iterator[Batch]]:
     """All samples of a part, the same and in the same order at every call; the last batch may have fewer rows."""
 
     def batches() -> Iterator[Batch]:
         for first in range(0, part.num_samples, rows_per_batch):
             numbers = range(first, min(first + rows_per_batch, part.num_samples))
-            rows = [part.row(number) for number in numbers]
-            yield make_corpus_batch(rows, isolate_documents=isolate_documents, vocab_size=vocab_size)
+            yield make_corpus_batch(
+                [part.row(number) for number in numbers],
+                isolate_documents=isolate_documents,
+                vocab_size=vocab_size,
+                opening=opening,
+            )
 
     return batches
 
 
-def make_corpus_batch(rows: Sequence[Row], *, isolate_documents: bool, vocab_size: int | None = None) -> Batch:
+def make_corpus_batch(
+    rows: Sequence[Row], *, isolate_documents: bool, vocab_size: int | None = None, opening: Sequence[int] = ()
+) -> Batch:
     """The rows end to end: inputs are all tokens of a row but the last, targets all but the first.
+
+    Args:
+        opening: ids to put in front of every row (of every document where they are apart), for models that generate
+            after certain tokens only. The last one is trained to predict the first token behind it.
 
     Raises:
         DataError: a token outside the vocabulary, or documents of one token only that are kept apart: nothing to train.
@@ -152,12 +180,22 @@ def make_corpus_batch(rows: Sequence[Row], *, isolate_documents: bool, vocab_siz
     if not weights_T.any():
         what = "all documents of a batch have one token, and none may see another: nothing can be trained"
         raise DataError(what, where=where[0], fix="set isolate_documents to false, or leave out such documents")
-    return assemble(
-        tokens_RS[:, :-1].flatten(),
-        targets_T,
-        weights_T,
-        bounds=np.asarray(bounds, dtype=np.int64),
-        where=tuple(where),
+    parts = (tokens_RS[:, :-1].flatten(), targets_T, weights_T, np.asarray(bounds, dtype=np.int64))
+    inputs_T, targets_T, weights_T, borders = _opened(*parts, np.asarray(opening, dtype=np.int64)) if opening else parts
+    return assemble(inputs_T, targets_T, weights_T, bounds=borders, where=tuple(where))
+
+
+def _opened(ids_T: Ids, targets_T: Ids, weights_T: Weights, bounds: Ids, opening: Ids) -> tuple[Ids, Ids, Weights, Ids]:
+    """The same with ``opening`` in front of every document."""
+    starts, num = bounds[:-1], len(bounds) - 1
+    at = np.repeat(starts, len(opening))
+    following = np.column_stack([np.tile(opening[1:], (num, 1)), ids_T[starts]])
+    trained = np.tile(np.arange(len(opening)) == len(opening) - 1, num).astype(np.float32)
+    return (
+        np.insert(ids_T, at, np.tile(opening, num)),
+        np.insert(targets_T, at, following.ravel()),
+        np.insert(weights_T, at, trained),
+        bounds + len(opening) * np.arange(num + 1),
     )
 
 
