@@ -14,6 +14,12 @@ COLUMNS: dict[str, Capability] = {
     "packing": Capability("packing", "packed documents give what they give alone", capabilities.packing),
     "recompute": Capability("recompute", "recomputing blocks changes no gradient", capabilities.recompute),
     "init": Capability("from config", "`config.json` alone makes a fresh model", capabilities.from_config),
+    "pretrain": Capability(
+        "pretrain",
+        "from `config.json` and a corpus the loss falls, and every parameter is reached (ChatGLM-6B, which generates "
+        "after `[gMASK]<sop>`, gets them in front of each row)",
+        capabilities.pretrain,
+    ),
     "bin": Capability("`.bin`", "`pytorch_model.bin`, in and out", conversions.to_bin),
     "paddle": Capability("PaddleNLP", "`.pdparams`, in and out", conversions.to_paddle),
     "gguf": Capability(
