@@ -28,9 +28,11 @@ def backend(request: pytest.FixtureRequest) -> object:
         yield request.param
 
 
-@pytest.fixture(params=["one chunk", "many chunks"])
+@pytest.fixture(params=["one chunk", "many pieces", "many chunks"])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """A chunk never has fewer than 64 tokens, so 150 tokens make three."""
+    """A chunk and a piece of one never have fewer than 64 tokens, so 150 tokens make three."""
+    if request.param != "one chunk":
+        monkeypatch.setattr(cross_entropy, "PIECE_BYTES", 1)
     if request.param == "many chunks":
         monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 1)
     return 3 if request.param == "many chunks" else 1
@@ -215,6 +217,7 @@ def test_strided_inputs(backend: str, dtype: torch.dtype) -> None:
 
 
 def test_same_call_twice(native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "PIECE_BYTES", 1)
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 1)
     torch.set_num_threads(2)
     hidden, weight, targets, coef = problem(150, torch.bfloat16, vocab=101)

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from oarsmith.kernels.select import native_for
 
-# Bytes of logits held at a time. 64 MB keeps the matrix product efficient and stays far below a layer's activations.
-CHUNK_BYTES = 64 << 20
+# Bytes of logits held at a time for the weight's gradient: long products are efficient ones.
+CHUNK_BYTES = 72 << 20
+# Bytes of logits from the first product through the softmax to the gradient of hidden: they stay in a CPU's cache.
+PIECE_BYTES = 24 << 20
 
 
 class HeadResult(NamedTuple):
@@ -123,48 +125,55 @@ def _scan(
     hidden: Tensor, weight: Tensor, targets: Tensor, coef: Tensor, rule: _Rule, *, grads: tuple[bool, bool]
 ) -> tuple[_Found, Tensor | None, Tensor | None]:
     """Chunk by chunk: what is found out about tokens, and the gradients of the loss that are asked for."""
-    num_tokens, chunk = len(targets), chunk_rows(weight)
+    num_tokens, piece = len(targets), _rows(weight, PIECE_BYTES)
+    # Without the weight's gradient nothing needs more than a piece.
+    chunk = max(_rows(weight, CHUNK_BYTES) // piece, 1) * piece if grads[1] else piece
     logprobs, lse = (torch.empty(num_tokens, device=hidden.device) for _ in range(2))
     found = _Found(logprobs, torch.empty(num_tokens, dtype=torch.bool, device=hidden.device), lse)
     d_hidden = torch.empty_like(hidden) if grads[0] else None
     d_weight: Tensor | None = None
     coef = coef.to(device=hidden.device, dtype=torch.float32)
+    logits_CV = hidden.new_empty(min(chunk, num_tokens), weight.shape[0])
     for start in range(0, num_tokens, chunk):
-        rows = slice(start, min(start + chunk, num_tokens))
-        logits_CV = torch.mm(hidden[rows], weight.t())
-        part = _Found(*(values[rows] for values in found))
-        d_logits = _chunk(logits_CV, targets[rows], coef[rows], rule, part, any(grads))
-        if d_hidden is not None:
-            torch.mm(d_logits, weight, out=d_hidden[rows])
+        stop = min(start + chunk, num_tokens)
+        for first in range(start, stop, piece):
+            rows = slice(first, min(first + piece, stop))
+            logits = torch.mm(hidden[rows], weight.t(), out=logits_CV[first - start : rows.stop - start])
+            part = _Found(*(values[rows] for values in found))
+            _softmax(logits, targets[rows], coef[rows], rule, part, any(grads))
+            if d_hidden is not None:
+                torch.mm(logits, weight, out=d_hidden[rows])
         if grads[1]:
-            piece = torch.mm(d_logits.t(), hidden[rows])
+            added = torch.mm(logits_CV[: stop - start].t(), hidden[start:stop])
             # Several chunks add up in fp32: bf16 sums would lose the small ones.
-            d_weight = piece if d_weight is None else d_weight.float().add_(piece)
+            d_weight = added if d_weight is None else d_weight.float().add_(added)
     if grads[1]:
         d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
     return found, d_hidden, d_weight
 
 
-def chunk_rows(weight: Tensor) -> int:
-    """Tokens per chunk for a head of this size."""
-    return max(64, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
+def _rows(weight: Tensor, num_bytes: int) -> int:
+    """Tokens whose logits have about this size."""
+    return max(64, num_bytes // (weight.shape[0] * weight.element_size()))
 
 
-def _chunk(logits: Tensor, targets: Tensor, coef: Tensor, rule: _Rule, found: _Found, want_grad: bool) -> Tensor:
-    """Fills ``found``; returns d loss / d logits, for which the logits' storage is reused."""
+def _softmax(logits: Tensor, targets: Tensor, coef: Tensor, rule: _Rule, found: _Found, want_grad: bool) -> None:
+    """Fills ``found``; with ``want_grad`` the logits become d loss / d logits."""
     library = native_for(logits)
     if library is None:
-        return _chunk_reference(logits, targets, coef, rule, found)
+        grad = _softmax_reference(logits, targets, coef, rule, found)
+        if want_grad:
+            logits.copy_(grad)
+        return
     rows, vocab = logits.shape
     # The kernel writes where the targets point.
     assert targets.dtype == torch.int64 and int(targets.min()) >= 0 and int(targets.max()) < vocab, (targets, vocab)
     targets, coef = targets.contiguous(), coef.contiguous()
     sizes = (rows, vocab, int(want_grad), rule.softcap or 0.0, rule.z_loss)
     library.call("cross_entropy", logits.dtype, logits, targets, coef, *found, *sizes)
-    return logits
 
 
-def _chunk_reference(logits: Tensor, targets: Tensor, coef: Tensor, rule: _Rule, found: _Found) -> Tensor:
+def _softmax_reference(logits: Tensor, targets: Tensor, coef: Tensor, rule: _Rule, found: _Found) -> Tensor:
     """The plain twin."""
     wide = logits.float()
     if rule.softcap is not None:
