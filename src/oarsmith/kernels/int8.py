@@ -9,6 +9,7 @@ Shapes: T tokens, I in features, O out features.
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,9 @@ from oarsmith.kernels.select import native_for
 _MAX_ROTATION = 32
 # Rows at a time: their 32-bit sums stay in the cache until they are scaled.
 _ROWS = 512
+# Without AVX512_VNNI PyTorch's 8-bit product is a plain loop, 25 times slower than fp32. With it, but oneDNN forbidden
+# to use it, pairs are summed in 16 bits, which overflow.
+_FAST_PRODUCTS = torch.cpu._is_vnni_supported() and not {"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"} & os.environ.keys()
 
 
 class Int8Weight(NamedTuple):
@@ -79,10 +83,10 @@ class _Int8Linear(torch.autograd.Function):
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """int8 matrices to int32."""
-    if a.device.type == "cpu":
+    if a.device.type == "cpu" and _FAST_PRODUCTS:
         return torch._int_mm(a, b)
-    # Other devices ask for shapes of their own; fp64 holds these integers exactly.
-    return (a.double() @ b.double()).to(torch.int32)
+    # Products and sums up to 2^24 are exact in fp32 (also where products are taken in TF32), larger sums to 24 bits.
+    return (a.float() @ b.float()).to(torch.int32)
 
 
 def quantize_rows(x_RK: Tensor, *, columns: Tensor | None = None, rotation: int = 1) -> tuple[Tensor, Tensor]:
