@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
+from collections.abc import Callable
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
@@ -24,3 +26,50 @@ def keep_freed_memory() -> None:
     mallopt(_M_MMAP_THRESHOLD, 1 << 30)
     mallopt(_M_TRIM_THRESHOLD, 2000 << 20)
     mallopt(_M_TOP_PAD, 64 << 20)
+
+
+class FreedMemory:
+    """Gives freed memory back to the system where keeping it no longer pays.
+
+    Blocks whose sizes change from step to step (documents of different lengths) leave gaps that nothing fits in: a small
+    fine-tuning run grew from 0.9 to 2.4 GB of resident memory within 300 steps. Looking costs microseconds; giving back
+    costs page faults in the next step.
+
+    Args:
+        growth: share by which resident memory may grow over that of the first look, and ``slack`` MB beyond it.
+    """
+
+    def __init__(self, *, growth: float = 0.15, slack: float = 64.0) -> None:
+        self._growth, self._slack = growth, slack
+        self._limit: float | None = None
+        self._trim = _malloc_trim()
+
+    def look(self) -> bool:
+        """To be called between steps; True where memory was given back."""
+        if self._trim is None:
+            return False
+        resident = resident_mb()
+        if self._limit is None:
+            self._limit = resident * (1 + self._growth) + self._slack
+        if resident <= self._limit:
+            return False
+        self._trim(0)
+        return True
+
+
+def resident_mb() -> float:
+    """Memory of this process that is in RAM now, in MiB (Linux: proc(5), statm)."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+def _malloc_trim() -> Callable[[int], int] | None:
+    """glibc's; None elsewhere."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except AttributeError:
+        return None
+    trim.argtypes, trim.restype = [ctypes.c_size_t], ctypes.c_int
+    return trim

@@ -6,7 +6,7 @@ import itertools
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from oarsmith.data.batch import Batch
 from oarsmith.errors import StoppedError, TrainingError
+from oarsmith.kernels.memory import FreedMemory
 from oarsmith.models.decoder import Decoder
 from oarsmith.training.batches import BatchSource
 from oarsmith.training.checkpoint import read_checkpoint
@@ -62,6 +63,7 @@ class Loop:
     evaluate: Callable[[], Mapping[str, float]] | None
     recorder: Recorder
     spikes: SpikeDetector
+    memory: FreedMemory = field(default_factory=FreedMemory)
     ema: Ema | None = None
     scaler: LossScaler | None = None
 
@@ -135,6 +137,7 @@ class Loop:
             raise self._failed(facts, error, batches) from error
         if self.ema is not None and not result.skipped:
             self.ema.update()
+        self.memory.look()
         state.note_step(result)
         self.progress.step(state.step, result.total / result.count, result.num_tokens)
         if result.skipped:
