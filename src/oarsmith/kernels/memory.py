@@ -31,8 +31,8 @@ def keep_freed_memory() -> None:
 class FreedMemory:
     """Gives freed memory back to the system where keeping it no longer pays.
 
-    Blocks whose sizes change from step to step (documents of different lengths) leave gaps that nothing fits in: a small
-    fine-tuning run grew from 0.9 to 2.4 GB of resident memory within 300 steps. Looking costs microseconds; giving back
+    Blocks whose sizes change from step to step (documents of different lengths) leave gaps that nothing fits in: a
+    small fine-tuning run grew from 0.9 to 2.4 GB of resident memory within 300 steps. Looking costs microseconds; giving back
     costs page faults in the next step.
 
     Args:
