@@ -32,8 +32,8 @@ class FreedMemory:
     """Gives freed memory back to the system where keeping it no longer pays.
 
     Blocks whose sizes change from step to step (documents of different lengths) leave gaps that nothing fits in: a
-    small fine-tuning run grew from 0.9 to 2.4 GB of resident memory within 300 steps. Looking costs microseconds; giving back
-    costs page faults in the next step.
+    small fine-tuning run grew from 0.9 to 2.4 GB of resident memory within 300 steps. Looking costs microseconds;
+    giving back costs page faults in the next step.
 
     Args:
         growth: share by which resident memory may grow over that of the first look, and ``slack`` MB beyond it.
