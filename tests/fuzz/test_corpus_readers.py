@@ -164,6 +164,8 @@ def test_damaged_files(kind: str, readers: dict[str, Reader], tmp_path: Path) ->
 
 FOUND: dict[str, tuple[str, list[tuple]]] = {
     "a header of numpy that does not end": ("numpy ids", [("splice", 0.0, (0.0, 25))]),
+    "a member of a zip file that seems encrypted": ("numpy idx", [("flip", 0.7890625, 0)]),
+    "a member of a zip file packed in an unknown way": ("numpy idx", [("number", 0.7890625, (255, 1))]),
     "a broken block of gzip": ("jsonl.gz", [("digit", 0.0, b"1e9")]),
     "a text of parquet that is not UTF-8": ("parquet", [("byte", 0.03125, 128)]),
 }

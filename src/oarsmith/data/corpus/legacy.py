@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 import tokenize
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +120,8 @@ class NumpyDataset(StoredTokens):
         try:
             with np.load(index, allow_pickle=False) as arrays:
                 sizes, doc_idx = arrays["lens"], arrays["docs"].astype(np.int64)
-        except (*_DAMAGED, KeyError, zipfile.BadZipFile) as error:
+        # RuntimeError: a damaged bit may say that a member is encrypted, or packed in a way zipfile does not know.
+        except (*_DAMAGED, KeyError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
             raise DataError(f"not an index of a corpus: {error}", where=str(index), fix=REWRITE) from error
         try:
             tokens = np.lib.format.open_memmap(ids, mode="r")
