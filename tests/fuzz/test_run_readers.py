@@ -80,13 +80,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
     return {kind: Reader(folders[what][0], file, folders[what][1]) for kind, (what, file) in KINDS.items()}
 
 
-# Errors of JSON and safetensors come out of these readers: training/log.py, training/forensics.py, jobs/replay.py.
-_OPEN = {"run log", "kept documents", "kept batch", "kept settings"}
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.xfail(strict=True)] if kind in _OPEN else []) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files(kind: str, readers: dict[str, Reader], tmp_path: Path, few_threads: None) -> None:
     settings = json.loads((readers["run settings"].folder / "run.json").read_text())
     (tmp_path / "settings.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "oarsmith"}))

@@ -129,7 +129,6 @@ def test_asked_to_end_during_a_save(inputs: Path, whole: Path, tmp_path: Path, b
     same(whole, folder, checkpoints=False)
 
 
-@pytest.mark.xfail(strict=True, reason="the loop takes what only a stop keeps for the best: Loop.run")
 def test_asked_to_end_where_only_the_stop_keeps_an_evaluation(inputs: Path, tmp_path: Path) -> None:
     """Every step is evaluated and every sixth kept: a stop in between saves, but chooses no best."""
     keys = {"max_steps": 12, "eval_steps": 1, "save_steps": 6, "evaluation_strategy": "steps", "max_evaluate_steps": 4}

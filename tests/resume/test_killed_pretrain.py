@@ -132,10 +132,7 @@ def tell(inputs: Path, folder: Path, name: str) -> tuple[Path, Path]:
     return whole, killed
 
 
-_PATHS = pytest.mark.xfail(strict=True, reason="the log has a spike's whole path: Loop._keep_if_odd")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[_PATHS] if "odd" in name else []) for name in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_killed_run_ends_as_the_undisturbed_one(inputs: Path, tmp_path: Path, name: str) -> None:
     whole, killed = tell(inputs, tmp_path, name)
     same(whole, killed)

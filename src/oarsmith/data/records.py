@@ -222,7 +222,7 @@ def _read_parquet(path: Path, log: ReadLog) -> Iterator[Record | DataError]:
                 for value in batch.to_pylist():
                     number += 1
                     yield Record(value, f"{path}:row {number}")
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(
             f"not readable as parquet: {error}", where=str(path), fix="the file may be cut; copy it again"
         ) from error

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -35,6 +36,7 @@ EXIT_NOT_FINITE = 1
 # Jobs whose steps can be kept; each module has a RECIPE.
 _JOBS = {"sft": "oarsmith.jobs.sft", "pretrain": "oarsmith.jobs.pretrain"}
 _MOST_GRADIENTS = 12
+_VALUES: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 
 def run(resolved: Resolved[ReplayConfig]) -> int:
@@ -66,8 +68,10 @@ def _given(step: RecordedStep) -> dict[str, Any]:
             where=str(step.folder),
             fix=f"copy {RUN_FILE} of its run into it",
         )
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return values
+    try:
+        return _VALUES.validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise CheckpointError(f"not the settings of a run: {error.errors()[0]['msg']}", where=str(path)) from error
 
 
 def _run_of(step: RecordedStep, config: ReplayConfig) -> tuple[TrainConfig, Recipe[Any]]:

@@ -60,7 +60,7 @@ class CheckpointStore:
                     writer.write(name, tensor)
             atomic_write_text(folder / _STATE, json.dumps(state, indent=1) + "\n")
             files = sorted(p for p in folder.rglob("*") if p.is_file())
-            manifest = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in files}
+            manifest = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": file_hash(p)} for p in files}
             atomic_write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         return final
 
@@ -117,12 +117,13 @@ def _first_damaged(path: Path, manifest: bytes) -> str | None:
         return MANIFEST
     for name, entry in entries.items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != entry.bytes or _hash(file) != entry.sha256:
+        if not file.is_file() or file.stat().st_size != entry.bytes or file_hash(file) != entry.sha256:
             return name
     return None
 
 
-def _hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file (hexadecimal)."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 22):

@@ -2,7 +2,7 @@
 
 | file | what |
 |---|---|
-| ``report.json`` | why, loss, gradient norm, learning rate, seed and step, loss scale, threads, versions |
+| ``report.json`` | why, loss, gradient norm, learning rate, seed and step, loss scale, versions, hashes of the next two |
 | ``documents.jsonl`` | each document: file:line, text, ids, weights |
 | ``batch.safetensors`` | the micro-batches as tensors, and the state of the random generator before the step |
 | ``statistics.json`` | by layer: what the parts gave, gradients, weights |
@@ -31,6 +31,7 @@ from oarsmith.config.resolved import RUN_FILE
 from oarsmith.data.batch import Batch
 from oarsmith.errors import CheckpointError
 from oarsmith.models.decoder import Decoder
+from oarsmith.training.checkpoint import file_hash
 from oarsmith.training.environment import describe_environment
 from oarsmith.training.objective import Objective
 from oarsmith.training.seeds import seed_step
@@ -82,6 +83,7 @@ class Report(BaseModel):
     micro_batch_losses: list[float]
     config: dict[str, Any]
     environment: dict[str, Any]
+    hashes: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,12 +140,13 @@ class Recorder:
         size = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         if shutil.disk_usage(self.output_dir).free < 2 * size:
             weights = "left out: too little room"
-        report = self._report(kind, facts, reason, found, result, weights)
         final = self.output_dir / f"{kind}-step-{facts.step}"
         with atomic_directory(final) as folder:
-            atomic_write_text(folder / REPORT, report.model_dump_json(indent=1) + "\n")
             write_documents(folder / DOCUMENTS, batches, self.decode)
             _write_batches(folder / BATCH, batches, rng)
+            hashes = {name: file_hash(folder / name) for name in (DOCUMENTS, BATCH)}
+            report = self._report(kind, facts, reason, found, result, weights, hashes)
+            atomic_write_text(folder / REPORT, report.model_dump_json(indent=1) + "\n")
             atomic_write_text(folder / STATISTICS, json.dumps(found.to_dict(), indent=1) + "\n")
             if not weights.startswith("left out"):
                 (folder / WEIGHTS).mkdir()
@@ -160,6 +163,7 @@ class Recorder:
         found: StepStatistics,
         result: StepResult | None,
         weights: WeightsAre,
+        hashes: dict[str, str],
     ) -> Report:
         return Report(
             step=facts.step,
@@ -177,6 +181,7 @@ class Recorder:
             micro_batch_losses=list(found.losses),
             config=self.model.config,
             environment=describe_environment(),
+            hashes=hashes,
         )
 
 
@@ -213,6 +218,9 @@ def read_step(folder: Path) -> RecordedStep:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise CheckpointError(f"{place}: {first['msg']}", where=str(folder / REPORT)) from error
+    for name in (DOCUMENTS, BATCH):
+        if file_hash(folder / name) != report.hashes.get(name):
+            raise CheckpointError("this file is not what was saved", where=str(folder / name))
     tensors = load_file(folder / BATCH)
     lines = (folder / DOCUMENTS).read_text(encoding="utf-8").split("\n")
     documents = [json.loads(line) for line in lines if line]

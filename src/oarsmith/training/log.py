@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from oarsmith.atomic import atomic_write_text
+from oarsmith.errors import TrainingError
 
 
 class RunLog:
@@ -40,12 +41,27 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """All whole records; a last line cut off by a kill is left out."""
+    """All whole records; a last line cut off by a kill is left out.
+
+    Raises:
+        TrainingError: a line that is no record.
+    """
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
     # Whatever follows the last newline is a line that a kill cut off.
-    return [json.loads(line) for line in lines[:-1] if line]
+    return [_record(line, f"{path}:{number}") for number, line in enumerate(lines[:-1], start=1) if line]
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    fix = "remove the line if you can do without it"
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8
+        raise TrainingError(f"not valid JSON: {error}", where=where, fix=fix) from error
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise TrainingError("a record of a log is an object with a step", where=where, fix=fix)
+    return record
 
 
 def peak_memory_mb(device: torch.device | None = None) -> float:

@@ -84,9 +84,11 @@ class Loop:
                 last = state.step == self.settings.total_steps
                 # Looked at once: a signal that comes after this is for the next step, or nothing would be saved for it.
                 stopping = bool(stop) and not last
-                saving = self._save_due(state, epoch_end, last, stopping)
-                self._evaluate_if_due(state, epoch_end, last, saving)
-                if saving or (state.given_up(self.settings) and self.settings.save_when != "no"):
+                planned = self._save_due(state, epoch_end, last)
+                # What only a stop saves is no candidate for the best: without the stop it would not be there.
+                self._evaluate_if_due(state, epoch_end, last, planned)
+                given_up = state.given_up(self.settings) and self.settings.save_when != "no"
+                if planned or stopping or given_up:
                     self._save(state)
                 if stopping:
                     self.saver.finish()
@@ -171,7 +173,7 @@ class Loop:
         if reason is not None:
             with self.meter.paused():
                 kept = self.recorder.spike(facts, reason, batches, result, weights=weights)
-            self._event(facts.step, "spike", reason if kept is None else f"{reason}; kept in {kept}")
+            self._event(facts.step, "spike", reason if kept is None else f"{reason}; kept in {kept.name}")
 
     def _event(self, step: int, event: str, detail: str) -> None:
         self.log.append({"step": step, "event": event, "detail": detail})
@@ -215,11 +217,9 @@ class Loop:
                 f"{state.watched_value:.4f}"
             )
 
-    def _save_due(self, state: RunState, epoch_end: bool, last: bool, stopping: bool) -> bool:
+    def _save_due(self, state: RunState, epoch_end: bool, last: bool) -> bool:
         when = self.settings.save_when
-        if when == "no":
-            return stopping
-        return last or stopping or self.settings.due(when, self.settings.save_steps, state.step, epoch_end)
+        return when != "no" and (last or self.settings.due(when, self.settings.save_steps, state.step, epoch_end))
 
     def _save(self, state: RunState) -> None:
         tensors = dict(self.optimizer.state_tensors()) if self.settings.save_optimizer else {}
