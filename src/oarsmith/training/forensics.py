@@ -2,7 +2,7 @@
 
 | file | what |
 |---|---|
-| ``report.json`` | why, loss, gradient norm, learning rate, seed and step, loss scale, versions, hashes of the next two |
+| ``report.json`` | why, loss, gradient norm, learning rate, seed, step, loss scale, versions, hashes of the next two |
 | ``documents.jsonl`` | each document: file:line, text, ids, weights |
 | ``batch.safetensors`` | the micro-batches as tensors, and the state of the random generator before the step |
 | ``statistics.json`` | by layer: what the parts gave, gradients, weights |
