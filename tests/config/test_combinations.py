@@ -54,6 +54,7 @@ CASES = [
     (PretrainConfig, "--num_hidden_layers 2 --continue_training", "continue_training is true"),
     (SftConfig, "--eval_dataset_path d --eval_split_ratio 0.1", "both"),
     (SftConfig, f"--dataset_name_or_path={__file__} --do_eval", "is one file and no eval data is named"),
+    (SftConfig, f"--dataset_name_or_path={__file__} --do_predict", "scores a test"),
     (SftConfig, "--load_best_model_at_end", "evaluation_strategy is no"),
     (SftConfig, "--load_best_model_at_end --evaluation_strategy epoch", "evaluation_strategy is epoch"),
     (

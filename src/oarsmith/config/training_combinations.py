@@ -210,6 +210,12 @@ TRAINING: tuple[Impossible[Any], ...] = (
         "give eval_dataset_path, or eval_split_ratio 0.05 to keep some rows out of training",
     ),
     Impossible(
+        SftConfig,
+        lambda c: c.do_predict and os.path.isfile(c.dataset_name_or_path),
+        "do_predict scores a test.* file beside the training rows, but {dataset_name_or_path} is one file",
+        "give a folder with train.* and test.* files, or set do_predict to false",
+    ),
+    Impossible(
         TrainConfig,
         lambda c: c.load_best_model_at_end and c.evaluation_strategy == "no",
         "load_best_model_at_end needs evaluations, but evaluation_strategy is no",
