@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from oarsmith.adapters.int8_base import Int8Base, Int8Linear, Int8LoraLinear, int8_rewrite, quantize_base
+from oarsmith.adapters.int8_base import Int8Base, Int8Linear, Int8LoraLinear, int8_rewrite
 from oarsmith.adapters.lora import Lora, LoraLinear, LoraSegment, attach, lora_modules
 from oarsmith.adapters.merge import merge_lora
 from oarsmith.adapters.peft_layout import adapter_tensors, load_adapter_weights, write_adapter
@@ -53,7 +53,7 @@ def pair(adapter: Lora | None, spec: LinearSpec = SPEC) -> tuple[Linear, Int8Lin
         assert isinstance(module.bias, nn.Parameter)
         module.bias.requires_grad_(False)
     weight = plain.weight.double()
-    small.quantize()
+    small.weight_filled()
     assert (rounded(small) - weight).norm() < 0.01 * weight.norm()
     return plain, small
 
@@ -100,8 +100,6 @@ def adapted(base: Base, *, small: bool, dtype: torch.dtype = torch.float32) -> D
     model = load_decoder(base.path, dtype=dtype, rewrite=int8_rewrite(rewrite) if small else rewrite)
     attach(model, seed=1)
     randomise((p for p in model.parameters() if p.requires_grad), seed=2, std=0.05)
-    if small:
-        quantize_base(model)
     return model
 
 
@@ -152,8 +150,8 @@ def test_mistakes_are_seen(base: Callable[[str], Base]) -> None:
     with pytest.raises(AssertionError, match="merge into the checkpoint's own"):
         merge_lora(small)
     with pytest.raises(AssertionError, match="rounded already"):
-        quantize_base(small)
+        next(module for _, module in lora_modules(small)).weight_filled()
     fresh = Int8Base(adapter=None).build(SPEC)
-    with pytest.raises(AssertionError, match="quantize_base has not been called"):
+    with pytest.raises(AssertionError, match="has not been loaded"):
         fresh(torch.zeros(1, 48))
     assert isinstance(Int8Base(adapter=LORA).build(SPEC), LoraLinear)

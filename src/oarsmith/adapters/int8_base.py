@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from oarsmith.adapters.lora import Lora, LoraLinear
 from oarsmith.kernels.int8 import Int8Weight, int8_linear, quantize_weight
-from oarsmith.models.decoder import Decoder
 from oarsmith.models.families import Family
 from oarsmith.models.linear import Linear
 from oarsmith.models.spec import DecoderSpec, rewrite_linears
@@ -36,7 +35,7 @@ class Int8Base:
 
 
 def int8_rewrite(inner: SpecRewrite) -> SpecRewrite:
-    """``inner``'s rewrite of a spec, then all linear maps of the layers in 8 bits. See :func:`quantize_base`."""
+    """``inner``'s rewrite of a spec, then all linear maps of the layers in 8 bits from the moment they are loaded."""
 
     def rule(_: str, linear: LinearSpec) -> LinearSpec:
         assert linear.rewrite is None or isinstance(linear.rewrite, Lora), linear.rewrite
@@ -46,7 +45,7 @@ def int8_rewrite(inner: SpecRewrite) -> SpecRewrite:
 
 
 class Int8Linear(Linear):
-    """A frozen linear map. ``weight`` is float until :meth:`quantize`, then int8, with ``scale`` [O] or [E, O]."""
+    """A frozen linear map. ``weight`` is float until it has been filled, then int8, with ``scale`` [O] or [E, O]."""
 
     scale: Tensor | None
 
@@ -54,8 +53,8 @@ class Int8Linear(Linear):
         super().__init__(spec)
         self.register_buffer("scale", None)
 
-    def quantize(self) -> None:
-        """Round the weight to 8 bits, once it has been loaded."""
+    def weight_filled(self) -> None:
+        """Round the weight to 8 bits."""
         self.weight, self.scale = _rounded(self.weight)
 
     def forward(self, x_TI: Tensor, counts: Sequence[int] = ()) -> Tensor:
@@ -77,20 +76,12 @@ class Int8LoraLinear(LoraLinear):
         super().__init__(spec, lora)
         self.register_buffer("scale", None)
 
-    def quantize(self) -> None:
-        """Round the weight to 8 bits, once it has been loaded."""
+    def weight_filled(self) -> None:
+        """Round the weight to 8 bits."""
         self.weight, self.scale = _rounded(self.weight)
 
     def base_weights(self) -> Sequence[Int8Weight]:
         return _weights(self.weight, self.scale)
-
-
-@torch.no_grad()
-def quantize_base(model: Decoder) -> None:
-    """Round the weights of a decoder built with :func:`int8_rewrite` to 8 bits, map by map."""
-    for module in model.modules():
-        if isinstance(module, (Int8Linear, Int8LoraLinear)):
-            module.quantize()
 
 
 def _rounded(weight: Tensor) -> tuple[nn.Parameter, Tensor]:
@@ -102,7 +93,7 @@ def _rounded(weight: Tensor) -> tuple[nn.Parameter, Tensor]:
 
 def _weights(values: Tensor, scale: Tensor | None) -> list[Int8Weight]:
     """One for each map."""
-    assert scale is not None, "quantize_base has not been called"
+    assert scale is not None, "the weight has not been loaded"
     if values.dim() == 2:
         return [Int8Weight(values, scale)]
     return [Int8Weight(*each) for each in zip(values.unbind(), scale.unbind(), strict=True)]

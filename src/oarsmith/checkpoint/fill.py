@@ -14,6 +14,7 @@ from oarsmith.checkpoint.safetensors_stream import TensorInfo
 from oarsmith.checkpoint.tensors import FLOATS, TensorSource
 from oarsmith.errors import CheckpointError
 from oarsmith.models.decoder import Decoder
+from oarsmith.models.linear import Linear
 from oarsmith.models.names import Duplicate, Ignored, NameMap, Place
 from oarsmith.models.spec import DecoderSpec
 
@@ -50,9 +51,17 @@ def materialise(root: nn.Module, device: torch.device) -> None:
     """Give meta parameters memory. `Module.to_empty` would import the compiler, for 0.8 CPU seconds."""
     for module in root.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            setattr(module, name, nn.Parameter(memory, requires_grad=parameter.requires_grad))
+            if parameter.is_meta:
+                _give_memory(module, name, device)
         assert not any(buffer.is_meta for buffer in module.buffers(recurse=False)), "a buffer lost its values on meta"
+
+
+def _give_memory(module: nn.Module, name: str, device: torch.device) -> nn.Parameter:
+    meta = module.get_parameter(name)
+    memory = torch.empty(meta.shape, dtype=meta.dtype, device=device)
+    given = nn.Parameter(memory, requires_grad=meta.requires_grad)
+    setattr(module, name, given)
+    return given
 
 
 def file_infos(
@@ -102,15 +111,27 @@ def check_copies(names: NameMap, file_names: Mapping[str, str], source: TensorSo
 
 
 @torch.no_grad()
-def fill(model: Decoder, names: NameMap, source: TensorSource) -> None:
-    """Bring every tensor of the source to its place; each parameter the family names must be filled exactly."""
+def fill(model: Decoder, names: NameMap, source: TensorSource, device: torch.device | None = None) -> None:
+    """Bring every tensor of the source to its place; each parameter the family names must be filled exactly.
+
+    A parameter on the meta device gets its memory (on ``device``) only when its turn comes, and a linear map may change
+    its weight as soon as it is there (`Linear.weight_filled`): a weight that is kept in fewer bits is never held beside
+    others that wait for the same.
+    """
     file_names = match_names(names, source)
-    parameters = dict(model.named_parameters())
     places: dict[str, list[Place]] = {}
     for place in names.places:
         places.setdefault(place.parameter, []).append(place)
-    for name, group in places.items():
-        fill_parameter(parameters[name], group, file_names, source)
+    for path, group in places.items():
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        parameter = module.get_parameter(name)
+        if parameter.is_meta:
+            parameter = _give_memory(module, name, device or torch.device("cpu"))
+        fill_parameter(parameter, group, file_names, source)
+        if name == "weight" and isinstance(module, Linear):
+            del parameter  # lets the module drop it
+            module.weight_filled()
     model.file_names = {name: actual for name, actual in file_names.items() if name != actual}
 
 

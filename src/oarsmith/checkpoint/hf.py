@@ -35,8 +35,9 @@ def load_decoder(
 ) -> Decoder:
     """A decoder with a checkpoint's weights.
 
-    Built on the meta device and filled by streaming: beside the model itself only one tensor is held at a time. Weights
-    are read, not mapped: a file that changes later changes no model, and one that is cut short kills no process.
+    Built on the meta device and filled by streaming: beside the model itself only one tensor is held at a time, also
+    where a rewrite keeps weights in fewer bits (`Linear.weight_filled`). Weights are read, not mapped: a file that
+    changes later changes no model, and one that is cut short kills no process.
 
     Args:
         dtype: of the weights in memory; None keeps that of most of the files' elements.
@@ -54,8 +55,9 @@ def load_decoder(
         wanted = rewrite(family, spec) if rewrite else spec
         model = meta_decoder(wanted, config, dtype or source.stored_dtype())
         check_fits(model, names, source)
-        materialise(model, device or torch.device("cpu"))
-        fill(model, names, source)
+        where = device or torch.device("cpu")
+        fill(model, names, source, where)
+        materialise(model, where)  # what the files do not have
     generation = directory / GENERATION_CONFIG
     if generation.is_file():
         model.generation_config = generation.read_text(encoding="utf-8")

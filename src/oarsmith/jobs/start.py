@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from oarsmith.adapters.int8_base import int8_rewrite, quantize_base
+from oarsmith.adapters.int8_base import int8_rewrite
 from oarsmith.adapters.lora import LoraSegment, attach, lora_scale
 from oarsmith.adapters.targets import lora_rewrite, match_targets
 from oarsmith.checkpoint.config_file import read_config
@@ -114,11 +114,9 @@ def load_with_adapter(config: TrainConfig, lora: LoraKeys, start: Start, device:
     segment = LoraSegment(name="", rank=lora.lora_rank, scale=lora_scale(alpha, lora.lora_rank, lora.rslora))
     targets = lora.lora_target_modules
     rewrite = lora_rewrite(lambda modules: dict.fromkeys(match_targets(modules, targets), segment), lora.lora_dropout)
-    small = lora.weight_quantize_algo == "a8w8linear"
-    rewrite = int8_rewrite(rewrite) if small else rewrite
+    if lora.weight_quantize_algo == "a8w8linear":
+        rewrite = int8_rewrite(rewrite)
     model = load_decoder(start.base, dtype=DTYPES[config.dtype], device=device, rewrite=rewrite, config=start.config)
-    if small:
-        quantize_base(model)
     attach(model, config.seed)
     return set_up(config, model)
 

@@ -22,6 +22,9 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(*leading, spec.out_features, spec.in_features))
         self.bias = nn.Parameter(torch.empty(*leading, spec.out_features)) if spec.bias else None
 
+    def weight_filled(self) -> None:
+        """The weight has just been read from a checkpoint. A rewrite may now keep it in another form."""
+
     def forward(self, x_TI: Tensor) -> Tensor:
         return kernels.linear(x_TI, self.weight, self.bias)
 
