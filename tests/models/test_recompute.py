@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -18,8 +22,8 @@ from oarsmith.losses.token import token_cross_entropy
 from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.init import init_weights
-from oarsmith.models.recompute import Granularity, Recompute
-from tiny import CONFIGS, random_samples, tiny_decoder
+from oarsmith.models.recompute import Granularity, Recompute, run
+from tiny import CONFIGS, environment, random_samples, tiny_decoder
 
 from .conftest import Case, tokens
 from .test_cache import AUTHORS, document, load
@@ -70,8 +74,10 @@ def test_same_gradients(case: Make, name: str, backend: kernels.select.Backend) 
 
 
 def kept_bytes(model: Decoder, recompute: Recompute | None) -> int:
-    """Size of all that is kept for backward, parameters left out, each storage once."""
+    """Size of all that is kept for backward (inputs of what runs again included), without parameters, each once."""
     model.recompute = recompute
+    gc.collect()
+    before = {id(x) for x in gc.get_objects() if issubclass(type(x), Tensor)}
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -82,6 +88,10 @@ def kept_bytes(model: Decoder, recompute: Recompute | None) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         outcome = token_cross_entropy(model, make_batch(random_samples((90, 40))), 1.0)
     assert outcome.loss.requires_grad
+    for x in gc.get_objects():
+        # Not the states of the random numbers, 5 KB a call whatever the model.
+        if issubclass(type(x), Tensor) and id(x) not in before and x.is_floating_point():
+            keep(x)
     return sum(size for address, size in kept.items() if address not in parameters)
 
 
@@ -123,6 +133,67 @@ def test_dropout_and_noise_are_drawn_once(granularity: Granularity) -> None:
         found.append([*grads, after])
     assert all(torch.equal(a, b) for a, b in zip(*found[:2], strict=True))
     assert not torch.equal(found[0][0], found[2][0]), "the noise changes the gradients"
+
+
+def test_what_runs_again_and_when() -> None:
+    """Once a backward pass, up to the last tensor that backward needs; a graph that is kept can be used again."""
+    calls: list[str] = []
+
+    def function(x: Tensor, factor: float) -> Tensor:
+        calls.append("begin")
+        noise = torch.rand(3)
+        y = (x * noise * factor).sin().exp()
+        calls.append("end")
+        return y.neg()
+
+    x = torch.arange(3.0).requires_grad_()
+    torch.manual_seed(1)
+    (expected,) = torch.autograd.grad(function(x, 2.0).sum(), x)
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    calls.clear()
+    out = run(function, x, 2.0, again=True)
+    assert torch.equal(torch.rand(1), after) and calls == ["begin", "end"]
+    for _ in range(2):
+        torch.manual_seed(5)
+        calls.clear()
+        (found,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
+        assert torch.equal(found, expected) and calls == ["begin"]  # exp keeps its result, and is the last to keep any
+        torch.testing.assert_close(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(5)))
+    with torch.no_grad():
+        assert not run(function, x, 2.0, again=True).requires_grad
+
+
+def test_another_second_run() -> None:
+    """A function that is not the same both times is a mistake that is seen."""
+    again = [False]
+
+    def function(x: Tensor) -> Tensor:
+        return x * 1.0 if again[0] else (x * x).exp()
+
+    out = run(function, torch.ones(2, requires_grad=True), again=True)
+    again[0] = True
+    with pytest.raises(AssertionError, match="fewer tensors"):
+        out.sum().backward()
+
+
+NO_COMPILER = """
+import sys
+from oarsmith.models.recompute import Recompute
+from tiny import batches_of, one_step, random_samples, tiny_decoder
+model = tiny_decoder().train()
+model.recompute = Recompute(sys.argv[1])
+assert one_step(model, batches_of(random_samples((30, 20)), 2)).loss > 0
+print(sorted({"torch._dynamo", "torch._inductor"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_the_compiler_is_not_imported(granularity: Granularity) -> None:
+    """It takes seconds."""
+    command, tests = [sys.executable, "-c", NO_COMPILER, granularity], Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tests, env=environment(), check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
 def test_layers_that_do_not_exist() -> None:
