@@ -52,13 +52,16 @@ class IndexCache:
     ranks: Ranks = Ranks()
     timeout: float = 1800.0
 
-    def index(self, prefix: Path, description: str, build: Callable[[], SampleIndex]) -> tuple[SampleIndex, str]:
+    def index(
+        self, prefix: Path, description: str, build: Callable[[], SampleIndex], *, wait: bool = True
+    ) -> tuple[SampleIndex, str]:
         """The index and a note on it ("" where there is nothing to say).
 
         Args:
             prefix: of the corpus; ``index-cache`` lies beside it.
             description: lines that say all that the index depends on.
             build: makes it. Every process must get the same from it.
+            wait: processes that do not save an index wait for the one that does; False: they build it for themselves.
 
         Raises:
             DataError: the process that builds it could not save it, or has not done so in time.
@@ -74,13 +77,13 @@ class IndexCache:
             kept = f"the index of {prefix} is kept in memory: {where} cannot be written to (data_cache names a folder)"
             return build(), "; ".join([*([note] if note else []), kept])
         if (self.ranks.rank if self.share_folder else self.ranks.local_rank) != 0:
-            return self._wait(folders, name, description), ""
+            return (self._wait(folders, name, description) if wait else build()), ""
         built = build()
         try:
             _save(target, name, description, built)
         except OSError as error:
             problem = f"the index of {prefix} could not be saved in {target} ({error.strerror or error})"
-            if self.ranks.world_size > 1:
+            if wait and self.ranks.world_size > 1:
                 fix = "free some space, or set data_cache to a folder that the processes can write to"
                 raise DataError(f"{problem}; other processes wait for it", where=str(target), fix=fix) from error
             return built, "; ".join([*([note] if note else []), f"{problem}; it is kept in memory"])

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oarsmith.data.corpus.blend import BlendOrder, Component, parse_blend
+from oarsmith.data.corpus.blocks import FileSamples
 from oarsmith.data.corpus.cache import IndexCache
 from oarsmith.data.corpus.legacy import open_tokens
 from oarsmith.data.corpus.part_report import ComponentReport, PartReport
@@ -18,9 +19,6 @@ from oarsmith.data.corpus.samples import (
     PARTS,
     Part,
     Piece,
-    SampleIndex,
-    build_index,
-    epochs_for,
     samples_in,
     split_documents,
 )
@@ -106,44 +104,13 @@ class Corpus:
         self.require(part)
         cache = cache or IndexCache()
         order = BlendOrder([component.weight for component in self.components])
-        indices, notes = [], [note for file in self.files for note in file.notes]
-        tokens = self.num_tokens(part)
-        for file, documents, num_tokens, count in zip(
-            self.files, self.documents, tokens, order.counts(num_samples).tolist(), strict=True
-        ):
-            num_epochs = epochs_for(count, num_tokens, self.seq_len)
-            index, note = _index(file, part, documents[part], self.seq_len, num_epochs, seed, cache)
-            indices.append(index)
-            notes += [note] if note else []
-        return CorpusPart(self, part, num_samples, seed, order, tuple(indices), tuple(notes))
-
-
-def _index(
-    file: StoredTokens, part: Part, documents: range, seq_len: int, num_epochs: int, seed: int, cache: IndexCache
-) -> tuple[SampleIndex, str]:
-    # The content, not the file's name, keys the shuffle: neither does moving a file change it, nor do files of equal
-    # length share it.
-    purpose = f"{part} {file.fingerprint}"
-    description = "\n".join(
-        [
-            "GPT Dataset",
-            f"data prefix: {file.prefix.name}",
-            f"fingerprint: {file.fingerprint}",
-            f"dataset: {part}",
-            f"documents: {documents.start} to {documents.stop}",
-            f"epochs: {num_epochs}",
-            f"sequence length: {seq_len}",
-            f"seed: {seed}",
-            "index version: 1",
-        ]
-    )
-    return cache.index(
-        file.prefix,
-        description,
-        lambda: build_index(
-            file.document_lengths, documents, seq_len=seq_len, num_epochs=num_epochs, seed=seed, purpose=purpose
-        ),
-    )
+        counts = order.counts(num_samples).tolist()
+        samples = tuple(
+            FileSamples(file, part, documents[part], num_samples=count, seq_len=self.seq_len, seed=seed, cache=cache)
+            for file, documents, count in zip(self.files, self.documents, counts, strict=True)
+        )
+        notes = [note for file in self.files for note in file.notes] + [each.note for each in samples if each.note]
+        return CorpusPart(self, part, num_samples, seed, order, samples, tuple(notes))
 
 
 class CorpusPart:
@@ -165,13 +132,13 @@ class CorpusPart:
         num_samples: int,
         seed: int,
         order: BlendOrder,
-        indices: tuple[SampleIndex, ...],
+        samples: tuple[FileSamples, ...],
         notes: tuple[str, ...],
     ) -> None:
         self.part, self.num_samples, self.seed, self.seq_len = part, num_samples, seed, corpus.seq_len
         self.samples_in_pass = corpus.samples_in_pass(part)
         self.weights = [component.weight for component in corpus.components]
-        self._corpus, self._order, self._indices, self._notes = corpus, order, indices, notes
+        self._corpus, self._order, self._samples, self._notes = corpus, order, samples, notes
         digest = hashlib.sha256()
         for file, documents in zip(corpus.files, corpus.documents, strict=True):
             digest.update(f"{file.fingerprint} {documents[part].start} {documents[part].stop}\n".encode())
@@ -183,7 +150,7 @@ class CorpusPart:
             raise IndexError(f"sample {number} of {self.num_samples}")
         which, k = self._order.locate(number)
         file = self._corpus.files[which]
-        pieces = tuple(self._indices[which].pieces(k, file.document_lengths))
+        pieces = tuple(self._samples[which].pieces(k))
         tokens = np.empty(self.seq_len + 1, dtype=np.int64)
         at = 0
         for piece in pieces:
@@ -199,8 +166,8 @@ class CorpusPart:
         for place, (component, file) in enumerate(zip(self._corpus.components, self._corpus.files, strict=True)):
             documents = self._corpus.documents[place][self.part]
             lengths = file.document_lengths[documents.start : documents.stop]
-            num_tokens = int(lengths.sum(dtype=np.int64))
-            num_epochs = len(self._indices[place].doc_idx) // len(documents)
+            num_tokens, num_epochs = self._samples[place].num_tokens, self._samples[place].num_epochs
+            num_samples = samples_in(num_epochs, num_tokens, self.seq_len)
             components.append(
                 ComponentReport(
                     prefix=component.prefix,
@@ -211,7 +178,7 @@ class CorpusPart:
                     tokens=num_tokens,
                     samples=drawn[place],
                     epochs=drawn[place] * self.seq_len / num_tokens,
-                    left_over=num_epochs * num_tokens - 1 - len(self._indices[place]) * self.seq_len,
+                    left_over=num_epochs * num_tokens - 1 - num_samples * self.seq_len,
                 )
             )
         return PartReport(

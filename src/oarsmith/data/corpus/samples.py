@@ -92,9 +92,16 @@ class SampleIndex:
 
 
 def build_index(
-    document_lengths: Array, documents: range, *, seq_len: int, num_epochs: int, seed: int, purpose: str
+    document_lengths: Array,
+    documents: range,
+    *,
+    seq_len: int,
+    num_epochs: int,
+    first_epoch: int = 0,
+    seed: int,
+    purpose: str,
 ) -> SampleIndex:
-    """All samples of `num_epochs` epochs; those of fewer epochs are the beginning of it.
+    """All samples of `num_epochs` epochs from `first_epoch` on; those of fewer epochs are the beginning of it.
 
     Args:
         document_lengths: tokens of every document of the file.
@@ -103,20 +110,23 @@ def build_index(
     """
     lengths = document_lengths[documents.start : documents.stop]
     num_tokens = int(lengths.sum(dtype=np.int64))
-    num_samples = samples_in(num_epochs, num_tokens, seq_len)
+    last_epoch = first_epoch + num_epochs
+    before = samples_in(first_epoch, num_tokens, seq_len)
+    num_samples = samples_in(last_epoch, num_tokens, seq_len) - before
     assert num_samples > 0, f"{num_epochs} x {num_tokens} tokens for samples of {seq_len}"
+    stream_epoch = before * seq_len // num_tokens  # where the first sample begins, perhaps an epoch before it ends
     order = np.concatenate(
-        [permutation(len(documents), seed, f"documents {purpose}", epoch) for epoch in range(num_epochs)]
+        [permutation(len(documents), seed, f"documents {purpose}", epoch) for epoch in range(stream_epoch, last_epoch)]
     )
     starts = np.zeros(len(order) + 1, dtype=np.int64)
     np.cumsum(lengths[order], out=starts[1:])
-    cuts = np.arange(num_samples + 1, dtype=np.int64) * seq_len
+    cuts = np.arange(before, before + num_samples + 1, dtype=np.int64) * seq_len - stream_epoch * num_tokens
     # The last document that starts at or before the cut: of empty ones in its place it is the one behind them.
     places = np.searchsorted(starts, cuts, side="right") - 1
     sample_idx = np.stack([places, cuts - starts[places]], axis=1)
     shuffle_idx = np.empty(num_samples, dtype=np.uint32 if num_samples < 2**32 else np.int64)
-    for epoch in range(num_epochs):
-        first, stop = (samples_in(end, num_tokens, seq_len) for end in (epoch, epoch + 1))
+    for epoch in range(first_epoch, last_epoch):
+        first, stop = (samples_in(end, num_tokens, seq_len) - before for end in (epoch, epoch + 1))
         shuffle_idx[first:stop] = permutation(stop - first, seed, f"samples {purpose}", epoch) + first
     return SampleIndex(
         doc_idx=_narrow(order + documents.start), sample_idx=_narrow(sample_idx), shuffle_idx=shuffle_idx
