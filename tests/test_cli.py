@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import oarsmith
 from oarsmith import cli
 from oarsmith.errors import ConfigError
+from oarsmith.jobs import doctor
 
 ROOT = Path(oarsmith.__file__).parents[1]
 
@@ -233,6 +235,23 @@ def test_doctor(tmp_path):
     for subject in ("PyTorch", "CPU vectors", "threads", "fast operations", "memory", "disk", "can be written"):
         assert subject in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_knows_every_extra(monkeypatch):
+    lines = [line.strip() for line in (ROOT.parent / "pyproject.toml").read_text().splitlines()]
+    table = "\n".join(lines[lines.index("[project.optional-dependencies]") + 1 : lines.index("[project.scripts]")])
+    extras = {
+        name: re.findall(r'"([\w-]+)', words)
+        for name, words in re.findall(r"^([\w-]+) = \[(.*?)\]$", table, re.M | re.S)
+    }
+    extras["dev"].remove("oarsmith")
+    assert {name: packages for name, (_, packages) in doctor.EXTRAS.items()} == extras
+    monkeypatch.setattr(doctor, "_version", lambda package: None if package == "alembic" else "1.2")
+    found = {finding.text: finding.advice for finding in doctor._extras()}
+    assert found["optional, there (tensorboard 1.2): report_to tensorboard"] is None
+    assert (
+        found["optional, not installed (alembic): report_to mlflow"] == "if you want it: pip install 'oarsmith[mlflow]'"
+    )
 
 
 def test_doctor_in_a_folder_that_cannot_be_written():

