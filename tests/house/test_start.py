@@ -40,6 +40,14 @@ def test_overview():
     assert seconds < MAX_CPU_SECONDS
 
 
+def test_preprocess_needs_no_torch():
+    code = "import oarsmith.jobs.preprocess, sys; sys.exit('torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": ROOT}, check=False).returncode
+        == 0
+    )
+
+
 def test_help_of_a_command_imports_no_torch():
     _, heavy = cpu_seconds("sft", "--help")
     assert heavy == ["pydantic"]

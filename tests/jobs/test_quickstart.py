@@ -8,8 +8,8 @@ from oarsmith import cli, demo
 from oarsmith.config.load import load_config
 from oarsmith.config.sft import SftConfig
 from oarsmith.config.tools import QuickstartConfig
+from oarsmith.jobs.console import make_console
 from oarsmith.jobs.quickstart import Examination, examine, show, training_words
-from oarsmith.jobs.runtime import make_console
 from oarsmith.loading import load_model
 from oarsmith.text import load_tokenizer
 from tiny import write_tiny_model

@@ -15,8 +15,8 @@ from oarsmith.config.load import load_config
 from oarsmith.config.sft import SftConfig
 from oarsmith.errors import StoppedError
 from oarsmith.jobs import sft as job
+from oarsmith.jobs.console import make_console
 from oarsmith.jobs.loop_parts import make_loop
-from oarsmith.jobs.runtime import make_console
 from oarsmith.methods.sft import OBJECTIVE, build_data
 from oarsmith.training.checkpoint import CheckpointStore
 from oarsmith.training.evaluate import Evaluation

@@ -31,7 +31,7 @@ from oarsmith.checkpoint.streamed import Difference, difference, probe_tokens, s
 from oarsmith.config.checkpoints import ConvertConfig
 from oarsmith.config.resolved import Resolved
 from oarsmith.errors import CheckpointError
-from oarsmith.jobs.runtime import make_console
+from oarsmith.jobs.console import make_console
 from oarsmith.loading import pick_dtype, resolve
 from oarsmith.models import families
 

@@ -20,7 +20,8 @@ from oarsmith.data.samples import SampleOptions
 from oarsmith.engine import Engine, Sampling
 from oarsmith.errors import ConfigError, DataError, MissingExtraError
 from oarsmith.jobs.ask import open_engine
-from oarsmith.jobs.runtime import make_console, runtime
+from oarsmith.jobs.console import make_console
+from oarsmith.jobs.runtime import runtime
 from oarsmith.methods.generation import generate_and_score, read_questions
 from oarsmith.methods.generation_metrics import require_metrics
 from oarsmith.methods.sft import OBJECTIVE

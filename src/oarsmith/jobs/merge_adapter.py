@@ -15,8 +15,8 @@ from oarsmith.checkpoint.hf import write_decoder
 from oarsmith.config.checkpoints import MergeAdapterConfig
 from oarsmith.config.resolved import Resolved
 from oarsmith.errors import CheckpointError, ModelError
+from oarsmith.jobs.console import make_console
 from oarsmith.jobs.convert import check_destination
-from oarsmith.jobs.runtime import make_console
 from oarsmith.loading import adapter_directory, find_tokenizer, load_model, resolve
 from oarsmith.text import Tokenizer
 

@@ -35,6 +35,7 @@ from oarsmith.data.corpus.workfolder import is_interrupted, work_folder
 from oarsmith.data.corpus.write import Corpus, open_corpus, plan_of, write_corpus
 from oarsmith.data.corpus.write import Progress as Advance
 from oarsmith.errors import ConfigError
+from oarsmith.jobs.console import make_console
 from oarsmith.text import Tokenizer, load_tokenizer
 from oarsmith.text.train_tokenizer import is_trained_with, train_tokenizer
 
@@ -44,7 +45,7 @@ _SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS = 200, 1 << 20
 def run(resolved: Resolved[PreprocessConfig]) -> int:
     """The command."""
     config = resolved.config
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = make_console()
     if config.merge:
         _merge(config, console)
         return 0

@@ -6,7 +6,8 @@ from oarsmith.checkpoint.config_file import read_config
 from oarsmith.config.resolved import Resolved
 from oarsmith.config.tools import PreviewConfig
 from oarsmith.data.preview import preview
-from oarsmith.jobs.runtime import fit_max_length, make_console, make_tokenizer
+from oarsmith.jobs.console import make_console
+from oarsmith.jobs.runtime import fit_max_length, make_tokenizer
 from oarsmith.loading import resolve
 from oarsmith.methods.sft import sample_options
 from oarsmith.models import families

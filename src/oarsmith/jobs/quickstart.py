@@ -25,8 +25,8 @@ from oarsmith.config.tools import QuickstartConfig
 from oarsmith.engine import Engine, Sampling
 from oarsmith.errors import ConfigError
 from oarsmith.jobs import merge_adapter, sft
+from oarsmith.jobs.console import make_console
 from oarsmith.jobs.convert import gguf_to_directory
-from oarsmith.jobs.runtime import make_console
 from oarsmith.jobs.train import train
 from oarsmith.kernels.memory import keep_freed_memory
 from oarsmith.loading import load_model

@@ -24,7 +24,8 @@ from oarsmith.config.replay import ReplayConfig
 from oarsmith.config.resolved import RUN_FILE, Resolved
 from oarsmith.config.train import TrainConfig
 from oarsmith.errors import CheckpointError
-from oarsmith.jobs.runtime import make_console, runtime
+from oarsmith.jobs.console import make_console
+from oarsmith.jobs.runtime import runtime
 from oarsmith.jobs.start import Start
 from oarsmith.jobs.train import Recipe
 from oarsmith.models.decoder import Decoder

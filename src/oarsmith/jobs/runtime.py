@@ -1,4 +1,4 @@
-"""What jobs have in common: threads, kernels and memory; the terminal; tokenizer and longest sample."""
+"""What jobs have in common: threads, kernels and memory; tokenizer and longest sample."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from rich.console import Console
 
 from oarsmith import kernels
 from oarsmith.config.base import JobConfig
@@ -30,11 +29,6 @@ def runtime(config: RuntimeKeys) -> Iterator[torch.device]:
     keep_freed_memory()
     with kernels.using(config.kernels):
         yield pick_device(config.device)
-
-
-def make_console() -> Console:
-    """Where a job prints: text as it is (brackets in paths and answers are no markup), lines left whole in a pipe."""
-    return Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def make_tokenizer(config: ModelKeys) -> Tokenizer:

@@ -12,7 +12,8 @@ from oarsmith.config.sft import SftConfig
 from oarsmith.jobs import start as starting
 from oarsmith.jobs import train as training
 from oarsmith.jobs import weights
-from oarsmith.jobs.runtime import fit_max_length, make_console, make_tokenizer
+from oarsmith.jobs.console import make_console
+from oarsmith.jobs.runtime import fit_max_length, make_tokenizer
 from oarsmith.jobs.start import Start
 from oarsmith.jobs.weights import Weights
 from oarsmith.losses.token import TokenCrossEntropy
