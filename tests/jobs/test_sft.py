@@ -93,6 +93,16 @@ def test_the_default_length_is_the_models(folder, tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["max_length"] == 256
 
 
+def test_what_only_the_machine_can_tell(folder, tmp_path, capsys, monkeypatch):
+    """The device is auto when the keys are read."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    keys = {"max_length": 64, "max_steps": 1, "offload_optim": True}
+    assert run_sft(folder / "llama", folder / "rows.jsonl", tmp_path / "run", **keys) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("note: offload_optim has no effect: on a CPU") == 1
+    assert "offload_optim" not in captured.err
+
+
 def rows_with(path, *lines):
     path.write_text("".join(line + "\n" for line in lines))
     return path

@@ -16,6 +16,7 @@ from .base import JobConfig, groups_of, value_choices
 from .combinations import check_combinations
 from .derive import derive
 from .entries import COMMAND_LINE, Entry, FileLayer, read_file
+from .idle import idle_keys
 from .names import ALIASES, canonical_key, canonical_value, nearest
 from .overrides import parse_overrides
 from .paddle import NOT_BUILT, OTHER_JOBS, WITHOUT_EFFECT, refusal
@@ -49,7 +50,8 @@ def load_config(
     entries = {key: entry for key, entry in given.items() if entry.value is not None}
     config, reasons = derive(_validate(config_class, entries))
     check_combinations(config, where=None if path is None else str(path))
-    return Resolved(config, _provenance(config, entries, reasons, file.meta), without_effect, tuple(notes))
+    provenance = _provenance(config, entries, reasons, file.meta)
+    return Resolved(config, provenance, without_effect | idle_keys(config, provenance), tuple(notes))
 
 
 def check_keys(config_class: type[JobConfig], overrides: Sequence[str]) -> None:

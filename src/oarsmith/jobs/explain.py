@@ -70,6 +70,8 @@ def _one_key(keys_class: type[JobConfig], loaded: Resolved[JobConfig] | None, na
     lines = [key if loaded is None else f"{key} = {shown(dict(loaded.config)[key])}"]
     if loaded is not None:
         lines.append(f"  from:     {loaded.provenance[key]}")
+        if key in loaded.without_effect:
+            lines.append(f"  effect:   none: {loaded.without_effect[key]}")
     lines.append(f"  what:     {keys_class.model_fields[key].description}")
     lines.append(f"  values:   {kind_of(keys_class, key)}")
     lines.append(f"  default:  {default_of(keys_class, key)}")

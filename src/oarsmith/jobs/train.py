@@ -14,6 +14,7 @@ from rich.console import Console
 
 from oarsmith import kernels
 from oarsmith.atomic import atomic_directory, atomic_write_text
+from oarsmith.config.idle import idle_keys
 from oarsmith.config.resolved import RUN_FILE, Resolved
 from oarsmith.config.train import TrainConfig
 from oarsmith.errors import ConfigError
@@ -102,6 +103,9 @@ def train(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainRe
     ):
         resolved, start = recipe.start(resolved, device)
         config, output_dir = resolved.config, Path(resolved.config.output_dir)
+        for key, why in idle_keys(config, resolved.provenance).items():
+            if key not in resolved.without_effect:  # only this machine could tell
+                console.print(f"note: {key} has no effect: {why}")
         store = CheckpointStore(output_dir, keep=config.save_total_limit)
         checkpoint = open_run(
             output_dir,

@@ -1,0 +1,96 @@
+"""Keys that are given but mean nothing beside the other values: said once, and the run goes on.
+
+They come with files that list everything (PaddleNLP's, Hugging Face's). What would more likely be a mistake than a
+leftover is refused instead (``training_combinations.py``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from .base import JobConfig
+from .checkpoints import ConvertConfig
+from .train import TrainConfig
+
+C = TypeVar("C", bound=JobConfig)
+
+# What nobody has given, now or in the run that a file replays.
+_NOT_GIVEN = re.compile(r"(^|, saved from: )(default$|derived \()")
+
+
+@dataclass(frozen=True)
+class Idle(Generic[C]):
+    """``names`` of a ``keys`` configuration mean nothing where ``when`` holds; ``why`` ends "no effect: ..."."""
+
+    keys: type[C]
+    names: tuple[str, ...]
+    when: Callable[[C], bool]
+    why: str
+
+
+IDLE: tuple[Idle[Any], ...] = (
+    Idle(
+        TrainConfig,
+        ("adam_beta1", "adam_beta2", "adam_epsilon"),
+        lambda c: c.optim == "adafactor",
+        "adafactor has settings of its own",
+    ),
+    Idle(TrainConfig, ("scale_loss",), lambda c: c.dtype != "fp16", "only fp16 scales the loss"),
+    Idle(
+        TrainConfig,
+        ("offload_optim",),
+        lambda c: c.device == "cpu",
+        "on a CPU the optimizer's state lies in the computer's memory in any case",
+    ),
+    Idle(TrainConfig, ("recompute_granularity",), lambda c: not c.recompute, "recompute is off"),
+    Idle(TrainConfig, ("num_train_epochs",), lambda c: c.max_steps > 0, "max_steps wins"),
+    Idle(TrainConfig, ("warmup_ratio",), lambda c: c.warmup_steps > 0, "warmup_steps wins"),
+    Idle(
+        TrainConfig,
+        ("decay_steps",),
+        lambda c: c.lr_scheduler_type.startswith("constant"),
+        "a constant learning rate does not fall",
+    ),
+    Idle(
+        TrainConfig, ("eval_steps",), lambda c: c.evaluation_strategy != "steps", "evaluation_strategy is another one"
+    ),
+    Idle(TrainConfig, ("save_steps",), lambda c: c.save_strategy != "steps", "save_strategy is another one"),
+    Idle(
+        TrainConfig,
+        ("metric_for_best_model", "greater_is_better"),
+        lambda c: c.evaluation_strategy == "no",
+        "no evaluation is compared with another",
+    ),
+    Idle(
+        TrainConfig,
+        ("ignore_load_lr_and_optim", "ignore_data_skip"),
+        lambda c: c.resume_from_checkpoint == "none",
+        "nothing is resumed",
+    ),
+    Idle(TrainConfig, ("logging_dir",), lambda c: "tensorboard" not in c.report_to, "it is TensorBoard's folder"),
+    Idle(
+        TrainConfig,
+        ("run_name",),
+        lambda c: not {"wandb", "mlflow"} & set(c.report_to),
+        "only wandb and mlflow name their runs",
+    ),
+    Idle(ConvertConfig, ("gguf_type", "with_tokenizer"), lambda c: c.to != "gguf", "dst is no GGUF file"),
+    Idle(ConvertConfig, ("paddle_layout",), lambda c: c.to != "paddle", "dst is not in PaddleNLP's layout"),
+    Idle(ConvertConfig, ("dtype",), lambda c: c.to == "gguf", "gguf_type says it"),
+    Idle(ConvertConfig, ("max_shard_gb",), lambda c: c.to == "gguf", "a GGUF file is one file"),
+)
+
+
+def idle_keys(config: JobConfig, provenance: Mapping[str, str]) -> dict[str, str]:
+    """Keys that were given a value other than the default, in vain -> why."""
+    values, fields = dict(config), type(config).model_fields
+    return {
+        name: line.why
+        for line in IDLE
+        if isinstance(config, line.keys) and line.when(config)
+        for name in line.names
+        if values[name] != fields[name].default and not _NOT_GIVEN.search(provenance[name])
+    }

@@ -1,0 +1,74 @@
+"""Keys that mean nothing beside the others are named, and only those that somebody gave."""
+
+from __future__ import annotations
+
+import pytest
+
+from oarsmith import cli
+from oarsmith.config.checkpoints import ConvertConfig
+from oarsmith.config.idle import IDLE
+from oarsmith.config.load import load_config
+from oarsmith.config.pretrain import PretrainConfig
+from oarsmith.config.sft import SftConfig
+
+CASES = [
+    (SftConfig, "--optim adafactor --adam_beta1 0.8 --adam_beta2 0.9 --adam_epsilon 1e-7", ""),
+    (SftConfig, "--scale_loss 1024", "--dtype fp16"),
+    (PretrainConfig, "--device cpu --offload_optim", "--device cuda"),
+    (SftConfig, "--recompute_granularity core_attn", "--recompute"),
+    (PretrainConfig, "--max_steps 7 --num_train_epochs 2", "--max_steps -1"),
+    (SftConfig, "--warmup_steps 3 --warmup_ratio 0.1", "--warmup_steps 0"),
+    (SftConfig, "--lr_scheduler_type constant --decay_steps 5", "--lr_scheduler_type cosine"),
+    (SftConfig, "--evaluation_strategy epoch --eval_split_ratio 0.1 --eval_steps 5", "--evaluation_strategy steps"),
+    (SftConfig, "--save_strategy epoch --save_steps 5", "--save_strategy steps"),
+    (SftConfig, "--metric_for_best_model accuracy --greater_is_better", "--eval_split_ratio 0.1"),
+    (PretrainConfig, "--resume_from_checkpoint none --ignore_data_skip --ignore_load_lr_and_optim", ""),
+    (SftConfig, "--logging_dir here", "--report_to tensorboard"),
+    (SftConfig, "--run_name mine", "--report_to mlflow"),
+    (ConvertConfig, "--gguf_type f16 --with_tokenizer false", "--to gguf"),
+    (ConvertConfig, "--paddle_layout pdparams", "--to paddle"),
+    (ConvertConfig, "--to gguf --dtype fp32 --max_shard_gb 2", "--to hf"),
+]
+
+
+def load(config_class, words):
+    given = words.split()
+    return load_config(config_class, None, [*config_class.positional, *given])
+
+
+@pytest.mark.parametrize(("config_class", "words", "cure"), CASES)
+def test_named_where_they_are_idle(config_class, words, cure):
+    found = load(config_class, words)
+    expected = {name for line in IDLE for name in line.names if f"--{name} " in f"{words} "}
+    assert set(found.without_effect) == expected and expected
+    if cure:
+        kept = [word for word in words.split("--") if word.split()[:1] != cure.removeprefix("--").split()[:1]]
+        assert load(config_class, "--".join(kept) + " " + cure).without_effect == {}
+
+
+def test_every_line_has_a_case():
+    words = " ".join(words for _, words, _ in CASES) + " "
+    assert [name for line in IDLE for name in line.names if f"--{name} " not in words] == []
+
+
+def test_defaults_and_derived_values_are_not_given(tmp_path):
+    """Also where a run folder's file lists them all, and again in a replay of the replay."""
+    found = load(SftConfig, "--max_steps 5 --run_name mine")
+    assert found.config.eval_steps is not None and set(found.without_effect) == {"run_name"}
+    for _ in range(2):
+        found.save(tmp_path / "run.json")
+        found = load_config(SftConfig, tmp_path / "run.json")
+        assert set(found.without_effect) == {"run_name"}
+
+
+def test_one_line_and_explained(tmp_path, capsys):
+    path = tmp_path / "c.json"
+    path.write_text(
+        '{"model_name_or_path": "m", "dataset_name_or_path": "d", "optim": "adafactor", "adam_beta1": 0.8, '
+        '"scale_loss": 2, "lazy": true}'
+    )
+    cli._mention(cli.load("sft", [str(path)]))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(name in line for name in ("adam_beta1", "scale_loss", "lazy"))
+    assert cli.main(["explain", str(path), "adam_beta1"]) == 0
+    assert "effect:   none: adafactor has settings of its own" in capsys.readouterr().out
