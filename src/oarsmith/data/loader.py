@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from oarsmith.data.batch import Batch, make_batch
-from oarsmith.data.order import permutation, require_same_plan
+from oarsmith.data.order import permutation
 from oarsmith.data.packs import best_fit_packs
+from oarsmith.data.place import PlacedBatches
 from oarsmith.data.samples import Sample
 from oarsmith.errors import ConfigError, DataError, TrainingError
 
 
-class Loader:
+class Loader(PlacedBatches):
     """Micro-batches of samples.
 
     A row is one sample, or with packing a pack of samples of at most `capacity` tokens; a batch is `rows_per_batch`
@@ -46,6 +47,7 @@ class Loader:
             )
         if packing:
             self._check_capacity(samples, capacity)
+        super().__init__(fingerprint or samples_fingerprint(samples))
         self._samples = samples
         self._lengths = [len(sample) for sample in samples]
         self._capacity = capacity if packing else None
@@ -53,10 +55,7 @@ class Loader:
         self._seed = seed
         self._shuffle = shuffle
         self._drop_last = drop_last
-        self._fingerprint = fingerprint or samples_fingerprint(samples)
         self._plan: tuple[int, list[list[int]]] | None = None
-        self._epoch = 0
-        self._position = 0
         if self.batches_per_epoch(0) == 0:
             what = f"{len(samples)} samples give no batch of {rows_per_batch} rows"
             raise TrainingError(what, fix="give more data" + (", or set drop_last to false" if drop_last else ""))
@@ -81,34 +80,6 @@ class Loader:
             raise IndexError(f"batch {index} of {self.batches_per_epoch(epoch)}")
         rows = self._rows(epoch)[index * self._rows_per_batch : (index + 1) * self._rows_per_batch]
         return make_batch([self._samples[sample] for row in rows for sample in row])
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Batches from the present place to the end of its epoch; the place moves on before a batch is handed out."""
-        epoch = self._epoch
-        while self._epoch == epoch:
-            batch = self.batch_at(epoch, self._position)
-            self._position += 1
-            if self._position == self.batches_per_epoch(epoch):
-                self._epoch, self._position = epoch + 1, 0
-            yield batch
-
-    def state(self) -> dict[str, Any]:
-        """The place of the next batch, and what the plan depends on."""
-        return {"epoch": self._epoch, "position": self._position, "fingerprint": self._fingerprint, **self._settings()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Goes to a saved place.
-
-        Raises:
-            DataError: the state belongs to other data.
-            ConfigError: the state belongs to another plan of the same data.
-        """
-        require_same_plan(state, fingerprint=self._fingerprint, settings=self._settings())
-        epoch, position = state["epoch"], state["position"]
-        if epoch < 0 or not 0 <= position < self.batches_per_epoch(epoch):
-            what = f"the checkpoint's place (epoch {epoch}, batch {position}) is outside the data"
-            raise DataError(what, fix="the checkpoint's state is damaged; resume from another one")
-        self._epoch, self._position = epoch, position
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -13,14 +13,14 @@ import numpy.typing as npt
 
 from oarsmith.data.batch import Batch, assemble
 from oarsmith.data.corpus.parts import CorpusPart, Row
-from oarsmith.data.order import require_same_plan
+from oarsmith.data.place import PlacedBatches
 from oarsmith.errors import ConfigError, DataError
 
 Ids = npt.NDArray[np.int64]
 Weights = npt.NDArray[np.float32]
 
 
-class CorpusLoader:
+class CorpusLoader(PlacedBatches):
     """Batches of `rows_per_batch` samples end to end, in the order of the part; none of them is ever padded or short.
 
     An epoch is as many samples as one pass over the part has, in whole batches. Epochs follow each other without a
@@ -50,13 +50,12 @@ class CorpusLoader:
         if rows_per_batch < 1:
             what = f"rows per batch is {rows_per_batch}, at least 1 is needed"
             raise ConfigError(what, where="per_device_train_batch_size")
+        super().__init__(part.fingerprint)
         self._part = part
         self._rows_per_batch = rows_per_batch
         self._isolate = isolate_documents
         self._vocab_size = vocab_size
         self._opening = tuple(opening)
-        self._epoch = 0
-        self._position = 0
 
     def batches_per_epoch(self, epoch: int = 0) -> int:
         """Number of batches of an epoch, the same for all."""
@@ -75,36 +74,8 @@ class CorpusLoader:
             opening=self._opening,
         )
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Batches from the present place to the end of its epoch; the place moves on before a batch is handed out."""
-        epoch = self._epoch
-        while self._epoch == epoch:
-            batch = self.batch_at(epoch, self._position)
-            self._position += 1
-            if self._position == self.batches_per_epoch(epoch):
-                self._epoch, self._position = epoch + 1, 0
-            yield batch
-
-    def state(self) -> dict[str, Any]:
-        """The place of the next batch, and what the plan depends on. The number of samples is not among it."""
-        fingerprint = self._part.fingerprint
-        return {"epoch": self._epoch, "position": self._position, "fingerprint": fingerprint, **self._settings()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Goes to a saved place, also one of a run that was planned longer or shorter.
-
-        Raises:
-            DataError: the state belongs to other data.
-            ConfigError: the state belongs to another plan of the same data.
-        """
-        require_same_plan(state, fingerprint=self._part.fingerprint, settings=self._settings())
-        epoch, position = state["epoch"], state["position"]
-        if epoch < 0 or not 0 <= position < self.batches_per_epoch(epoch):
-            what = f"the checkpoint's place (epoch {epoch}, batch {position}) is outside the data"
-            raise DataError(what, fix="the checkpoint's state is damaged; resume from another one")
-        self._epoch, self._position = epoch, position
-
     def _settings(self) -> dict[str, Any]:
+        """The number of samples is not among it: a run that was planned longer or shorter goes on."""
         return {
             "seed": self._part.seed,
             "weights": self._part.weights,
