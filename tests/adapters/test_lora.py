@@ -120,7 +120,8 @@ def test_dropout_is_on_the_adapter_s_input_only() -> None:
     x = torch.ones(40_000, 6)
     exact, plain = formula(module, x[:1])[0], functional.linear(x[:1], module.weight, module.bias)[0]
     out = module.train()(x)
-    assert torch.equal(out[:, 4:7], plain[4:7].expand(len(x), 3)), "k has no adapter"
+    # k has no adapter. (One row and many need not come from the same product, bit for bit.)
+    torch.testing.assert_close(out[:, 4:7], plain[4:7].expand(len(x), 3), rtol=1e-6, atol=1e-6)
     draws = (out - plain).double()[:, [0, 1, 2, 3, 7, 8, 9, 10, 11]]
     expected = (exact - plain)[[0, 1, 2, 3, 7, 8, 9, 10, 11]]
     error = draws.std(0) / len(x) ** 0.5

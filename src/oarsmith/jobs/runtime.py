@@ -26,7 +26,7 @@ def runtime(config: RuntimeKeys) -> Iterator[torch.device]:
     """The device to compute on, with threads and kernels set as configured."""
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    keep_freed_memory()
+    keep_freed_memory(compiled=config.kernels != "torch")
     with kernels.using(config.kernels):
         yield pick_device(config.device)
 

@@ -8,6 +8,7 @@ from oarsmith.kernels.cross_entropy import HeadResult, head_loss, token_logprobs
 from oarsmith.kernels.linear import linear
 from oarsmith.kernels.norm import rms_norm
 from oarsmith.kernels.rope import rope
+from oarsmith.kernels.rows import rows_to_add
 from oarsmith.kernels.select import describe, using
 from oarsmith.kernels.sum_of_squares import sum_of_squares
 
@@ -27,6 +28,7 @@ __all__ = [
     "linear",
     "rms_norm",
     "rope",
+    "rows_to_add",
     "sum_of_squares",
     "token_logprobs",
     "using",

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from oarsmith.kernels.rows import ROW_MULTIPLE, rows_to_add
 from oarsmith.kernels.select import native_for
 
 # Bytes of logits held at a time for the weight's gradient: long products are efficient ones.
@@ -125,9 +127,11 @@ def _scan(
     hidden: Tensor, weight: Tensor, targets: Tensor, coef: Tensor, rule: _Rule, *, grads: tuple[bool, bool]
 ) -> tuple[_Found, Tensor | None, Tensor | None]:
     """Chunk by chunk: what is found out about tokens, and the gradients of the loss that are asked for."""
+    asked = len(targets)
+    if added := rows_to_add(asked):
+        hidden, targets, coef = functional.pad(hidden, (0, 0, 0, added)), _longer(targets, added), _longer(coef, added)
     num_tokens, piece = len(targets), _rows(weight, PIECE_BYTES)
-    # Without the weight's gradient nothing needs more than a piece.
-    chunk = max(_rows(weight, CHUNK_BYTES) // piece, 1) * piece if grads[1] else piece
+    chunk = piece if not grads[1] else _chunk_rows(num_tokens, weight, piece)
     logprobs, lse = (torch.empty(num_tokens, device=hidden.device) for _ in range(2))
     found = _Found(logprobs, torch.empty(num_tokens, dtype=torch.bool, device=hidden.device), lse)
     d_hidden = torch.empty_like(hidden) if grads[0] else None
@@ -144,17 +148,32 @@ def _scan(
             if d_hidden is not None:
                 torch.mm(logits, weight, out=d_hidden[rows])
         if grads[1]:
-            added = torch.mm(logits_CV[: stop - start].t(), hidden[start:stop])
+            part_VD = torch.mm(logits_CV[: stop - start].t(), hidden[start:stop])
             # Several chunks add up in fp32: bf16 sums would lose the small ones.
-            d_weight = added if d_weight is None else d_weight.float().add_(added)
+            d_weight = part_VD if d_weight is None else d_weight.float().add_(part_VD)
     if grads[1]:
         d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
-    return found, d_hidden, d_weight
+    found = _Found(*(values[:asked] for values in found))
+    return found, None if d_hidden is None else d_hidden[:asked], d_weight
+
+
+def _longer(values_N: Tensor, added: int) -> Tensor:
+    """With zeros at the end: a token whose coefficient is 0 leaves no trace."""
+    return functional.pad(values_N, (0, added))
 
 
 def _rows(weight: Tensor, num_bytes: int) -> int:
-    """Tokens whose logits have about this size."""
-    return max(64, num_bytes // (weight.shape[0] * weight.element_size()))
+    """Tokens whose logits have about this size, in a number that needs no rows added."""
+    rows = num_bytes // (weight.shape[0] * weight.element_size())
+    return max(rows - rows % ROW_MULTIPLE, ROW_MULTIPLE)
+
+
+def _chunk_rows(num_tokens: int, weight: Tensor, piece: int) -> int:
+    """Tokens whose logits are held for one product with the hidden states, a multiple of ``piece``."""
+    chunk = max(_rows(weight, CHUNK_BYTES) // piece, 1) * piece
+    # A second chunk costs a sum in fp32 and the next summand beside it: as much as the logits of this many tokens.
+    worth = (4 + weight.element_size()) * weight.shape[1] // weight.element_size()
+    return chunk if num_tokens > chunk + worth else -(-num_tokens // piece) * piece
 
 
 def _softmax(logits: Tensor, targets: Tensor, coef: Tensor, rule: _Rule, found: _Found, want_grad: bool) -> None:

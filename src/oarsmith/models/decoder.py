@@ -60,18 +60,24 @@ class Decoder(nn.Module):
         return self.embedding.weight.device
 
     def hidden(self, input_ids_T: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
-        """Hidden states [T, D] of a token stream before the final norm."""
+        """Hidden states [T, D] of a token stream before the final norm.
+
+        Without a cache, a document that nobody sees rounds up the number of tokens (see ``kernels.rows_to_add``).
+        """
         layout = visibility.apply(self.spec.visibility, input_ids_T, layout, cache, self.training)
         if self.shifted is not None and self.training:
             layout = self.shifted.apply(layout)
         x_TD = self.embedding(input_ids_T, layout, self.neftune_alpha if self.training else None)
+        added = kernels.rows_to_add(len(x_TD)) if cache is None else 0
+        if added:
+            x_TD, layout = functional.pad(x_TD, (0, 0, 0, added)), layout.followed_by(added)
         rules = {layer.attention.position for layer in self.spec.layers} - {None}
         tables = position_tables([rule for rule in rules if rule is not None], layout, self.training)
         recompute = self.recompute if torch.is_grad_enabled() and cache is None else None
         for index, block in enumerate(self.layers):
             part = None if recompute is None else recompute.of_layer(index)
             x_TD = run(block, x_TD, layout, tables, cache, part, again=part == "full")
-        return x_TD
+        return x_TD[: len(input_ids_T)]
 
     def head_inputs(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
         """What is multiplied with the output matrix (final norm and head rule applied), and the matrix [V, D]."""

@@ -6,7 +6,7 @@ Shapes: T tokens of this call, S slots of the key/value store, N sequences of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -79,6 +79,24 @@ class Layout:
         document_T = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
         highest = torch.zeros_like(sizes).scatter_reduce(0, document_T, positions_T, "amax")
         return Layout(pieces, spans, positions_T, highest[document_T] + 1, sizes[document_T])
+
+    def followed_by(self, count: int) -> Layout:
+        """The layout with one more document of ``count`` tokens at its end."""
+        assert self.fresh, "without a cache only"
+        start = len(self.positions_T)
+        span = Span(start, start + count, start, start + count)
+        index_T = torch.arange(count, device=self.positions_T.device)
+        size_T = torch.full_like(index_T, count)
+        return replace(
+            self,
+            pieces=(*self.pieces, Piece(start, start + count, 0, len(self.pieces))),
+            spans=(*self.spans, span),
+            positions_T=torch.cat([self.positions_T, index_T]),
+            lengths_T=torch.cat([self.lengths_T, size_T]),
+            prompts_T=torch.cat([self.prompts_T, size_T]),
+            blocks_T=None if self.blocks_T is None else torch.cat([self.blocks_T, torch.zeros_like(index_T)]),
+            halves=None if self.halves is None else ((*self.halves[0], span), (*self.halves[1], span)),
+        )
 
 
 @dataclass(frozen=True)
