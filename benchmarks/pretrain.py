@@ -3,9 +3,10 @@
     python benchmarks/pretrain.py
 
 A Llama of 15M parameters (hidden 288, 6 layers, 6 heads, 32,000 tokens) on rows of 512, 8 a step: same first weights,
-same rows in the same order, same AdamW. How it is measured is told in `turns.py`. `--curves picture.png` trains longer
-and draws the losses of both sides on top of each other. `--model DIR --corpus PREFIX` take another model (its
-config.json and tokenizer, with fresh weights) and real text, as `oarsmith preprocess` leaves them.
+same rows in the same order, same AdamW. How it is measured is told in `turns.py`; ours runs twice, once with half the
+rows of a step at a time, which takes less memory. `--curves picture.png` trains longer and draws the losses of both
+sides on top of each other. `--model DIR --corpus PREFIX` take another model (its config.json and tokenizer, with fresh
+weights) and real text, as `oarsmith preprocess` leaves them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from made_up import draw_weights, write_corpus, write_llama, write_tokenizer
 from roofline import matmul_rate, mean_context, model_size
 from same_batches import write_batches
 from turns import (
+    LEAN,
     OURS,
     Run,
     Turns,
@@ -125,9 +127,12 @@ class Work:
 
     def start(self, _: str, system: str, num_steps: int, folder: Path) -> Run:
         """How `system` is started."""
-        if system == OURS:
+        if system in (OURS, LEAN):
+            ours = self._keys(folder / "run", num_steps)
+            if system == LEAN and self.options.batch_size % 2 == 0:
+                ours |= {"per_device_train_batch_size": self.options.batch_size // 2, "gradient_accumulation_steps": 2}
             return Run(
-                command=our_command("pretrain", self._keys(folder / "run", num_steps)),
+                command=our_command("pretrain", ours),
                 record_file=folder / "run" / "timing.jsonl",
                 read=lambda seen, _: (our_steps(folder / "run", seen), self.num_tokens),
             )
@@ -153,7 +158,7 @@ def main() -> None:
     options = options_from_command_line()
     facts = machine(options.threads, ("torch", "transformers", "accelerate"))
     rate = matmul_rate(options.threads)
-    systems = [*options.peers, OURS]
+    systems = [*options.peers, OURS, LEAN]
     with tempfile.TemporaryDirectory(prefix="oarsmith-bench-work-") as name:
         work = Work(options, Path(name))
         turns = Turns(

@@ -2,7 +2,9 @@
 
     python benchmarks/sft.py --model DIR --data rows.jsonl
 
-How it is measured is told in `turns.py`. Tokens are counted from the ids each side trains, padding left out.
+How it is measured is told in `turns.py`. Ours runs twice: as fast as it can, all rows of a step at once; and in less
+memory, LoRA half of them at a time, full fine-tuning computing activations again in backward. Tokens are counted from
+the ids each side trains, padding left out.
 `--curves picture.png` trains all weights for longer, beside the Hugging Face Trainer on the very same batches, and
 draws the losses on top of each other: fp32, fp32 weights under bf16 autocast, and ours.
 """
@@ -21,6 +23,7 @@ from pathlib import Path
 from roofline import matmul_rate, mean_context, model_size
 from same_batches import write_batches
 from turns import (
+    LEAN,
     OURS,
     Measurement,
     Run,
@@ -79,7 +82,7 @@ def options_from_command_line() -> argparse.Namespace:
 
 def systems_of(options: argparse.Namespace, mode: str) -> list[str]:
     """Adapters are fp32 everywhere: what an update rule with fp32 weights costs is a question of full fine-tuning."""
-    return [name for name in options.peers if mode == "full" or name != "master"] + [OURS]
+    return [name for name in options.peers if mode == "full" or name != "master"] + [OURS, LEAN]
 
 
 def write_rows(model: str, data: str, folder: Path) -> None:
@@ -129,9 +132,14 @@ class Work:
         """One run of `system`. LoRA's peers train on a bf16 base, also beside ours on an int8 one."""
         options = self.options
         kind = mode.partition("-")[0]
-        if system == OURS:
-            rows = {"zero_padding": "true", "per_device_train_batch_size": options.batch_tokens // options.max_length}
-            keys = self._our_keys(folder / "run", num_steps) | rows
+        if system in (OURS, LEAN):
+            rows, passes = options.batch_tokens // options.max_length, 1
+            if system == LEAN and kind == "lora" and rows % 2 == 0:
+                rows, passes = rows // 2, 2
+            keys = self._our_keys(folder / "run", num_steps) | {"zero_padding": "true"}
+            keys |= {"per_device_train_batch_size": rows, "gradient_accumulation_steps": passes}
+            if system == LEAN and kind == "full":  # where gradients would have to add up in fp32
+                keys |= {"recompute": "true"}
             if kind == "lora":
                 keys |= {"lora": "true", "lora_rank": 16, "lora_alpha": 32, "lora_target_modules": "all-linear"}
             if mode == "lora-int8":

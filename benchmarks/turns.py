@@ -24,6 +24,9 @@ from watched import Watched, watch
 import oarsmith
 
 OURS = "oarsmith"
+# The same update in less memory.
+LEAN = "oarsmith-lean"
+OUR_NAMES = {OURS: "**Oarsmith**", LEAN: "**Oarsmith**, in less memory"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +173,7 @@ def table(
         ratios = [a.tokens_per_second / b.tokens_per_second for a, b in zip(ours, rows, strict=True)]
         cells = [
             mode,
-            names.get(system, "**Oarsmith**"),
+            {**names, **OUR_NAMES}[system],
             spread([one.tokens_per_second for one in rows], 1),
             "" if system == OURS else spread(ratios, 2),
             f"{statistics.median(map(mfu, rows)):.0%}",
