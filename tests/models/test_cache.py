@@ -110,6 +110,44 @@ def test_pieces_of_any_size(case: Make, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scattered", [True, False], ids=["scattered", "adjacent"])
+@torch.no_grad()
+def test_pages(case: Make, name: str, scattered: bool) -> None:
+    """Documents over pages of 4 tokens, side by side or not; a third one goes on where another stands, then differs."""
+    model, draw = load(case, name), random.Random(name)
+    length = 24
+    parts = [document(name, length, seed) for seed in (1, 2)]
+    parts.append(torch.cat((parts[0][:13], document(name, length, 3)[13:])) if name != "chatglm_6b" else parts[0])
+    expected = [model(ids[None])[0] for ids in parts]
+    cache = model.new_cache(3, 4, num_pages=20)
+    numbers = draw.sample(range(20), 20) if scattered else list(range(20))
+    cache.pages = [numbers[:6], numbers[6:12], [*numbers[:3], *numbers[12:15]]]
+    for counts in ((13, 15), (0, 1), (1, 1), (6, 7), (4, 0)):
+        pieces = [ids[used : used + count] for ids, used, count in zip(parts, cache.used, counts, strict=False)]
+        before = cache.used[:2]
+        for row, found in enumerate(step(model, cache, pieces, [0, 1])):
+            close(found, expected[row][before[row] : before[row] + counts[row]])
+        if counts == (13, 15):
+            cache.copy_sequence(0, 2)
+            cache.copy_page(numbers[3], numbers[12])
+    close(torch.cat(step(model, cache, [parts[2][13:]], [2])), expected[2][13:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_a_prompt_in_several_calls(case: Make, name: str) -> None:
+    """What its length decides is told beforehand: past 24 tokens Qwen turns by another base."""
+    if name == "chatglm_6b":
+        pytest.skip("sees its prompt in both directions: it comes whole")
+    model, ids = load(case, name), document(name, 46, 1)
+    expected, cache, found = model(ids[None])[0], model.new_cache(1, 46), []
+    for piece in ids.split([9, 20, 17]):
+        layout = cache.extend([len(piece)], prompts=[46])
+        found.append(model.logits(model.hidden(piece, layout, cache)))
+    close(torch.cat(found), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_documents_in_one_stream(case: Make, name: str) -> None:
     """Alone, in one row with borders, and as one call of several sequences with a cache."""

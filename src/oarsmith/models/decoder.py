@@ -130,15 +130,24 @@ class Decoder(nn.Module):
         hidden_TD = self.hidden(input_ids.flatten(), Layout.documents(bounds, positions.flatten()))
         return self.logits(hidden_TD).unflatten(0, (rows, length))
 
-    def new_cache(self, num_sequences: int, capacity: int) -> KVCache:
-        """An empty key/value cache that fits this decoder."""
-        return KVCache(
+    def new_cache(self, num_sequences: int, block_size: int, num_pages: int | None = None) -> KVCache:
+        """An empty key/value cache that fits this decoder.
+
+        Args:
+            block_size: tokens of a page.
+            num_pages: their number, none of them in the table yet; not given: each sequence has one page of its own.
+        """
+        cache = KVCache(
             [block.attention.cache_shape for block in self.blocks()],
             num_sequences=num_sequences,
-            capacity=capacity,
+            num_pages=num_sequences if num_pages is None else num_pages,
+            block_size=block_size,
             dtype=self.embedding.weight.dtype,
             device=self.device,
         )
+        if num_pages is None:
+            cache.pages = [[number] for number in range(num_sequences)]
+        return cache
 
     def blocks(self) -> Iterator[Block]:
         """The layers, typed."""

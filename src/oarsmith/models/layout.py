@@ -1,11 +1,11 @@
 """Which keys a query may see, as spans of a token stream; and the cache that carries state between calls.
 
-Shapes: T tokens of this call, S slots of the key/value store, N sequences of the cache.
+Shapes: T tokens of this call, S slots of keys and values, N sequences of the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -44,8 +44,9 @@ class Piece:
 class Layout:
     """One call: its documents, who sees whom, and each token's position.
 
-    ``lengths_T``: how far the positions of a token's document reach by now, the highest plus 1: its number of tokens,
-    unless positions skip. ``prompts_T``: the number of tokens it had after its first call. ``blocks_T``: the second
+    ``lengths_T``: how far the positions of a token's document reached when the token came, the highest plus 1: its
+    number of tokens then, unless positions skip. ``prompts_T``: the number of tokens that came with the document's
+    first one. ``blocks_T``: the second
     row of positions, where the model has two. ``halves``: spans of the first half of the heads and of the second,
     where they differ (see ``shifted.py``).
     """
@@ -108,10 +109,14 @@ class CacheShape:
 
 
 class KVCache:
-    """What attention keeps of ``num_sequences`` sequences, each with its own contiguous room of ``capacity`` tokens.
+    """What attention keeps of ``num_sequences`` sequences: keys and values in pages of ``block_size`` tokens.
+
+    Which pages hold which sequence is decided outside: ``pages`` is the table. A page may stand in several sequences
+    as long as none of them writes to it.
 
     Attributes:
-        used: tokens of each sequence so far; set one to 0 to give its room to another.
+        pages: the pages of each sequence, in the order of its tokens.
+        used: tokens of each sequence so far; set one to 0 to give its row to another.
         marks: what the visibility rule remembers of each sequence (see ``visibility.py``).
     """
 
@@ -120,57 +125,140 @@ class KVCache:
         shapes: Sequence[CacheShape],
         *,
         num_sequences: int,
-        capacity: int,
+        num_pages: int,
+        block_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.capacity = capacity
+        self.block_size = block_size
+        self.pages: list[list[int]] = [[] for _ in range(num_sequences)]
         self.used = [0] * num_sequences
         self.marks: list[tuple[int, ...]] = [()] * num_sequences
         self._prompts = [0] * num_sequences
-        size = num_sequences * capacity
+        size = num_pages * block_size
 
         def empty(*shape: int) -> Tensor:
             return torch.empty(*shape, dtype=dtype, device=device)
 
         self._slots = [[empty(size, *slot) for slot in shape.slots] for shape in shapes]
         self._states = [None if shape.state is None else empty(num_sequences, *shape.state) for shape in shapes]
-        self._chosen = torch.empty(0, dtype=torch.int64, device=device)
+        self._device = device
+        self._call = _Call(torch.empty(0, dtype=torch.int64, device=device))
 
-    def extend(self, counts: Sequence[int], sequences: Sequence[int] | None = None) -> Layout:
-        """Make room for ``counts[i]`` new tokens of ``sequences[i]`` (all, in order, by default); their layout.
+    def extend(
+        self, counts: Sequence[int], sequences: Sequence[int] | None = None, prompts: Sequence[int] | None = None
+    ) -> Layout:
+        """The layout of a call that brings ``counts[i]`` new tokens of ``sequences[i]`` (all, in order, by default).
 
-        The tokens of the next decoder call must lie in this order, sequence after sequence.
+        The tokens of the next decoder call must lie in this order, sequence after sequence, and pages for them must be
+        in the table.
+
+        Args:
+            prompts: for sequences that begin, the length of the prompt, where it comes in several calls: rotations that
+                follow the length of the document take all of it at once. Not given: what the first call brings.
         """
-        chosen = range(len(self.used)) if sequences is None else sequences
-        pieces, spans, slots, start = [], [], [], 0
-        positions, lengths, prompts = [], [], []
-        for sequence, count in zip(chosen, counts, strict=True):
-            old, room = self.used[sequence], sequence * self.capacity
-            assert old + count <= self.capacity, (old, count, self.capacity)
+        chosen = list(range(len(self.used)) if sequences is None else sequences)
+        olds = [self.used[sequence] for sequence in chosen]
+        pieces, start = [], 0
+        positions: list[int] = []
+        lengths: list[int] = []
+        sizes: list[int] = []
+        for index, (sequence, old, count) in enumerate(zip(chosen, olds, counts, strict=True)):
+            stop = old + count
+            assert stop <= len(self.pages[sequence]) * self.block_size, (stop, self.pages[sequence], self.block_size)
             if old == 0:
-                self.marks[sequence], self._prompts[sequence] = (), count
+                self.marks[sequence], self._prompts[sequence] = (), count if prompts is None else prompts[index]
             pieces.append(Piece(start, start + count, old, sequence))
-            spans.append(Span(start, start + count, room, room + old + count))
-            positions.append(torch.arange(old, old + count))
-            lengths.append(torch.full((count,), old + count))
-            prompts.append(torch.full((count,), self._prompts[sequence]))
-            slots.append(torch.arange(room + old, room + old + count))
-            self.used[sequence] = old + count
+            prompt = self._prompts[sequence]
+            positions += range(old, stop)
+            lengths += [max(at, prompt) for at in range(old + 1, stop + 1)]
+            sizes += [prompt] * count
+            self.used[sequence] = stop
             start += count
-        device = self._chosen.device
-        self._chosen = torch.cat(slots).to(device)
-        where, length, prompt = (torch.cat(parts).to(device) for parts in (positions, lengths, prompts))
-        return Layout(tuple(pieces), tuple(spans), where, length, prompt)
+        self._call, spans = self._place(pieces)
+        where, length, prompt_T = (self._tensor(values) for values in (positions, lengths, sizes))
+        return Layout(tuple(pieces), tuple(spans), where, length, prompt_T)
+
+    def _place(self, pieces: Sequence[Piece]) -> tuple[_Call, list[Span]]:
+        """Where the call's keys go, where it finds those it sees, and its spans there."""
+        ends = [piece.old + piece.stop - piece.start for piece in pieces]
+        chosen = [
+            slot for piece, end in zip(pieces, ends, strict=True) for slot in self._slots_of(piece, piece.old, end)
+        ]
+        call = _Call(self._tensor(chosen))
+        if all(piece.old == 0 for piece in pieces):
+            return replace(call, fresh=True), [Span(p.start, p.stop, p.start, p.stop) for p in pieces]
+        firsts = [self._first_slot(piece.sequence, end) for piece, end in zip(pieces, ends, strict=True)]
+        spans, at = [], 0
+        for piece, end, first in zip(pieces, ends, firsts, strict=True):
+            key = at if None in firsts or first is None else first
+            spans.append(Span(piece.start, piece.stop, key, key + end))
+            at += end
+        if None in firsts:
+            every = [slot for piece, end in zip(pieces, ends, strict=True) for slot in self._slots_of(piece, 0, end)]
+            call = replace(call, gathered=self._tensor(every))
+        return call, spans
+
+    def _first_slot(self, sequence: int, num_tokens: int) -> int | None:
+        """The slot where the sequence begins, if its pages lie side by side."""
+        pages = self.pages[sequence][: -(-num_tokens // self.block_size)]
+        if not pages:
+            return 0
+        adjacent = pages[-1] - pages[0] == len(pages) - 1 and pages == list(range(pages[0], pages[-1] + 1))
+        return pages[0] * self.block_size if adjacent else None
+
+    def _slots_of(self, piece: Piece, start: int, stop: int) -> Iterator[int]:
+        """Slots of tokens [start, stop) of a sequence."""
+        pages, size = self.pages[piece.sequence], self.block_size
+        while start < stop:
+            end = min(stop, (start // size + 1) * size)
+            slot = pages[start // size] * size + start % size
+            yield from range(slot, slot + end - start)
+            start = end
 
     def write(self, layer: int, *new: Tensor) -> list[Tensor]:
-        """Store this call's tensors [T, ...] of a layer; all slots [S, ...] of each."""
-        for store, values in zip(self._slots[layer], new, strict=True):
-            store.index_copy_(0, self._chosen, values.to(store.dtype))
-        return self._slots[layer]
+        """Store this call's tensors [T, ...] of a layer; of each, what the layout's spans point into [S, ...].
+
+        Those are the call's own tensors where all documents begin in it; else the store itself where the pages of every
+        sequence lie side by side; else a copy of the keys that the call sees.
+        """
+        call, stores = self._call, self._slots[layer]
+        values = [value.to(store.dtype) for value, store in zip(new, stores, strict=True)]
+        for store, value in zip(stores, values, strict=True):
+            store.index_copy_(0, call.chosen, value)
+        if call.fresh:
+            return values
+        gathered = call.gathered
+        return stores if gathered is None else [store.index_select(0, gathered) for store in stores]
 
     def state(self, layer: int) -> Tensor:
         """The layer's state [N, ...], to be read and written in place."""
         state = self._states[layer]
         assert state is not None, layer
         return state
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Make ``target`` hold what ``source`` holds."""
+        size = self.block_size
+        for store in (store for stores in self._slots for store in stores):
+            store[target * size : (target + 1) * size] = store[source * size : (source + 1) * size]
+
+    def copy_sequence(self, source: int, target: int) -> None:
+        """Let row ``target`` go on from where row ``source`` is; its pages are the caller's affair."""
+        self.used[target], self.marks[target] = self.used[source], self.marks[source]
+        self._prompts[target] = self._prompts[source]
+        for state in self._states:
+            if state is not None:
+                state[target] = state[source]
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self._device)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Slots that one call writes, and where its spans point: its own tensors, the store, or a copy of some slots."""
+
+    chosen: Tensor
+    fresh: bool = False
+    gathered: Tensor | None = None

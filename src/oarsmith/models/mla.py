@@ -5,8 +5,6 @@ Shapes: T tokens, D hidden, H heads, N nope dim, R rope dim, V value dim, L late
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -60,8 +58,6 @@ class LatentAttention(nn.Module):
             (stored_SM,) = cache.write(self.layer, torch.cat((latent_TL, k_T1R[:, 0]), -1))
             if not layout.fresh:
                 return self.out(self._over_cache(q_THN, q_THR, stored_SM, layout).flatten(-2))
-            spans = tuple(replace(span, k_start=span.q_start, k_stop=span.q_stop) for span in layout.spans)
-            layout = replace(layout, spans=spans)
         o_THV = self._expanded(q_THN, q_THR, latent_TL, k_T1R, layout, recompute_core=recompute_core)
         return self.out(o_THV.flatten(-2))
 

@@ -37,7 +37,9 @@ def _prefix_lm(rule: PrefixLM, ids_T: Tensor, layout: Layout, cache: KVCache | N
             assert cache is not None
             context, frozen = cache.marks[piece.sequence]
         else:
-            context, frozen = _find_prefix(rule, ids[piece.start : piece.stop])
+            # A prompt that is read again comes with what was generated after it.
+            prompt = int(layout.prompts_T[piece.start]) if piece.stop > piece.start else 0
+            context, frozen = find_prefix(rule, ids[piece.start : min(piece.start + prompt, piece.stop)])
             if cache is not None:
                 cache.marks[piece.sequence] = (context, frozen)
         index = torch.arange(piece.old, piece.old + piece.stop - piece.start, device=device)
@@ -47,8 +49,12 @@ def _prefix_lm(rule: PrefixLM, ids_T: Tensor, layout: Layout, cache: KVCache | N
     return replace(layout, spans=tuple(spans), positions_T=torch.cat(rows), blocks_T=torch.cat(blocks))
 
 
-def _find_prefix(rule: PrefixLM, ids: list[int]) -> tuple[int, int]:
-    """(length of the prefix, position that tokens after it have)."""
+def find_prefix(rule: PrefixLM, ids: list[int]) -> tuple[int, int]:
+    """(length of the prefix, position that tokens after it have).
+
+    Raises:
+        ModelError: no start token or no mask token.
+    """
     if not ids:
         return 0, 0
     if rule.start_id not in ids:
