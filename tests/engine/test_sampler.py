@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from oarsmith.engine import Sampling
-from oarsmith.engine.sampler import HEAD, candidates, choose, draw, penalize
+from oarsmith.engine.sampler import HEAD, candidates, choose_alike, draw, penalize
 
 
 def random_logits(rows, size, seed=0):
@@ -55,8 +55,8 @@ def test_a_token_does_not_depend_on_the_other_rows():
     sampling = Sampling(temperature=1.0, top_p=0.9)
     logits_NV = torch.cat((random_logits(4, 5000) * 2, torch.zeros(2, 5000), random_logits(3, 5000, seed=1)))
     uniform_N = torch.rand(9, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    together = choose(logits_NV, sampling, uniform_N).tolist()
-    alone = [int(choose(logits_NV[row : row + 1], sampling, uniform_N[row : row + 1])) for row in range(9)]
+    together = choose_alike(logits_NV, sampling, uniform_N).tolist()
+    alone = [int(choose_alike(logits_NV[row : row + 1], sampling, uniform_N[row : row + 1])) for row in range(9)]
     assert together == alone
 
 
@@ -67,7 +67,7 @@ def test_a_token_does_not_depend_on_the_other_rows():
 def test_tokens_are_drawn_with_their_probabilities(sampling):
     logits_1V, num_draws = random_logits(1, 12, seed=2) / 2, 40_000
     uniform_N = torch.rand(num_draws, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    tokens_N = choose(logits_1V.expand(num_draws, -1), sampling, uniform_N)
+    tokens_N = choose_alike(logits_1V.expand(num_draws, -1), sampling, uniform_N)
     seen_V = torch.bincount(tokens_N, minlength=12).double() / num_draws
     scaled = logits_1V / sampling.temperature
     probs_NC, ids_NC, _ = candidates(scaled, sampling.top_k, sampling.top_p, 12)
@@ -85,7 +85,7 @@ def test_draw_never_takes_what_has_no_probability():
 
 def test_zero_temperature_takes_the_likeliest():
     logits_NV = random_logits(3, 50)
-    greedy = choose(logits_NV, Sampling(top_k=2, top_p=0.1), torch.zeros(3, dtype=torch.float64))
+    greedy = choose_alike(logits_NV, Sampling(top_k=2, top_p=0.1), torch.zeros(3, dtype=torch.float64))
     assert greedy.tolist() == logits_NV.argmax(-1).tolist()
 
 

@@ -81,10 +81,6 @@ class Request:
         """The generated ids without the stop token."""
         return self.ids[:-1] if self.ids and self.ids[-1] in self.stop_ids else self.ids
 
-    def uniform(self) -> float:
-        """The next random number in [0, 1)."""
-        return float(torch.rand((), generator=self.generator, dtype=torch.float64))
-
     def accept(self, token: int) -> None:
         """Take the next token of the answer; sets ``finish_reason`` if it is the last."""
         assert self.finish_reason is None, self.finish_reason

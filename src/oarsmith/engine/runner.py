@@ -10,12 +10,10 @@ from collections.abc import Iterable
 from itertools import accumulate
 
 import torch
-from torch import Tensor
 
 from oarsmith.engine.request import Request
-from oarsmith.engine.sampler import choose, penalize
+from oarsmith.engine.sampler import SamplingState, choose
 from oarsmith.engine.sampling import Sampling
-from oarsmith.errors import ModelError
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.spec import reread_after
 
@@ -42,10 +40,7 @@ class Runner:
         self._cache = model.new_cache(num_slots, capacity)
         self._reread_after = reread_after(model.spec)
         self._device = model.device
-        self._seen_SV: Tensor | None = None
-        if sampling.repetition_penalty != 1:
-            size = (num_slots, model.spec.vocab_size)
-            self._seen_SV = torch.zeros(size, dtype=torch.bool, device=self._device)
+        self._states: dict[int, SamplingState] = {}
 
     @property
     def busy(self) -> bool:
@@ -68,12 +63,13 @@ class Runner:
         if len(hidden_TD) > len(counts):
             last_N = torch.tensor([end - 1 for end in accumulate(counts)], device=self._device)
             hidden_TD = hidden_TD[last_N]
-        tokens = self._choose(self._model.logits(hidden_TD).float(), slots, requests)
+        choices = choose(self._model.logits(hidden_TD), [self._states[slot] for slot in slots])
         finished = []
-        for slot, request, token in zip(slots, requests, tokens, strict=True):
-            request.accept(token)
+        for slot, request, choice in zip(slots, requests, choices, strict=True):
+            request.accept(choice.token)
+            self._states[slot].accept(choice.token)
             if request.finish_reason is not None:
-                del self._running[slot]
+                del self._running[slot], self._states[slot]
                 self._free.append(slot)
                 finished.append(request)
         return finished
@@ -87,9 +83,8 @@ class Runner:
             slot, request = self._free.pop(), self._waiting.popleft()
             self._running[slot] = request
             self._cache.used[slot] = 0
-            if self._seen_SV is not None:
-                self._seen_SV[slot] = False
-                self._seen_SV[slot, torch.tensor(request.prompt, device=self._device)] = True
+            vocab_size = self._model.spec.vocab_size
+            self._states[slot] = SamplingState(self._sampling, request.prompt, request.generator, vocab_size=vocab_size)
 
     def _unread(self, slot: int, request: Request) -> list[int]:
         """What the model reads next of a request: all of it once more where its cached keys have become void."""
@@ -97,20 +92,3 @@ class Runner:
             return request.unread
         self._cache.used[slot] = 0
         return [*request.prompt, *request.ids]
-
-    def _choose(self, logits_NV: Tensor, slots: list[int], requests: list[Request]) -> list[int]:
-        if not bool(logits_NV.amax(-1).isfinite().all()):
-            raise ModelError(
-                "the model's logits are not finite (NaN or infinite)",
-                fix="load it with dtype fp32; if that does not help, the weights are damaged",
-            )
-        sampling = self._sampling
-        if self._seen_SV is not None:
-            logits_NV = penalize(logits_NV, self._seen_SV[slots], sampling.repetition_penalty)
-        draws = [0.0 if sampling.temperature == 0 else request.uniform() for request in requests]
-        uniform_N = torch.tensor(draws, dtype=torch.float64, device=self._device)
-        tokens_N = choose(logits_NV, sampling, uniform_N)
-        if self._seen_SV is not None:
-            self._seen_SV[torch.tensor(slots, device=self._device), tokens_N] = True
-        tokens: list[int] = tokens_N.tolist()
-        return tokens
