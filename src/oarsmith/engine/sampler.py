@@ -1,23 +1,21 @@
-"""Logits to tokens.
+"""Logits to tokens, every row by settings of its own.
 
-Shapes: N sequences, V vocabulary, C candidates that may be drawn.
+Shapes: N sequences, V vocabulary, C candidates that may be drawn, D distinct tokens of a sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from oarsmith.engine.sampling import Sampling
+from oarsmith.engine.filters import Settings, sample
+from oarsmith.engine.state import Constraint, SamplingState
 from oarsmith.errors import ModelError
 
-# Top-p alone looks at this many of the likeliest tokens first; only where they do not reach top_p is the whole
-# vocabulary sorted. At V = 49,152 a sort is 11 ms on a CPU core, this 1 ms.
-HEAD = 1024
+__all__ = ["Choice", "Constraint", "SamplingState", "choose", "prompt_logprobs"]
 
 
 @dataclass(frozen=True)
@@ -35,160 +33,120 @@ class Choice:
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Constraint(Protocol):
-    """What an answer may consist of: which tokens may come next, given those before."""
-
-    def allowed(self) -> Tensor:
-        """Whether each token may come next, bool [V] on the CPU; at least one may."""
-
-    def accept(self, token: int) -> None:
-        """The token was taken."""
-
-
-class SamplingState:
-    """What the choice of a request's next token depends on, besides the logits.
-
-    Args:
-        prompt: its token ids.
-        generator: where its random numbers come from; one a token, none when greedy.
-        vocab_size: columns of the logits.
-        grammar: what the answer must be; masks before everything else.
-    """
-
-    def __init__(
-        self,
-        sampling: Sampling,
-        prompt: Sequence[int],
-        generator: torch.Generator,
-        *,
-        vocab_size: int,
-        grammar: Constraint | None = None,
-    ) -> None:
-        self.sampling = sampling
-        self.grammar = grammar
-        self._generator = generator
-        self.seen_V: Tensor | None = None
-        if sampling.repetition_penalty != 1:
-            self.seen_V = torch.zeros(vocab_size, dtype=torch.bool)
-            self.seen_V[torch.tensor(prompt, dtype=torch.int64)] = True
-
-    def accept(self, token: int) -> None:
-        """The token was taken: the next choice comes after it."""
-        if self.seen_V is not None:
-            self.seen_V[token] = True
-        if self.grammar is not None:
-            self.grammar.accept(token)
-
-    def uniform(self) -> float:
-        """The next random number in [0, 1)."""
-        if self.sampling.temperature == 0:
-            return 0.0
-        return float(torch.rand((), generator=self._generator, dtype=torch.float64))
-
-
 def choose(logits_NV: Tensor, states: Sequence[SamplingState]) -> list[Choice]:
     """The next token of each row by its own state; no row depends on another.
 
     Raises:
         ModelError: the logits are not numbers.
     """
+    logits_NV = logits_NV.float()
     if not bool(logits_NV.amax(-1).isfinite().all()):
         raise ModelError(
             "the model's logits are not finite (NaN or infinite)",
             fix="load it with dtype fp32; if that does not help, the weights are damaged",
         )
-    tokens = [0] * len(states)
-    groups: dict[Sampling, list[int]] = {}
-    for row, state in enumerate(states):
-        groups.setdefault(state.sampling, []).append(row)
-    for sampling, rows in groups.items():
-        alike_NV = logits_NV[rows].float()
-        for index, row in enumerate(rows):
-            if (grammar := states[row].grammar) is not None:
-                alike_NV[index].masked_fill_(~grammar.allowed().to(alike_NV.device), -torch.inf)
-        seen = [seen_V for row in rows if (seen_V := states[row].seen_V) is not None]
-        if seen:
-            alike_NV = penalize(alike_NV, torch.stack(seen).to(alike_NV.device), sampling.repetition_penalty)
-        draws = [states[row].uniform() for row in rows]
-        uniform_N = torch.tensor(draws, dtype=torch.float64, device=logits_NV.device)
-        for row, token in zip(rows, choose_alike(alike_NV, sampling, uniform_N).tolist(), strict=True):
-            tokens[row] = token
-    return [Choice(token) for token in tokens]
+    tokens_N = _tokens(edited(logits_NV, states), states)
+    choices = [Choice(token) for token in tokens_N.tolist()]
+    rows = [row for row, state in enumerate(states) if _wants_logprob(state)]
+    if rows:
+        top = [states[row].sampling.logprobs or 0 for row in rows]
+        for row, choice in zip(rows, _described(logits_NV[rows], tokens_N[rows], top), strict=True):
+            choices[row] = choice
+    return choices
+
+
+def _wants_logprob(state: SamplingState) -> bool:
+    # Of several answers the likeliest are kept.
+    return state.sampling.logprobs is not None or state.sampling.num_samples > state.sampling.n
 
 
 def prompt_logprobs(logits_TV: Tensor, targets_T: Tensor, top: int) -> list[Choice]:
-    """The tokens of a prompt, each with its logarithm of probability and the ``top`` likeliest in its place.
+    """The tokens of a prompt, each with its log-probability and the ``top`` likeliest in its place.
 
     Args:
         logits_TV: row i is the distribution of targets_T[i].
     """
-    logprobs_TV = logits_TV.float().log_softmax(-1)
-    found_T1 = logprobs_TV.gather(1, targets_T[:, None])
-    top_TC, ids_TC = logprobs_TV.topk(min(top, logits_TV.shape[1]), dim=-1)
-    rows = zip(targets_T.tolist(), found_T1[:, 0].tolist(), ids_TC.tolist(), top_TC.tolist(), strict=True)
-    return [Choice(token, logprob, tuple(zip(ids, values, strict=True))) for token, logprob, ids, values in rows]
+    return _described(logits_TV.float(), targets_T, [top] * len(targets_T))
 
 
-def penalize(logits_NV: Tensor, seen_NV: Tensor, penalty: float) -> Tensor:
-    """Logits with those of seen tokens made smaller (Keskar et al. 2019, section 4.1; signs as transformers)."""
-    return torch.where(seen_NV, torch.where(logits_NV < 0, logits_NV * penalty, logits_NV / penalty), logits_NV)
+def _described(logits_NV: Tensor, tokens_N: Tensor, top: Sequence[int]) -> list[Choice]:
+    logprobs_NV = logits_NV.log_softmax(-1)
+    found = logprobs_NV.gather(1, tokens_N[:, None])[:, 0].tolist()
+    top_NC, ids_NC = logprobs_NV.topk(min(max(top, default=0), logits_NV.shape[1]), dim=-1)
+    rows = zip(tokens_N.tolist(), found, top, ids_NC.tolist(), top_NC.tolist(), strict=True)
+    return [Choice(token, own, tuple(zip(ids[:k], best[:k], strict=True))) for token, own, k, ids, best in rows]
 
 
-def choose_alike(logits_NV: Tensor, sampling: Sampling, uniform_N: Tensor) -> Tensor:
-    """A token [N] for each row.
+def edited(logits_NV: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """Logits as constraints, bans, biases and penalties leave them; the given ones stay as they are."""
+    rows = [row for row, state in enumerate(states) if state.edits]
+    if not rows:
+        return logits_NV
+    out_NV = logits_NV.clone()
+    for row in rows:
+        if (allowed_V := states[row].allowed()) is not None:
+            out_NV[row].masked_fill_(~allowed_V.to(out_NV.device), -torch.inf)
+    _ban(out_NV, rows, states)
+    _add_bias(out_NV, [states[row] for row in rows], rows)
+    _penalize(out_NV, [states[row] for row in rows], rows)
+    return out_NV
 
-    Args:
-        logits_NV: float32, the repetition penalty already applied.
-        uniform_N: float64 in [0, 1), one draw a row; not looked at when greedy.
-    """
-    if sampling.temperature == 0:
-        return logits_NV.argmax(-1)
-    scaled_NV = logits_NV / sampling.temperature
-    if sampling.top_k == 0 and sampling.top_p == 1:
-        return draw(scaled_NV.softmax(-1), uniform_N)
-    probs_NC, ids_NC, complete_N = candidates(scaled_NV, sampling.top_k, sampling.top_p, HEAD)
-    tokens_N = _pick(probs_NC, ids_NC, uniform_N)
-    rest_N = ~complete_N
-    if bool(rest_N.any()):
-        # Row by row decisions: what is drawn for one sequence does not depend on the others.
-        probs_NC, ids_NC, _ = candidates(scaled_NV[rest_N], sampling.top_k, sampling.top_p, scaled_NV.shape[1])
-        tokens_N[rest_N] = _pick(probs_NC, ids_NC, uniform_N[rest_N])
+
+def _ban(logits_NV: Tensor, rows: Sequence[int], states: Sequence[SamplingState]) -> None:
+    """Banned tokens to -inf, unless they are all that the constraint (or the vocabulary) has."""
+    banned = {row: ids for row in rows if (ids := states[row].banned)}
+    if not banned:
+        return
+    before_NV = logits_NV[list(banned)]
+    at_row = torch.tensor([row for row, ids in banned.items() for _ in ids], device=logits_NV.device)
+    at_id = torch.tensor([index for ids in banned.values() for index in ids], device=logits_NV.device)
+    logits_NV[at_row, at_id] = -torch.inf
+    for place, (row, left) in enumerate(zip(banned, logits_NV[list(banned)].amax(-1).tolist(), strict=True)):
+        if left == -torch.inf:
+            logits_NV[row] = before_NV[place]
+
+
+def _add_bias(logits_NV: Tensor, states: Sequence[SamplingState], rows: Sequence[int]) -> None:
+    sizes = [len(state.bias_ids) for state in states]
+    if not any(sizes):
+        return
+    at_row = _repeated(rows, sizes, logits_NV.device)
+    at_id = torch.cat([state.bias_ids for state in states]).to(logits_NV.device)
+    logits_NV[at_row, at_id] += torch.cat([state.bias for state in states]).to(logits_NV.device)
+
+
+def _penalize(logits_NV: Tensor, states: Sequence[SamplingState], rows: Sequence[int]) -> None:
+    """Repetition (Keskar et al. 2019, section 4.1; signs as transformers), then frequency and presence penalty."""
+    found = [
+        (row, seen, state.sampling) for row, state in zip(rows, states, strict=True) if (seen := state.occurrences)
+    ]
+    if not found:
+        return
+    device, sizes = logits_NV.device, [len(seen.ids) for _, seen, _ in found]
+    at_row = _repeated([row for row, _, _ in found], sizes, device)
+    at_id = torch.cat([seen.ids for _, seen, _ in found]).to(device)
+    counts_D = torch.cat([seen.counts for _, seen, _ in found]).to(device)
+    repetition_D = _repeated([sampling.repetition_penalty for *_, sampling in found], sizes, device)
+    frequency_D = _repeated([sampling.frequency_penalty for *_, sampling in found], sizes, device)
+    presence_D = _repeated([sampling.presence_penalty for *_, sampling in found], sizes, device)
+    logits_D = logits_NV[at_row, at_id]
+    logits_D = torch.where(logits_D < 0, logits_D * repetition_D, logits_D / repetition_D)
+    logits_NV[at_row, at_id] = logits_D - frequency_D * counts_D - presence_D * (counts_D > 0)
+
+
+def _repeated(values: Sequence[float], sizes: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).repeat_interleave(torch.tensor(sizes, device=device))
+
+
+def _tokens(logits_NV: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    drawn = [row for row, state in enumerate(states) if not state.sampling.greedy]
+    if len(drawn) < len(states):
+        tokens_N = logits_NV.argmax(-1)
+    else:
+        tokens_N = torch.zeros(len(states), dtype=torch.int64, device=logits_NV.device)
+    if drawn:
+        uniform = torch.tensor([states[row].uniform() for row in drawn], dtype=torch.float64, device=logits_NV.device)
+        settings = Settings.of([states[row].sampling for row in drawn], logits_NV.device)
+        own_NV = logits_NV if len(drawn) == len(states) else logits_NV[drawn]
+        tokens_N[drawn] = sample(own_NV, settings, uniform)
     return tokens_N
-
-
-def candidates(scaled_NV: Tensor, top_k: int, top_p: float, head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens that top-k and top-p leave, likeliest first.
-
-    A token stays while the probability of the likelier ones is below top_p (Holtzman et al. 2020).
-
-    Returns:
-        Probabilities [N, C] (0: excluded; they need not add up to 1), token ids [N, C], and for each row whether
-        these are all: with top_k = 0 the first ``head`` tokens may fall short of top_p.
-    """
-    size = scaled_NV.shape[1]
-    count = min(top_k or head, size)
-    top_NC, ids_NC = scaled_NV.topk(count, dim=-1)
-    mass_N1 = (top_NC if top_k else scaled_NV).logsumexp(-1, keepdim=True)
-    probs_NC = (top_NC - mass_N1).exp().double()
-    through_NC = probs_NC.cumsum(-1)
-    kept_NC = torch.where(through_NC - probs_NC < top_p, probs_NC, 0.0)
-    kept_NC[:, 0] = probs_NC[:, 0]
-    complete_N = through_NC[:, -1] >= top_p
-    return kept_NC, ids_NC, complete_N if not top_k and count < size else torch.ones_like(complete_N)
-
-
-def _pick(probs_NC: Tensor, ids_NC: Tensor, uniform_N: Tensor) -> Tensor:
-    return ids_NC.gather(1, draw(probs_NC, uniform_N)[:, None])[:, 0]
-
-
-def draw(probs_NC: Tensor, uniform_N: Tensor) -> Tensor:
-    """An index [N] with probability proportional to its entry: the inverse of the distribution function.
-
-    One uniform number a draw, in float64: a float32 sum over a vocabulary loses the unlikely tokens.
-    """
-    through_NC = probs_NC.double().cumsum(-1)
-    target_N1 = uniform_N[:, None] * through_NC[:, -1:]
-    # right=True steps over entries of probability 0; the product may round up to the total itself.
-    index_N = torch.searchsorted(through_NC, target_N1, right=True)[:, 0]
-    last_N = probs_NC.shape[1] - 1 - (probs_NC.flip(-1) > 0).long().argmax(-1)
-    return torch.minimum(index_N, last_N)
