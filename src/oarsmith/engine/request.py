@@ -8,7 +8,10 @@ from typing import Literal
 
 import torch
 
+from oarsmith.engine.pages import PageTable
 from oarsmith.engine.reader import TextReader
+from oarsmith.engine.sampler import Choice, SamplingState
+from oarsmith.errors import OarsmithError
 
 FinishReason = Literal["stop", "length"]
 
@@ -39,32 +42,76 @@ class Completion:
         return len(self.ids)
 
 
-def request_generator(seed: int, index: int) -> torch.Generator:
-    """The source of randomness of request ``index``: one number a token, whatever else is in the batch."""
-    digest = hashlib.blake2b(f"generate {seed} {index}".encode(), digest_size=8).digest()
+def request_generator(seed: int, index: int, answer: int = 0) -> torch.Generator:
+    """The source of randomness of an answer to prompt ``index``: one number a token, whatever else is in the batch."""
+    name = f"generate {seed} {index}" + (f" {answer}" if answer else "")
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     # manual_seed takes 64 bits; the top one is left out because it takes them signed.
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Request:
-    """State of one prompt.
+    """One answer on its way.
 
     Args:
+        id: names it in errors.
         prompt: its token ids.
         limit: most tokens to generate.
         stop_ids: tokens that end the answer.
-        generator: where its random numbers come from.
+        state: what the choice of its tokens depends on.
         reader: makes its text token by token; None where nobody looks at the text before the end.
+        priority: those with a higher one come first.
+        arrival: its place among those with the same priority.
+        prompt_logprobs: how many of the likeliest tokens are wanted beside each token of the prompt; None: nothing.
+        siblings: further answers to the same prompt, which go on from its pages once the prompt is read.
+
+    Attributes:
+        tokens: prompt and answer.
+        choices: the tokens of the answer with what was asked about them.
+        prompt_choices: the same for the prompt, from its second token on.
+        error: why there will be no answer.
+        num_computed, prompt_size, table, row, waiting: the scheduler's: tokens that are in the cache, how many were
+            there when reading began, the pages, the row of the cache, whether it waits.
     """
 
+    id: str
     prompt: list[int]
     limit: int
     stop_ids: frozenset[int]
-    generator: torch.Generator
-    reader: TextReader | None
-    ids: list[int] = field(default_factory=list)
+    state: SamplingState
+    reader: TextReader | None = None
+    priority: int = 0
+    arrival: int = 0
+    prompt_logprobs: int | None = None
+    siblings: list[Request] = field(default_factory=list)
+    tokens: list[int] = field(init=False)
+    choices: list[Choice] = field(default_factory=list)
+    prompt_choices: list[Choice] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: OarsmithError | None = None
+    num_computed: int = 0
+    prompt_size: int = 0
+    table: PageTable | None = None
+    row: int | None = None
+    waiting: bool = False
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens generated."""
+        return self.tokens[len(self.prompt) :]
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - len(self.prompt)
+
+    @property
+    def done(self) -> bool:
+        """Whether it is finished or failed."""
+        return self.finish_reason is not None or self.error is not None
 
     @property
     def room(self) -> int:
@@ -72,24 +119,41 @@ class Request:
         return len(self.prompt) + self.limit - 1
 
     @property
-    def unread(self) -> list[int]:
-        """Tokens the model has not seen yet, before the first step and after it."""
-        return self.ids[-1:] or self.prompt
+    def num_left(self) -> int:
+        """Tokens that are known and not in the cache."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def wants_all_logits(self) -> bool:
+        """Whether something is still to be said about each token of the prompt."""
+        return self.prompt_logprobs is not None and len(self.prompt_choices) < len(self.prompt) - 1
 
     @property
     def text_ids(self) -> list[int]:
         """The generated ids without the stop token."""
-        return self.ids[:-1] if self.ids and self.ids[-1] in self.stop_ids else self.ids
+        ids = self.ids
+        return ids[:-1] if ids and ids[-1] in self.stop_ids else ids
 
-    def accept(self, token: int) -> None:
-        """Take the next token of the answer; sets ``finish_reason`` if it is the last."""
-        assert self.finish_reason is None, self.finish_reason
-        self.ids.append(token)
+    def order(self) -> tuple[int, int]:
+        """Who comes first: the smaller one."""
+        return -self.priority, self.arrival
+
+    def accept(self, choice: Choice) -> None:
+        """Take the next token of the answer; sets ``finish_reason`` if it is the last, ``error`` if it cannot be."""
+        assert not self.done, (self.finish_reason, self.error)
+        token = choice.token
+        self.tokens.append(token)
+        self.choices.append(choice)
+        try:
+            self.state.accept(token)
+        except OarsmithError as error:
+            self.error = error
+            return
         if token in self.stop_ids:
             self.finish_reason = "stop"
         elif self.reader is not None:
             self.reader.push(token)
-        if self.finish_reason is None and len(self.ids) >= self.limit:
+        if self.finish_reason is None and self.num_generated >= self.limit:
             self.finish_reason = "length"
         if self.reader is not None:
             if self.finish_reason is not None:

@@ -1,94 +1,120 @@
-"""Steps requests through the decoder: one token stream a step, prompts and single tokens side by side, no padding.
+"""Computes the scheduler's steps: one token stream a step, prompts and single tokens side by side, no padding.
 
-Shapes: T tokens of a step, N sequences of a step, S slots, V vocabulary.
+Shapes: T tokens of a step, N rows that need logits, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
 from itertools import accumulate
 
 import torch
+from torch import Tensor
 
 from oarsmith.engine.request import Request
-from oarsmith.engine.sampler import SamplingState, choose
-from oarsmith.engine.sampling import Sampling
+from oarsmith.engine.sampler import choose, prompt_logprobs
+from oarsmith.engine.scheduler import Chunk, Scheduler, Step
+from oarsmith.errors import ModelError
 from oarsmith.models.decoder import Decoder
-from oarsmith.models.spec import reread_after
+from oarsmith.models.layout import KVCache
 
-# Prompt tokens that enter in one step, unless a single prompt is longer: bounds the memory of a prefill.
-PREFILL_TOKENS = 4096
+# Rows of logits at a time where those of a whole prompt are looked at: 50 MB of them at V = 49,152.
+PROMPT_ROWS = 256
 
 
 class Runner:
-    """Works on up to ``num_slots`` requests at a time; one that ends gives its place to the next.
+    """A decoder, the cache, and the scheduler that fills it."""
 
-    Args:
-        requests: in the order in which they start.
-    """
-
-    @torch.inference_mode()
-    def __init__(self, model: Decoder, sampling: Sampling, requests: Iterable[Request], num_slots: int) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
         self._model = model
-        self._sampling = sampling
-        self._waiting = deque(requests)
-        self._running: dict[int, Request] = {}
-        num_slots = min(num_slots, len(self._waiting))
-        self._free = list(range(num_slots))[::-1]
-        capacity = max((request.room for request in self._waiting), default=1)
-        self._cache = model.new_cache(num_slots, capacity)
-        self._reread_after = reread_after(model.spec)
-        self._device = model.device
-        self._states: dict[int, SamplingState] = {}
-
-    @property
-    def busy(self) -> bool:
-        """Whether any request is not finished."""
-        return bool(self._running or self._waiting)
+        self._cache = cache
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """One more token for every running request; returns those that are finished with it.
+        """Compute one step; the requests that got a token by it, or an error.
 
-        Raises:
-            ModelError: the logits are not numbers.
+        Those that are done have left the scheduler. What interrupts a step costs time only: it is computed again.
         """
-        self._admit()
-        slots, requests = list(self._running), list(self._running.values())
-        unread = [self._unread(slot, request) for slot, request in self._running.items()]
-        counts = [len(ids) for ids in unread]
-        ids_T = torch.tensor([index for ids in unread for index in ids], device=self._device)
-        hidden_TD = self._model.hidden(ids_T, self._cache.extend(counts, slots), self._cache)
-        if len(hidden_TD) > len(counts):
-            last_N = torch.tensor([end - 1 for end in accumulate(counts)], device=self._device)
-            hidden_TD = hidden_TD[last_N]
-        choices = choose(self._model.logits(hidden_TD), [self._states[slot] for slot in slots])
-        finished = []
-        for slot, request, choice in zip(slots, requests, choices, strict=True):
-            request.accept(choice.token)
-            self._states[slot].accept(choice.token)
-            if request.finish_reason is not None:
-                del self._running[slot], self._states[slot]
-                self._free.append(slot)
-                finished.append(request)
-        return finished
+        step = self.scheduler.schedule()
+        if not step.chunks:
+            return []
+        complete = False
+        try:
+            hidden_TD = self._hidden(step)
+            self.scheduler.done(step)
+            advanced = self._choose(step, hidden_TD)
+            complete = True
+        finally:
+            if not complete:
+                for request in list(self.scheduler.running):
+                    self.scheduler.preempt(request)
+        return advanced
 
-    def _admit(self) -> None:
-        num_tokens = 0
-        while self._waiting and self._free:
-            num_tokens += len(self._waiting[0].prompt)
-            if num_tokens > PREFILL_TOKENS and num_tokens > len(self._waiting[0].prompt):
-                return
-            slot, request = self._free.pop(), self._waiting.popleft()
-            self._running[slot] = request
-            self._cache.used[slot] = 0
-            vocab_size = self._model.spec.vocab_size
-            self._states[slot] = SamplingState(self._sampling, request.prompt, request.generator, vocab_size=vocab_size)
+    def _hidden(self, step: Step) -> Tensor:
+        cache = self._cache
+        for source, target in step.copies:
+            cache.copy_page(source, target)
+        ids, rows = [], []
+        for chunk in step.chunks:
+            request = chunk.request
+            assert request.row is not None and request.table is not None, request.id
+            ids += request.tokens[chunk.start : chunk.stop]
+            rows.append(request.row)
+            cache.pages[request.row], cache.used[request.row] = request.table.pages, chunk.start
+        counts = [chunk.stop - chunk.start for chunk in step.chunks]
+        layout = cache.extend(counts, rows, [chunk.request.prompt_size for chunk in step.chunks])
+        return self._model.hidden(torch.tensor(ids, device=self._model.device), layout, cache)
 
-    def _unread(self, slot: int, request: Request) -> list[int]:
-        """What the model reads next of a request: all of it once more where its cached keys have become void."""
-        if not request.ids or self._cache.used[slot] != self._reread_after:
-            return request.unread
-        self._cache.used[slot] = 0
-        return [*request.prompt, *request.ids]
+    def _choose(self, step: Step, hidden_TD: Tensor) -> list[Request]:
+        """Let every sequence whose last token was computed take the next one."""
+        ends = list(accumulate(chunk.stop - chunk.start for chunk in step.chunks))
+        for chunk, end in zip(step.chunks, ends, strict=True):
+            if chunk.request.wants_all_logits:
+                self._look_back(chunk, hidden_TD[end - (chunk.stop - chunk.start) : end])
+        last = [(end - 1, chunk.request) for chunk, end in zip(step.chunks, ends, strict=True) if chunk.complete]
+        if not last:
+            return []
+        places = torch.tensor([place for place, _ in last], device=hidden_TD.device)
+        logits_NV = self._model.logits(hidden_TD if len(last) == len(hidden_TD) else hidden_TD[places])
+        # Siblings of a prompt that was just read choose from the same logits.
+        groups = [[request, *request.siblings] for _, request in last]
+        finite = logits_NV.amax(-1).isfinite().tolist()
+        chosen = [(row, request) for row, group in enumerate(groups) if finite[row] for request in group]
+        if len(chosen) != len(logits_NV):
+            logits_NV = logits_NV[torch.tensor([row for row, _ in chosen], dtype=torch.int64, device=logits_NV.device)]
+        if chosen:
+            choices = choose(logits_NV, [request.state for _, request in chosen])
+            for (_, request), choice in zip(chosen, choices, strict=True):
+                request.accept(choice)
+        for row, group in enumerate(groups):
+            self._settle(group, finite=finite[row])
+        return [request for group in groups for request in group]
+
+    def _settle(self, group: list[Request], *, finite: bool) -> None:
+        """Let siblings go on by themselves, and those that are done leave."""
+        leader, *siblings = group
+        leader.siblings = []
+        for request in group if not finite else ():
+            request.error = ModelError(
+                "the model's logits are not finite (NaN or infinite)",
+                where=request.id,
+                fix="load it with dtype fp32; if that does not help, the weights are damaged",
+            )
+        for sibling in siblings:
+            if not sibling.done and self.scheduler.fork(leader, sibling):
+                assert leader.row is not None and sibling.row is not None, leader.id
+                self._cache.copy_sequence(leader.row, sibling.row)
+        if leader.done:
+            self.scheduler.remove(leader, failed=not finite)
+
+    def _look_back(self, chunk: Chunk, hidden_TD: Tensor) -> None:
+        """What the model thought of the prompt's tokens: row i of a chunk speaks of the token after it."""
+        request = chunk.request
+        assert request.prompt_logprobs is not None, request.id
+        # Read again after its pages were lost: what is known stays.
+        start, stop = len(request.prompt_choices), min(chunk.stop, len(request.prompt) - 1)
+        for first in range(max(start, chunk.start), stop, PROMPT_ROWS):
+            end = min(first + PROMPT_ROWS, stop)
+            logits_TV = self._model.logits(hidden_TD[first - chunk.start : end - chunk.start])
+            targets_T = torch.tensor(request.prompt[first + 1 : end + 1], device=hidden_TD.device)
+            request.prompt_choices += prompt_logprobs(logits_TV, targets_T, request.prompt_logprobs)

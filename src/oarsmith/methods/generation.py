@@ -103,7 +103,8 @@ def generate_and_score(
     training = model.training
     model.eval()
     try:
-        engine = Engine(model, tokenizer, batch_size=batch_size)
+        # Without what prefixes are kept for later the cache stays as small as the questions of a batch.
+        engine = Engine(model, tokenizer, batch_size=batch_size, prefix_caching=False)
         prompts = [_encode(question, tokenizer) for question in questions]
         fitting = [n for n, ids in enumerate(prompts) if len(ids) < engine.context_length]
         completions = engine.generate([prompts[n] for n in fitting], sampling)

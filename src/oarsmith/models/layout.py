@@ -154,8 +154,8 @@ class KVCache:
         in the table.
 
         Args:
-            prompts: for sequences that begin, the length of the prompt, where it comes in several calls: rotations that
-                follow the length of the document take all of it at once. Not given: what the first call brings.
+            prompts: the length of each sequence's prompt, where it may come in several calls: rotations that follow the
+                length of the document take all of it at once. Not given: what the first call brings.
         """
         chosen = list(range(len(self.used)) if sequences is None else sequences)
         olds = [self.used[sequence] for sequence in chosen]
@@ -167,7 +167,9 @@ class KVCache:
             stop = old + count
             assert stop <= len(self.pages[sequence]) * self.block_size, (stop, self.pages[sequence], self.block_size)
             if old == 0:
-                self.marks[sequence], self._prompts[sequence] = (), count if prompts is None else prompts[index]
+                self.marks[sequence] = ()
+            if prompts is not None or old == 0:
+                self._prompts[sequence] = count if prompts is None else prompts[index]
             pieces.append(Piece(start, start + count, old, sequence))
             prompt = self._prompts[sequence]
             positions += range(old, stop)

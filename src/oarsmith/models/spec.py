@@ -15,7 +15,6 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from oarsmith.models.spec_parts import FFN, AttentionSpec, LinearSpec, NormSpec
-from oarsmith.models.spec_position import LongScaling, Rope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,20 +178,6 @@ class DecoderSpec:
     visibility: PrefixLM | ResetAfter | None = None
     init_std: float = 0.02
     residual_init_std: float | None = None
-
-
-def reread_after(spec: DecoderSpec) -> int | None:
-    """The length after which what a cache holds of a document is void, so that all of it must be read again.
-
-    LongRoPE turns every key by another list of frequencies from there on. Other rules that follow the length keep the
-    keys they have, as the code of their models does.
-    """
-    positions = (layer.attention.position for layer in spec.layers)
-    lengths = {
-        p.scaling.original_length for p in positions if isinstance(p, Rope) and isinstance(p.scaling, LongScaling)
-    }
-    assert len(lengths) <= 1, lengths
-    return next(iter(lengths), None)
 
 
 def linear_specs(spec: DecoderSpec) -> Iterator[tuple[str, LinearSpec]]:

@@ -1,0 +1,228 @@
+"""Which tokens of which requests are computed next, and who has the pages for them.
+
+No tensors: a step is a list of pieces of token sequences.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+
+from oarsmith.engine.pages import PagePool
+from oarsmith.engine.request import Request
+from oarsmith.errors import DataError
+from oarsmith.models.caching import CacheRules
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens [start, stop) of a request; those before ``start`` are in the cache."""
+
+    request: Request
+    start: int
+    stop: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether the next token follows from it."""
+        return self.stop == len(self.request.tokens)
+
+
+@dataclass
+class Step:
+    """One call of the model.
+
+    ``copies``: (source, target) of pages to be copied before it, in this order.
+    """
+
+    chunks: list[Chunk] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.stop - chunk.start for chunk in self.chunks)
+
+
+class Scheduler:
+    """Requests wait, run, and wait again when others need their pages.
+
+    The order is priority, then arrival; nobody overtakes. Requests that answer get their next token in every step; what
+    is left of ``max_step_tokens`` goes to prompts, the first in order first. A request that loses its pages is computed
+    again later, from what is still known of it.
+
+    Args:
+        max_running: most requests in the cache at the same time, each in a row of its own.
+        prefixes: let requests begin with pages that are known to hold the same tokens.
+    """
+
+    def __init__(
+        self, pool: PagePool, rules: CacheRules, *, max_running: int, max_step_tokens: int, prefixes: bool = True
+    ) -> None:
+        assert max_step_tokens >= max_running >= 1, (max_step_tokens, max_running)
+        self.pool = pool
+        self.running: list[Request] = []
+        self.num_preempted = 0
+        self._rules = rules
+        self._prefixes = prefixes and rules.prefixes
+        self._max_step_tokens = max_step_tokens
+        self._rows = list(range(max_running))[::-1]
+        self._waiting: list[tuple[int, int, Request]] = []
+        self._num_waiting = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is not finished."""
+        return bool(self.running or self._num_waiting)
+
+    def check(self, request: Request) -> None:
+        """Whether a request can be served at all.
+
+        Raises:
+            DataError: it would not fit into an empty cache.
+        """
+        needed = self.pool.pages_for(request.room)
+        if needed > self.pool.num_pages:
+            raise DataError(
+                f"prompt and answer of up to {request.room} tokens need {needed} pages of {self.pool.block_size} "
+                f"tokens; the cache has {self.pool.num_pages}",
+                where=request.id,
+                fix="shorten the prompt, lower max_new_tokens, or give the engine more pages (num_pages)",
+            )
+
+    def add(self, request: Request) -> None:
+        """Let a request wait for its turn."""
+        self.check(request)
+        self._wait(request)
+
+    def _wait(self, request: Request) -> None:
+        request.waiting = True
+        self._num_waiting += 1
+        heapq.heappush(self._waiting, (-request.priority, request.arrival, request))
+
+    def remove(self, request: Request, *, failed: bool = False) -> None:
+        """Forget a request that is finished or given up; its pages and its row are free at once."""
+        if request.waiting:
+            # It stays in the heap until it comes to its front.
+            request.waiting = False
+            self._num_waiting -= 1
+        elif request.table is not None:
+            self._leave(request, forget=failed)
+
+    def _leave(self, request: Request, *, forget: bool = False) -> None:
+        assert request.table is not None and request.row is not None, request.id
+        self.pool.close(request.table, forget=forget)
+        self._rows.append(request.row)
+        self.running.remove(request)
+        request.table = request.row = None
+        request.num_computed = 0
+
+    def preempt(self, request: Request) -> None:
+        """Take a running request's pages and row, and let it wait for its turn again."""
+        self._leave(request)
+        self.num_preempted += 1
+        self._wait(request)
+
+    def schedule(self) -> Step:
+        """What to compute next; empty where nothing waits or runs."""
+        step = Step()
+        for request in self.running:
+            self._restart(request)
+        self.running.sort(key=Request.order)
+        running = len(self.running)
+        # First those that need one token: an answer never waits for a prompt.
+        answering = [request for request in self.running if request.num_left == 1]
+        reading = [request for request in self.running if request.num_left > 1]
+        for request in (*answering, *reading):
+            if request.table is not None:
+                self._continue(request, step)
+        if len(self.running) == running:
+            # Who has just lost its pages is not to take those of the next one.
+            self._admit(step)
+        return step
+
+    def _restart(self, request: Request) -> None:
+        """Void what was cached of a request that outgrew its rotation."""
+        limit = self._rules.reread_after
+        if limit is not None and request.prompt_size <= limit < len(request.tokens):
+            request.num_computed, request.prompt_size = 0, len(request.tokens)
+
+    def _continue(self, request: Request, step: Step) -> None:
+        count = self._share(request, step)
+        if count == 0:
+            return
+        assert request.table is not None
+        start = request.num_computed
+        while (copies := self.pool.grow(request.table, start, start + count)) is None:
+            last = max(self.running, key=Request.order)
+            step.chunks = [chunk for chunk in step.chunks if chunk.request is not last]
+            self.preempt(last)
+            if last is request:
+                return
+        step.copies += copies
+        step.chunks.append(Chunk(request, start, start + count))
+
+    def _share(self, request: Request, step: Step) -> int:
+        """How many of the request's tokens fit into the step."""
+        left, budget = request.num_left, self._max_step_tokens - step.num_tokens
+        if left > budget and self._rules.whole_prompt:
+            # However long it is, it gets a step in which it is the only prompt.
+            return 0 if any(chunk.stop - chunk.start > 1 for chunk in step.chunks) else left
+        return min(left, budget)
+
+    def _admit(self, step: Step) -> None:
+        while self._waiting and self._rows:
+            request = self._waiting[0][2]
+            if not request.waiting:
+                heapq.heappop(self._waiting)
+            elif not self._start(request, step):
+                return
+            else:
+                heapq.heappop(self._waiting)
+
+    def _start(self, request: Request, step: Step) -> bool:
+        """Give a request its pages and its part of the step; False: it must wait."""
+        if step.num_tokens >= self._max_step_tokens:
+            return False
+        # The last token is always computed: the next one follows from it.
+        known = request.tokens[:-1] if self._prefixes and not request.wants_all_logits else []
+        table = self.pool.open(request.room, known)
+        request.num_computed = len(table.pages) * self.pool.block_size
+        request.prompt_size = len(request.tokens if self._rules.reread_after is not None else request.prompt)
+        count = self._share(request, step)
+        # Pages for the whole prompt, and one for each of those that run: else they would soon have to leave again.
+        spare = self.pool.num_free - len(self.running)
+        needed = self.pool.pages_for(len(request.tokens)) - len(table.pages)
+        if count == 0 or (self.running and needed > spare):
+            self.pool.close(table)
+            request.num_computed = 0
+            return False
+        copies = self.pool.grow(table, request.num_computed, len(request.tokens))
+        assert copies == [], (copies, request.id)
+        request.table, request.row, request.waiting = table, self._rows.pop(), False
+        self._num_waiting -= 1
+        self.running.append(request)
+        step.chunks.append(Chunk(request, request.num_computed, request.num_computed + count))
+        return True
+
+    def done(self, step: Step) -> None:
+        """The step was computed: its keys and values are in the cache."""
+        for chunk in step.chunks:
+            request = chunk.request
+            assert request.table is not None, request.id
+            request.num_computed = chunk.stop
+            if self._prefixes and chunk.stop // self.pool.block_size > len(request.table.keys):
+                self.pool.remember(request.table, request.tokens[: chunk.stop])
+
+    def fork(self, source: Request, other: Request) -> bool:
+        """Let ``other``, whose prompt is that of ``source``, go on from the same pages; False: it must wait instead."""
+        if not self._rows or source.table is None:
+            self._wait(other)
+            return False
+        other.table, other.row = self.pool.fork(source.table), self._rows.pop()
+        other.num_computed, other.prompt_size = source.num_computed, source.prompt_size
+        self.running.append(other)
+        return True

@@ -1,0 +1,56 @@
+"""A prompt in the engine: its answers on their way, and what is told of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from oarsmith.engine.request import Completion, Request
+from oarsmith.engine.sampler import Choice
+from oarsmith.errors import OarsmithError
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a step brought for one answer.
+
+    Attributes:
+        id: of the request, as ``add`` returned it.
+        index: which of the answers to its prompt.
+        choice: the new token; None where there is only an error.
+        text: what may be shown by now of what was not shown yet; "" where the engine has no tokenizer.
+        completion: once all answers to the prompt are there: the first, with the others beside it.
+        error: why there will be no completion.
+    """
+
+    id: str
+    index: int
+    choice: Choice | None
+    text: str = ""
+    completion: Completion | None = None
+    error: OarsmithError | None = None
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One prompt.
+
+    Args:
+        requests: its answers; the first one reads the prompt.
+        finished: called once all of them are done.
+        told: called with what each step brings.
+    """
+
+    id: str
+    requests: list[Request]
+    finished: Callable[[Ticket], None]
+    told: Callable[[Ticket, Request], None] | None = None
+
+    @property
+    def done(self) -> bool:
+        return all(request.done for request in self.requests)
+
+    @property
+    def error(self) -> OarsmithError | None:
+        """The first thing that went wrong."""
+        return next((request.error for request in self.requests if request.error is not None), None)
