@@ -251,6 +251,14 @@ class Tokenizer:
         """A token as the vocabulary spells it (byte-level and sentencepiece spellings are not plain text)."""
         return self.backend.id_to_token(index)
 
+    def token_bytes(self, index: int) -> bytes | None:
+        """UTF-8 bytes that a token adds to a text that others stand before; None: it is special, or no token.
+
+        Raises:
+            OarsmithError: the tokenizer's tokens are not pieces of text.
+        """
+        return self.backend.token_bytes(index)
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of everything that decides ids and renderings; independent of where the files lie."""

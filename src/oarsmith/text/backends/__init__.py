@@ -39,6 +39,9 @@ class Backend(Protocol):
     def id_to_token(self, index: int) -> str | None:
         """Text of a token as the vocabulary spells it."""
 
+    def token_bytes(self, index: int) -> bytes | None:
+        """UTF-8 bytes that a token adds to a text that others stand before; None: it is special, or no token."""
+
     def unsettled(self, index: int, skip_special_tokens: bool) -> bool:
         """True if what follows this id may change the text decoded so far (by more than an unfinished character)."""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from oarsmith.errors import CheckpointError, OarsmithError
 from oarsmith.text.backends.slow import Cutter, swallowing
-from oarsmith.text.backends.spm import read_processor
+from oarsmith.text.backends.spm import piece_bytes, read_processor
 from oarsmith.text.cleanup import Openings
 from oarsmith.text.special import SpecialTokens
 
@@ -110,10 +110,7 @@ class IceText:
         pieces = [self.id_to_token(i) for i in ids if i not in skipped]
         known = [piece for piece in pieces if piece is not None]
         text: str = self._processor.decode_pieces(known) if known else ""
-        text = text.replace("<n>", "\n").replace(_TAB, "\t")
-        for blank, spaces in _BLANKS.items():
-            text = text.replace(blank, spaces)
-        return text
+        return _without_blank_pieces(text)
 
     def token_to_id(self, token: str) -> int | None:
         index = self._processor.piece_to_id(token)
@@ -127,6 +124,14 @@ class IceText:
             return None
         piece: str = self._processor.id_to_piece(index - self._offset)
         return piece
+
+    def token_bytes(self, index: int) -> bytes | None:
+        if index < self._offset or index in self.special_ids:
+            return None
+        spelled = piece_bytes(self._processor, index - self._offset)
+        if spelled is None or self._processor.is_byte(index - self._offset):
+            return spelled
+        return _without_blank_pieces(spelled.decode("utf-8")).encode("utf-8")
 
     def unsettled(self, index: int, skip_special_tokens: bool) -> bool:
         piece = self.id_to_token(index)
@@ -144,6 +149,13 @@ def _with_blank_pieces(text: str) -> str:
     text = text.replace("\n", "<n>").replace("\t", _TAB)
     for blank, spaces in reversed(_BLANKS.items()):
         text = text.replace(spaces, blank)
+    return text
+
+
+def _without_blank_pieces(text: str) -> str:
+    text = text.replace("<n>", "\n").replace(_TAB, "\t")
+    for blank, spaces in _BLANKS.items():
+        text = text.replace(blank, spaces)
     return text
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from oarsmith.errors import CheckpointError, OarsmithError
 from oarsmith.text.backends.slow import Cutter, is_modern, join_spaced, spaced_tokens, swallowing
-from oarsmith.text.backends.spm import UNDERLINE, place_added, read_processor
+from oarsmith.text.backends.spm import UNDERLINE, piece_bytes, place_added, read_processor
 from oarsmith.text.cleanup import CLEANED, clean_up_spaces
 from oarsmith.text.special import ClassRule, SpecialTokens
 
@@ -181,6 +181,11 @@ class RemoteSentencePiece:
 
     def id_to_token(self, index: int) -> str | None:
         return self._texts.get(index)
+
+    def token_bytes(self, index: int) -> bytes | None:
+        if index in self._added_ids:
+            return None if index in self.special_ids else self._texts[index].encode("utf-8")
+        return piece_bytes(self._processor, index)
 
     def unsettled(self, index: int, skip_special_tokens: bool) -> bool:
         # A special token that follows a run of text puts a space in front of that run.

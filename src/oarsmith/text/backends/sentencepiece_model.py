@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from oarsmith.errors import CheckpointError, OarsmithError
-from oarsmith.text.backends.spm import UNDERLINE, place_added, read_processor, runs
+from oarsmith.text.backends.spm import UNDERLINE, piece_bytes, place_added, read_processor, runs
 from oarsmith.text.special import ClassRule, SpecialTokens
 
 # normalizer_spec { add_dummy_prefix: false }, as protobuf wire bytes: appended to a serialized model it overrides
@@ -207,6 +207,11 @@ class SentencePieceBackend:
 
     def id_to_token(self, index: int) -> str | None:
         return self._pieces.get(index)
+
+    def token_bytes(self, index: int) -> bytes | None:
+        if index in self._added:
+            return None if index in self.special_ids else self._added[index].content.encode("utf-8")
+        return piece_bytes(self._processor, index)
 
     def unsettled(self, index: int, skip_special_tokens: bool) -> bool:
         # Legacy puts a space in front of a run of text once a special token follows that run.

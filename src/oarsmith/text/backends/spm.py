@@ -31,6 +31,14 @@ def read_processor(model: bytes, *, where: str) -> tuple[Any, list[str]]:
     return processor, pieces
 
 
+def piece_bytes(processor: Any, index: int) -> bytes | None:
+    """What a piece adds to a text that others stand before; None for control pieces and unknown ids."""
+    if not 0 <= index < processor.get_piece_size() or processor.is_control(index) or processor.is_unknown(index):
+        return None
+    piece: str = processor.id_to_piece(index)
+    return bytes([int(piece[3:5], 16)]) if processor.is_byte(index) else piece.replace(UNDERLINE, " ").encode("utf-8")
+
+
 def place_added(special: SpecialTokens, ids: Mapping[str, int]) -> dict[int, Token]:
     """Added tokens by id: those with a fixed id, then special ones, at their piece's id or after the last one."""
     added = dict(special.added)

@@ -145,6 +145,9 @@ class TiktokenBackend:
         token = self._bytes.get(index)
         return self._names.get(index) if token is None else token.decode("utf-8", errors="replace")
 
+    def token_bytes(self, index: int) -> bytes | None:
+        return None if index in self.special_ids else self._spelled(index) or None
+
     def unsettled(self, index: int, skip_special_tokens: bool) -> bool:
         return False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, pre_tokenizers, processors
 
 from oarsmith.errors import CheckpointError
+from oarsmith.text.backends.spelling import read_spelling
 from oarsmith.text.special import ClassRule, SpecialTokens, Token
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -62,6 +63,18 @@ class TokenizersBackend:
 
     def id_to_token(self, index: int) -> str | None:
         return self._tokenizer.id_to_token(index) if index >= 0 else None
+
+    def token_bytes(self, index: int) -> bytes | None:
+        token = self.id_to_token(index)
+        if token is None or index in self.special_ids:
+            return None
+        if index in self.added_ids:
+            return token.encode("utf-8")
+        return self._spelling(token)
+
+    @cached_property
+    def _spelling(self) -> Callable[[str], bytes]:
+        return read_spelling(self._tokenizer)
 
     def unsettled(self, index: int, skip_special_tokens: bool) -> bool:
         # The ByteFallback decoder turns a whole run of byte tokens into U+FFFD when any part of it is no UTF-8.
