@@ -1,6 +1,7 @@
 """Generation: prompts to token ids and text, with the same decoder that trains."""
 
-from oarsmith.engine.engine import Engine, Prompt
+from oarsmith.engine.engine import Engine
+from oarsmith.engine.intake import Prompt
 from oarsmith.engine.request import Completion, FinishReason
 from oarsmith.engine.sampling import Sampling
 from oarsmith.engine.stream import Stream

@@ -11,27 +11,21 @@ from typing import Any, cast
 
 import torch
 
+from oarsmith.engine.intake import Intake, Prompt
 from oarsmith.engine.memory import default_num_pages
 from oarsmith.engine.pages import PagePool
-from oarsmith.engine.reader import TextReader, without_lead
-from oarsmith.engine.request import Completion, Request, request_generator
+from oarsmith.engine.request import Completion, Request
 from oarsmith.engine.runner import Runner
-from oarsmith.engine.sampler import SamplingState
 from oarsmith.engine.sampling import Sampling
 from oarsmith.engine.scheduler import Scheduler
 from oarsmith.engine.stream import Stream
 from oarsmith.engine.ticket import Output, Ticket
-from oarsmith.errors import ConfigError, DataError, ModelError, OarsmithError
+from oarsmith.errors import ConfigError, ModelError, OarsmithError
 from oarsmith.loading import find_tokenizer, load_model
-from oarsmith.models import visibility
 from oarsmith.models.caching import CacheRules
 from oarsmith.models.decoder import Decoder
-from oarsmith.models.spec import PrefixLM
 from oarsmith.text import Tokenizer
 from oarsmith.training.precision import has_fast_bf16
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text to continue as it is, token ids, or a conversation for the chat template (dicts with role and content)."""
 
 _GREEDY = Sampling()
 
@@ -93,6 +87,7 @@ class Engine:
             self.tokenizer = find_tokenizer(model, adapter) if tokenizer is None else tokenizer
             self.model = _load(model, dtype, device, adapter)
         self.batch_size = batch_size
+        self._intake = Intake(self.model.spec, self.tokenizer)
         self.open_tickets: dict[str, Ticket] = {}
         self._sizes = (num_pages, block_size, max_step_tokens, prefix_caching)
         self._ticket_of: dict[Request, Ticket] = {}
@@ -154,6 +149,8 @@ class Engine:
             OarsmithError: as `generate`; or the engine has no tokenizer.
         """
         sampling = sampling or _GREEDY
+        if sampling.num_samples > 1:
+            raise ConfigError("a stream is one answer", where="n", fix="leave out n and best_of, or use generate")
         ticket = self._ticket(self.encode(prompt, tools=tools), sampling, _seed(sampling), 0, read=True)
         self._open(ticket)
         return Stream(self, ticket)
@@ -181,39 +178,7 @@ class Engine:
         Raises:
             OarsmithError: empty, no room for an answer in the context, ids outside the vocabulary, no tokenizer.
         """
-        ids = self._ids(prompt, tools, variables)
-        if not ids:
-            raise DataError("the prompt is empty: not a single token", where=where, fix="write something to answer")
-        if len(ids) >= self.context_length:
-            raise DataError(
-                f"the prompt has {len(ids)} tokens; the model's context of {self.context_length} leaves no room for "
-                "an answer",
-                where=where,
-                fix=f"shorten it to at most {self.context_length - 1} tokens",
-            )
-        low, high, size = min(ids), max(ids), self.model.spec.vocab_size
-        if low < 0 or high >= size:
-            raise DataError(
-                f"token id {low if low < 0 else high} is outside the model's vocabulary of {size}",
-                where=where,
-                fix="use the tokenizer that belongs to this model",
-            )
-        if isinstance(rule := self.model.spec.visibility, PrefixLM):
-            visibility.find_prefix(rule, ids)
-        return ids
-
-    def _ids(self, prompt: Prompt, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> list[int]:
-        if isinstance(prompt, str):
-            return self._needed_tokenizer().encode(prompt)
-        if len(prompt) > 0 and isinstance(prompt[0], Mapping):
-            messages = cast(Sequence[Mapping[str, Any]], prompt)
-            return self._needed_tokenizer().encode_chat(messages, tools, True, **variables)
-        return [int(index) for index in cast(Sequence[int], prompt)]
-
-    def _needed_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ConfigError("this engine has no tokenizer", fix="pass tokenizer=, or give prompts as token ids")
-        return self.tokenizer
+        return self._intake.encode(prompt, tools, where, variables)
 
     def add(self, prompt: Prompt, sampling: Sampling | None = None, *, priority: int = 0, id: str | None = None) -> str:
         """Let a prompt wait for its turn; ``step`` tells what becomes of it.
@@ -270,31 +235,35 @@ class Engine:
 
     def advance(self) -> None:
         """One step for everybody."""
-        for request in self.runner.step():
-            ticket = self._ticket_of[request]
-            if ticket.done and ticket.id in self.open_tickets:
-                del self.open_tickets[ticket.id]
+        advanced = [(self._ticket_of[request], request) for request in self.runner.step()]
+        for ticket, _ in advanced:
+            if ticket.done and self.open_tickets.pop(ticket.id, None) is not None:
                 for answer in ticket.requests:
                     del self._ticket_of[answer]
                 ticket.finished(ticket)
+        last = dict(advanced)
+        for ticket, request in advanced:
             if ticket.told is not None:
-                ticket.told(ticket, request)
+                ticket.told(ticket, request, last[ticket] is request)
 
-    def _tell(self, ticket: Ticket, request: Request) -> None:
-        choice = request.choices[-1] if request.choices else None
-        text = "" if request.reader is None else request.reader.take()
-        completion = self.completion(ticket) if ticket.done and ticket.error is None else None
-        index = ticket.requests.index(request)
+    def _tell(self, ticket: Ticket, request: Request, last: bool) -> None:
+        sampling = request.state.sampling
+        # Of more answers than are wanted, nobody knows yet which will be given.
+        shown = sampling.num_samples == sampling.n
+        choice = request.choices[-1] if shown and request.error is None else None
+        text = request.reader.take() if shown and request.reader is not None else ""
+        completion = self.completion(ticket) if last and ticket.done and ticket.error is None else None
+        if not shown and completion is None and request.error is None:
+            return
+        index = ticket.requests.index(request) if shown else 0
         self._outputs.append(Output(ticket.id, index, choice, text, completion, request.error))
 
     def _open(self, ticket: Ticket, id: str | None = None) -> None:
-        leader = ticket.requests[0]
-        leader.arrival = self._num_added
-        self._num_added += 1
-        for sibling in leader.siblings:
-            sibling.arrival = leader.arrival
-        ticket.id = f"request {leader.arrival}" if id is None else id
-        self.runner.scheduler.add(leader)
+        ticket.id = f"request {self._num_added}" if id is None else id
+        for request in ticket.requests:
+            request.arrival = self._num_added
+            self._num_added += 1
+        self.runner.scheduler.add(ticket.requests[0])
         self.open_tickets[ticket.id] = ticket
         for request in ticket.requests:
             self._ticket_of[request] = ticket
@@ -312,24 +281,9 @@ class Engine:
         finished: Callable[[Ticket], None] = lambda _: None,
     ) -> Ticket:
         """A prompt with its answers, not yet open."""
-        stop_ids = set(sampling.stop_ids)
-        if self.tokenizer is not None and not sampling.ignore_eos:
-            stop_ids |= set(self.tokenizer.stop_ids)
-        lead = self._lead(ids)
-        request = Request(
-            id=where or "request",
-            prompt=ids,
-            limit=min(sampling.max_new_tokens, self.context_length - len(ids)),
-            stop_ids=frozenset(stop_ids),
-            state=SamplingState(sampling, ids, request_generator(seed, index), vocab_size=self.model.spec.vocab_size),
-            reader=TextReader(self._needed_tokenizer(), sampling.stop, lead) if read or sampling.stop else None,
-            priority=priority,
-        )
-        self.runner.scheduler.check(request)
-        return Ticket("", [request], finished)
-
-    def _lead(self, prompt: Sequence[int]) -> str:
-        return "" if self.tokenizer is None else self.tokenizer.answer_lead(prompt)
+        requests = self._intake.requests(ids, sampling, seed, index, where=where, read=read, priority=priority)
+        self.runner.scheduler.check(requests[0])
+        return Ticket("", requests, finished)
 
     def _drain(self, tickets: list[Ticket], finished: deque[Ticket]) -> Iterator[tuple[int, Completion]]:
         places = {ticket: index for index, ticket in enumerate(tickets)}
@@ -355,19 +309,8 @@ class Engine:
             raise failed[0]
 
     def completion(self, ticket: Ticket) -> Completion:
-        """The answer to a prompt that is done."""
-        return self._completion(ticket.requests[0])
-
-    def _completion(self, request: Request) -> Completion:
-        assert request.finish_reason is not None, request.ids
-        if request.reader is not None:
-            text = request.reader.text
-        elif self.tokenizer is not None:
-            text = self.tokenizer.decode(request.text_ids, skip_special_tokens=True)
-            text = without_lead(text, self._lead(request.prompt))
-        else:
-            text = ""
-        return Completion(text, tuple(request.ids), tuple(request.prompt), request.finish_reason)
+        """The answers to a prompt that is done."""
+        return self._intake.completion(ticket.requests)
 
 
 def _load(path: str | Path, dtype: str, device: str, adapter: str | Path | None) -> Decoder:

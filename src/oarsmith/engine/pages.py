@@ -25,6 +25,11 @@ class PageTable:
     keys: list[bytes] = field(default_factory=list)
     hoped: range = range(0)
 
+    @property
+    def grows(self) -> bool:
+        """Whether it will need more pages than it has."""
+        return len(self.pages) < self.room
+
 
 class PagePool:
     """``num_pages`` pages of ``block_size`` tokens.

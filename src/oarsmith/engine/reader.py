@@ -48,13 +48,15 @@ class TextReader:
     Args:
         lead: white space that is no part of the answer (`Tokenizer.answer_lead`): an answer that begins with it is
             shown from its first character on.
+        least: tokens before which no stop text is looked for.
 
     Attributes:
         text: all that was given out so far.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], lead: str = "") -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], lead: str = "", *, least: int = 0) -> None:
         self.text = ""
+        self._least = least
         self._decoder = StreamDecoder(tokenizer)
         self._filter = StopFilter(stops)
         self._taken = 0
@@ -67,7 +69,9 @@ class TextReader:
         return self._filter.stopped
 
     def push(self, token: int) -> None:
-        self.text += self._after_lead(self._filter.push(self._decoder.push(token)))
+        piece = self._decoder.push(token)
+        self._least -= 1
+        self.text += self._after_lead(piece if self._least >= 0 else self._filter.push(piece))
 
     def finish(self) -> None:
         """The answer is over: what was held back belongs to it, unless it completes a stop text."""

@@ -10,7 +10,8 @@ import torch
 
 from oarsmith.engine.pages import PageTable
 from oarsmith.engine.reader import TextReader
-from oarsmith.engine.sampler import Choice, SamplingState
+from oarsmith.engine.sampler import Choice
+from oarsmith.engine.state import SamplingState
 from oarsmith.errors import OarsmithError
 
 FinishReason = Literal["stop", "length"]
@@ -25,12 +26,19 @@ class Completion:
         ids: every token generated, a stop token included.
         prompt_ids: what the model was given.
         finish_reason: "stop": a stop token or stop text; "length": max_new_tokens, or the context is full.
+        logprobs: of every token generated, where the sampling asks for them.
+        prompt_logprobs: the same for the prompt from its second token on.
+        others: further answers to the same prompt, where the sampling asks for more than one; of ``best_of`` answers
+            this is the best and they follow in order.
     """
 
     text: str
     ids: tuple[int, ...]
     prompt_ids: tuple[int, ...]
     finish_reason: FinishReason
+    logprobs: tuple[Choice, ...] | None = None
+    prompt_logprobs: tuple[Choice, ...] | None = None
+    others: tuple[Completion, ...] = ()
 
     @property
     def num_prompt_tokens(self) -> int:

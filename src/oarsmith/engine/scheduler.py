@@ -53,6 +53,11 @@ class Scheduler:
     Args:
         max_running: most requests in the cache at the same time, each in a row of its own.
         prefixes: let requests begin with pages that are known to hold the same tokens.
+
+    Attributes:
+        running: requests in the cache.
+        num_preempted: how often one of them lost its pages.
+        num_found: tokens that were in the cache when a request began.
     """
 
     def __init__(
@@ -61,7 +66,7 @@ class Scheduler:
         assert max_step_tokens >= max_running >= 1, (max_step_tokens, max_running)
         self.pool = pool
         self.running: list[Request] = []
-        self.num_preempted = 0
+        self.num_preempted = self.num_found = 0
         self._rules = rules
         self._prefixes = prefixes and rules.prefixes
         self._max_step_tokens = max_step_tokens
@@ -193,8 +198,8 @@ class Scheduler:
         request.num_computed = len(table.pages) * self.pool.block_size
         request.prompt_size = len(request.tokens if self._rules.reread_after is not None else request.prompt)
         count = self._share(request, step)
-        # Pages for the whole prompt, and one for each of those that run: else they would soon have to leave again.
-        spare = self.pool.num_free - len(self.running)
+        # Pages for the whole prompt, and one for each of those that grow: else somebody would soon have to leave again.
+        spare = self.pool.num_free - sum(other.table.grows for other in self.running if other.table is not None)
         needed = self.pool.pages_for(len(request.tokens)) - len(table.pages)
         if count == 0 or (self.running and needed > spare):
             self.pool.close(table)
@@ -204,6 +209,7 @@ class Scheduler:
         assert copies == [], (copies, request.id)
         request.table, request.row, request.waiting = table, self._rows.pop(), False
         self._num_waiting -= 1
+        self.num_found += request.num_computed
         self.running.append(request)
         step.chunks.append(Chunk(request, request.num_computed, request.num_computed + count))
         return True

@@ -17,7 +17,7 @@ class Output:
     Attributes:
         id: of the request, as ``add`` returned it.
         index: which of the answers to its prompt.
-        choice: the new token; None where there is only an error.
+        choice: the new token; None with an error, and for ``best_of``, where nothing is known before the end.
         text: what may be shown by now of what was not shown yet; "" where the engine has no tokenizer.
         completion: once all answers to the prompt are there: the first, with the others beside it.
         error: why there will be no completion.
@@ -38,13 +38,13 @@ class Ticket:
     Args:
         requests: its answers; the first one reads the prompt.
         finished: called once all of them are done.
-        told: called with what each step brings.
+        told: called with each answer that a step went on with, and whether it is the last of them.
     """
 
     id: str
     requests: list[Request]
     finished: Callable[[Ticket], None]
-    told: Callable[[Ticket, Request], None] | None = None
+    told: Callable[[Ticket, Request, bool], None] | None = None
 
     @property
     def done(self) -> bool:

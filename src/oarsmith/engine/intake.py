@@ -1,0 +1,141 @@
+"""Prompts to requests, and requests that are done to completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from oarsmith.engine.reader import TextReader, without_lead
+from oarsmith.engine.request import Completion, Request, request_generator
+from oarsmith.engine.sampling import Sampling
+from oarsmith.engine.state import SamplingState
+from oarsmith.errors import ConfigError, DataError
+from oarsmith.models import visibility
+from oarsmith.models.spec import DecoderSpec, PrefixLM
+from oarsmith.text import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Text to continue as it is, token ids, or a conversation for the chat template (dicts with role and content)."""
+
+
+class Intake:
+    """What the engine does with texts; without a tokenizer there are only ids."""
+
+    def __init__(self, spec: DecoderSpec, tokenizer: Tokenizer | None) -> None:
+        self._spec = spec
+        self._tokenizer = tokenizer
+
+    def encode(
+        self, prompt: Prompt, tools: Sequence[Any] | None, where: str | None, variables: Mapping[str, Any]
+    ) -> list[int]:
+        """Ids of a prompt, checked (see ``Engine.encode``)."""
+        ids = self._ids(prompt, tools, variables)
+        if not ids:
+            raise DataError("the prompt is empty: not a single token", where=where, fix="write something to answer")
+        limit = self._spec.max_positions
+        if len(ids) >= limit:
+            raise DataError(
+                f"the prompt has {len(ids)} tokens; the model's context of {limit} leaves no room for an answer",
+                where=where,
+                fix=f"shorten it to at most {limit - 1} tokens",
+            )
+        low, high, size = min(ids), max(ids), self._spec.vocab_size
+        if low < 0 or high >= size:
+            raise DataError(
+                f"token id {low if low < 0 else high} is outside the model's vocabulary of {size}",
+                where=where,
+                fix="use the tokenizer that belongs to this model",
+            )
+        if isinstance(rule := self._spec.visibility, PrefixLM):
+            visibility.find_prefix(rule, ids)
+        return ids
+
+    def _ids(self, prompt: Prompt, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> list[int]:
+        if isinstance(prompt, str):
+            return self._needed_tokenizer().encode(prompt)
+        if len(prompt) > 0 and isinstance(prompt[0], Mapping):
+            messages = cast(Sequence[Mapping[str, Any]], prompt)
+            return self._needed_tokenizer().encode_chat(messages, tools, True, **variables)
+        return [int(index) for index in cast(Sequence[int], prompt)]
+
+    def _needed_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise ConfigError("this engine has no tokenizer", fix="pass tokenizer=, or give prompts as token ids")
+        return self._tokenizer
+
+    def requests(
+        self, ids: list[int], sampling: Sampling, seed: int, index: int, *, where: str | None, read: bool, priority: int
+    ) -> list[Request]:
+        """A request for each answer; the others are siblings of the first.
+
+        Args:
+            index: the prompt's number in its call.
+            where: names it in errors.
+            read: whether somebody reads the text token by token.
+        """
+        stop_ids = set(sampling.stop_ids)
+        if self._tokenizer is not None and not sampling.ignore_eos:
+            stop_ids |= set(self._tokenizer.stop_ids)
+        limit = min(sampling.max_new_tokens, self._spec.max_positions - len(ids))
+        requests = []
+        for answer in range(sampling.num_samples):
+            state = SamplingState(
+                sampling,
+                ids,
+                request_generator(seed, index, answer),
+                vocab_size=self._spec.vocab_size,
+                stop_ids=stop_ids,
+            )
+            request = Request(
+                id=where or "request",
+                prompt=ids,
+                limit=limit,
+                stop_ids=frozenset(stop_ids),
+                state=state,
+                reader=self._reader(ids, sampling) if read or sampling.stop else None,
+                priority=priority,
+                prompt_logprobs=None if answer else sampling.prompt_logprobs,
+            )
+            requests.append(request)
+        requests[0].siblings = requests[1:]
+        return requests
+
+    def _reader(self, ids: Sequence[int], sampling: Sampling) -> TextReader:
+        return TextReader(self._needed_tokenizer(), sampling.stop, self._lead(ids), least=sampling.min_new_tokens)
+
+    def _lead(self, prompt: Sequence[int]) -> str:
+        return "" if self._tokenizer is None else self._tokenizer.answer_lead(prompt)
+
+    def completion(self, requests: Sequence[Request]) -> Completion:
+        """The answers to a prompt; of more than are wanted, those that the model finds likeliest."""
+        sampling = requests[0].state.sampling
+        prompt_logprobs = None if sampling.prompt_logprobs is None else tuple(requests[0].prompt_choices)
+        if len(requests) > sampling.n:
+            requests = sorted(requests, key=_mean_logprob, reverse=True)[: sampling.n]
+        first, *others = (self._answer(request) for request in requests)
+        return replace(first, prompt_logprobs=prompt_logprobs, others=tuple(others))
+
+    def _answer(self, request: Request) -> Completion:
+        assert request.finish_reason is not None, request.ids
+        if request.reader is not None:
+            text = request.reader.text
+        elif self._tokenizer is not None:
+            text = self._tokenizer.decode(request.text_ids, skip_special_tokens=True)
+            text = without_lead(text, self._lead(request.prompt))
+        else:
+            text = ""
+        wanted = request.state.sampling.logprobs is not None
+        return Completion(
+            text,
+            tuple(request.ids),
+            tuple(request.prompt),
+            request.finish_reason,
+            logprobs=tuple(request.choices) if wanted else None,
+        )
+
+
+def _mean_logprob(request: Request) -> float:
+    logprobs = [choice.logprob for choice in request.choices if choice.logprob is not None]
+    assert len(logprobs) == request.num_generated > 0, request.id
+    return sum(logprobs) / len(logprobs)

@@ -1,0 +1,292 @@
+"""Many requests in one engine: too few pages, order, aborts, failures, interruptions. Nobody notices the others."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import oarsmith
+from oarsmith.engine import Completion, Engine, Sampling
+from oarsmith.errors import ConfigError, DataError, ModelError
+from oarsmith.models.decoder import Decoder
+
+Tiny = Callable[[str], Path]
+PROMPTS = [[5, 17, 88, 3], [9], list(range(20, 33)), [150, 2, 2, 7, 61, 61], [44, 45], list(range(20, 40))]
+GREEDY = Sampling(max_new_tokens=20)
+DRAWN = Sampling(max_new_tokens=20, temperature=1.1, top_k=50, repetition_penalty=1.2, seed=5)
+
+
+@pytest.fixture
+def model(tiny_model: Tiny) -> Decoder:
+    return oarsmith.load_model(tiny_model("llama"), dtype="fp32", device="cpu")
+
+
+def tight(model: Decoder, **options: int) -> Engine:
+    """Pages of 4 tokens, 16 of them: two or three requests that are answered to the end."""
+    return Engine(model, **{"batch_size": 4, "num_pages": 16, "block_size": 4, "max_step_tokens": 8, **options})
+
+
+def account(engine: Engine) -> None:
+    """Every page is free or in the table of a request that runs."""
+    scheduler = engine.runner.scheduler
+    pool = scheduler.pool
+    held = Counter(page for request in scheduler.running for page in request.table.pages)
+    assert pool._owners == [held[page] for page in range(pool.num_pages)]
+    assert pool.num_free == pool.num_pages - len(held)
+    rows = [request.row for request in scheduler.running]
+    assert sorted([*rows, *scheduler._rows]) == list(range(engine.batch_size))
+
+
+def finish(engine: Engine) -> dict[str, Completion]:
+    found = {}
+    while engine.busy:
+        for output in engine.step():
+            assert output.error is None
+            if output.completion is not None:
+                found[output.id] = output.completion
+    account(engine)
+    assert engine.runner.scheduler.pool.num_free == engine.runner.scheduler.pool.num_pages
+    return found
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_too_few_pages_cost_time_only(model: Decoder, sampling: Sampling) -> None:
+    engine = tight(model)
+    assert engine.generate(PROMPTS, sampling) == Engine(model).generate(PROMPTS, sampling)
+    assert engine.runner.scheduler.num_preempted > 0
+    account(engine)
+
+
+def test_what_can_never_fit_is_refused(model: Decoder) -> None:
+    engine = tight(model, num_pages=5)
+    with pytest.raises(DataError, match=r"prompt 1.*up to 30 tokens need 8 pages of 4 tokens; the cache has 5"):
+        engine.generate([[1], list(range(1, 12))], GREEDY)
+    assert engine.generate([1], GREEDY) == Engine(model).generate([1], GREEDY), "the others are not kept from trying"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_ten_thousand_aborts(tiny_model: Tiny, name: str) -> None:
+    """At random moments: waiting, in the middle of a prompt, of an answer, after a preemption, several answers."""
+    model, draw = oarsmith.load_model(tiny_model(name), dtype="fp32", device="cpu"), random.Random(1)
+    engine, prompts, alive, found, aborted = tight(model), dict[str, list[int]](), set[str](), {}, 0
+    greedy, drawn = Sampling(max_new_tokens=8), Sampling(max_new_tokens=8, n=3, temperature=1.0, seed=1)
+    while aborted < 10_000:
+        for _ in range(draw.randint(0, 8)):
+            prompt = [draw.randint(1, 3) for _ in range(draw.randint(1, 24))]
+            id = engine.add(prompt, draw.choice((greedy, greedy, drawn)), priority=draw.randint(0, 2))
+            prompts[id] = prompt
+            alive.add(id)
+        for _ in range(draw.randint(0, 3)):
+            for output in engine.step():
+                assert output.error is None and output.id in alive
+                if output.completion is not None:
+                    alive.remove(output.id)
+                    found[output.id] = output.completion
+        account(engine)
+        for id in draw.sample(sorted(alive), min(len(alive), draw.randint(0, 8))):
+            alive.remove(id)
+            aborted += engine.abort(id)
+            assert not engine.abort(id)
+        account(engine)
+    found |= finish(engine)
+    assert len(found) > 300 and engine.runner.scheduler.num_preempted > 20
+    # Those that were not given up have the answers they have alone.
+    alone = Engine(model, batch_size=3, prefix_caching=False)
+    for id in draw.sample(sorted(found), 200):
+        sampling = drawn if found[id].others else greedy
+        assert alone.generate(prompts[id], sampling)[0] == found[id]
+
+
+def test_the_order_is_priority_then_arrival(model: Decoder) -> None:
+    """Thousands wait; they are answered as they came, the important ones first."""
+    engine, draw = Engine(model, batch_size=16, block_size=4), random.Random(2)
+    wanted = [(-draw.randint(0, 2), number) for number in range(2000)]
+    for priority, number in wanted:
+        engine.add([1 + number % 100], Sampling(max_new_tokens=1), priority=-priority, id=str(number))
+    ended = []
+    while engine.busy:
+        ended += [output.id for output in engine.step() if output.completion is not None]
+    assert ended == [str(number) for _, number in sorted(wanted)]
+
+
+def test_the_last_one_loses_its_pages(model: Decoder) -> None:
+    """By priority, then by arrival; it is the first to come back."""
+    engine = tight(model, num_pages=9)
+    sampling = Sampling(max_new_tokens=16)
+    for id, priority in (("a", 1), ("b", 0), ("c", 1)):
+        engine.add(list(range(1, 9)), sampling, priority=priority, id=id)
+    ended = []
+    while engine.busy:
+        ended += [output.id for output in engine.step() if output.completion is not None]
+    assert ended == ["a", "c", "b"] and engine.runner.scheduler.num_preempted >= 1
+
+
+def test_a_long_prompt_does_not_hold_up_an_answer(model: Decoder) -> None:
+    engine = Engine(model, batch_size=2, max_step_tokens=4)
+    engine.add([1, 2], Sampling(max_new_tokens=30), id="short")
+    engine.step()
+    engine.add(list(range(1, 33)), Sampling(max_new_tokens=2), id="long")
+    steps = []
+    while engine.busy:
+        steps.append([output.id for output in engine.step()])
+    assert all("short" in step for step in steps[:29])
+    assert [index for index, step in enumerate(steps) if "long" in step] == [10, 11], "three tokens beside each"
+
+
+def test_damaged_logits_fail_the_request_alone(model: Decoder) -> None:
+    """One token's embedding is not a number: only prompts with it fail, and their pages are not found again."""
+    expected = Engine(model).generate(PROMPTS, GREEDY)
+    broken = [20, 21, 22, 23, 199 - 1, 24]
+    with torch.no_grad():
+        kept = model.embedding.weight[198].clone()
+        model.head.weight.data = model.head.weight.detach().clone()
+        model.embedding.weight[198] = torch.nan
+    engine = tight(model)
+    found = []
+    with pytest.raises(ModelError, match="prompt 2: the model's logits are not finite"):
+        for index, completion in engine.as_completed([*PROMPTS[:2], broken, *PROMPTS[2:]], GREEDY):
+            found.append((index, completion))
+    assert [completion for _, completion in sorted(found, key=lambda pair: pair[0])] == expected
+    engine.add(broken, GREEDY, id="bad")
+    (output,) = engine.step()
+    assert output.id == "bad" and isinstance(output.error, ModelError) and output.choice is None
+    with torch.no_grad():
+        model.embedding.weight[198] = kept
+    assert engine.generate(broken, GREEDY) == Engine(model).generate(broken, GREEDY)
+    account(engine)
+
+
+def test_an_interrupted_step_is_computed_again(model: Decoder) -> None:
+    expected, engine, calls = Engine(model).generate(PROMPTS, DRAWN), tight(model), 0
+
+    def interrupt(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls % 7 == 3:
+            raise KeyboardInterrupt
+
+    handle = model.layers[1].register_forward_pre_hook(interrupt)
+    for prompt in PROMPTS:
+        engine.add(prompt, GREEDY)
+    interrupted = 0
+    while engine.busy:
+        try:
+            engine.step()
+        except KeyboardInterrupt:
+            interrupted += 1
+            account(engine)
+    handle.remove()
+    assert interrupted > 3
+    assert engine.generate(PROMPTS, DRAWN) == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3_long"])
+def test_several_answers_share_a_prompt(tiny_model: Tiny, name: str) -> None:
+    model = oarsmith.load_model(tiny_model(name), dtype="fp32", device="cpu")
+    sampling = Sampling(max_new_tokens=20, temperature=1.0, seed=4, n=5, logprobs=1)
+    results = [
+        Engine(model, batch_size=8, block_size=4).generate(PROMPTS, sampling),
+        tight(model).generate(PROMPTS, sampling),
+        Engine(model, batch_size=1).generate(PROMPTS, sampling),
+    ]
+    for completions in zip(*results, strict=True):
+        assert len({answer.ids for answer in (completions[0], *completions[0].others)}) == 5
+        assert [c.ids for c in completions[1:]] == [completions[0].ids] * 2
+        assert all([o.ids for o in c.others] == [o.ids for o in completions[0].others] for c in completions[1:])
+    engine = Engine(model, batch_size=5, block_size=4)
+    engine.add(list(range(1, 19)), sampling)
+    engine.step()
+    pool = engine.runner.scheduler.pool
+    assert pool.num_pages - pool.num_free == 5, "18 tokens once"
+    engine.step()
+    assert pool.num_pages - pool.num_free == 5 + 4, "a last page for each"
+
+
+def test_the_best_of_several_answers(model: Decoder) -> None:
+    drawn = {"max_new_tokens": 12, "temperature": 1.3, "seed": 3, "logprobs": 0}
+    (every,) = Engine(model).generate(PROMPTS[0], Sampling(**drawn, n=6))
+    (best,) = Engine(model).generate(PROMPTS[0], Sampling(**drawn, n=2, best_of=6))
+
+    def mean(completion: Completion) -> float:
+        return sum(choice.logprob for choice in completion.logprobs) / completion.num_tokens
+
+    ranked = sorted((every, *every.others), key=mean, reverse=True)
+    assert [best.ids, *(other.ids for other in best.others)] == [answer.ids for answer in ranked[:2]]
+
+
+def test_streams_share_the_engine(chain_model: Callable[..., Path]) -> None:
+    engine = Engine(chain_model("one two three STOP four"), batch_size=2)
+    streams = [engine.stream("\n") for _ in range(3)]
+    given_up = engine.stream("\n")
+    added = engine.add("\n")
+    next(given_up)
+    given_up.close()
+    assert list(given_up) == [] and given_up.completion is None
+    texts = [""] * 3
+    for _ in range(20):
+        for number, stream in enumerate(streams):
+            texts[number] += next(stream, "")
+    (expected,) = engine.generate("\n")
+    assert texts == [expected.text] * 3 == ["one two three STOP four"] * 3
+    outputs = [output for output in engine.step() if output.id == added]
+    assert "".join(output.text for output in outputs) == expected.text and outputs[-1].completion == expected
+    assert not engine.busy
+    with pytest.raises(ConfigError, match="a stream is one answer"):
+        engine.stream("\n", Sampling(n=2, temperature=1.0))
+
+
+def test_a_forgotten_stream_and_a_left_loop_give_their_pages_back(chain_model: Callable[..., Path]) -> None:
+    engine = Engine(chain_model("one two three STOP four"), prefix_caching=False)
+    stream = engine.stream("\n")
+    next(stream)
+    del stream
+    for _ in engine.as_completed(["\n"] * 30):
+        break
+    assert not engine.busy
+    account(engine)
+    assert engine.runner.scheduler.pool.num_free == engine.runner.scheduler.pool.num_pages
+
+
+def test_known_prefixes_are_not_computed_again(model: Decoder) -> None:
+    engine, plain = Engine(model, block_size=4), Engine(model, block_size=4, prefix_caching=False)
+    prompt = list(range(1, 30))
+    expected = plain.generate([prompt, [*prompt[:14], 3, 4, 5]], GREEDY)
+    assert engine.generate(prompt, GREEDY) == expected[:1]
+    scheduler = engine.runner.scheduler
+    assert scheduler.num_found == 0
+    assert engine.generate([prompt, [*prompt[:14], 3, 4, 5]], GREEDY) == expected
+    assert scheduler.num_found == 28 + 12
+    # A conversation goes on where its last answer ended.
+    longer = [*prompt, *expected[0].ids, 7, 8]
+    assert engine.generate(longer, GREEDY) == plain.generate(longer, GREEDY)
+    assert scheduler.num_found == 28 + 12 + 48
+    engine.forget()
+    assert engine.generate(prompt, GREEDY) == expected[:1]
+    assert scheduler.num_found == 28 + 12 + 48 and plain.runner.scheduler.num_found == 0
+
+
+def test_the_first_token_may_be_the_last(model: Decoder) -> None:
+    (answer,) = Engine(model).generate([5], Sampling(max_new_tokens=1))
+    engine = tight(model)
+    found = engine.generate([[5]] * 20, Sampling(stop_ids=answer.ids))
+    assert all((a.ids, a.finish_reason) == (answer.ids, "stop") for a in found)
+    account(engine)
+
+
+def test_ids_and_sizes(model: Decoder) -> None:
+    engine = tight(model)
+    engine.add([1], id="x")
+    with pytest.raises(ConfigError, match="a request with the id x is not finished"):
+        engine.add([1], id="x")
+    assert engine.abort("x") and not engine.abort("x") and not engine.busy and engine.step() == []
+    with pytest.raises(DataError, match="y: the prompt is empty"):
+        engine.add([], id="y")
+    for name, value in (("num_pages", 0), ("block_size", 0), ("max_step_tokens", 3)):
+        with pytest.raises(ConfigError, match=f"{name} must be at least"):
+            tight(model, **{name: value})
