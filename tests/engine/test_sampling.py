@@ -32,7 +32,7 @@ NAN, INF = float("nan"), float("inf")
         ("best_of", (0,)),
         ("logprobs", (-1, True)),
         ("prompt_logprobs", (-1,)),
-        ("json_schema", ("{", "3", 7, "[" * 100_000)),
+        ("json_schema", ("{", "3", "true", 7, False, "[" * 100_000)),
         ("json_object", (1,)),
         ("regex", ("",)),
         ("grammar", ("",)),
@@ -43,7 +43,7 @@ def test_a_value_out_of_range_is_named_with_its_limit(name, values):
     for value in values:
         with pytest.raises(ConfigError, match=f"{name} must be") as caught:
             oarsmith.Sampling(**{name: value})
-        assert repr(value) in caught.value.what
+        assert repr(value)[:200] in caught.value.what and len(caught.value.what) < 300
 
 
 @pytest.mark.parametrize("value", [3, {"a": 1}, {-1: 1.0}, {3: 101}, {3: NAN}, {3: None}])
@@ -88,7 +88,6 @@ def test_derived_values():
     assert oarsmith.Sampling(temperature=1.0, n=2, best_of=5).num_samples == 5
     assert oarsmith.Sampling().constraints == ()
     assert oarsmith.Sampling(json_schema={}).constraints == ("json_schema",)
-    assert oarsmith.Sampling(json_schema=False).constraints == ("json_schema",)
     assert oarsmith.Sampling(json_object=True).constraints == ("json_object",)
     assert oarsmith.Sampling(choices=["a"]).constraints == ("choices",)
 

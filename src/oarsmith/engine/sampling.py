@@ -16,6 +16,7 @@ CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choices")
 
 # Dividing by less would leave float32; the likeliest token has all of the probability long before.
 _GREEDY_BELOW = 1e-5
+_MAX_SHOWN = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ class Sampling:
     best_of: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    json_schema: str | Mapping[str, Any] | bool | None = None
+    json_schema: str | Mapping[str, Any] | None = None
     json_object: bool = False
     regex: str | None = None
     grammar: str | None = None
@@ -96,7 +97,8 @@ class Sampling:
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
         for name, holds, limit in _CHECKS:
             if not holds(getattr(self, name)):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}", where=name, fix=f"{name} must be {limit}")
+                what = f"{name} is {_shown(getattr(self, name))}"
+                raise ConfigError(what, where=name, fix=f"{name} must be {limit}")
         self._check_together()
 
     def _check_together(self) -> None:
@@ -136,8 +138,13 @@ class Sampling:
 
 def _tuple(name: str, value: Any) -> tuple[Any, ...]:
     if not isinstance(value, Sequence) or isinstance(value, bytes):
-        raise ConfigError(f"{name} is {value!r}", where=name, fix=f"{name} must be a list")
+        raise ConfigError(f"{name} is {_shown(value)}", where=name, fix=f"{name} must be a list")
     return tuple(value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
 
 
 def _bias(value: Any) -> Mapping[int, float]:
@@ -146,7 +153,8 @@ def _bias(value: Any) -> Mapping[int, float]:
     try:
         bias = {int(index): float(number) for index, number in value.items()}
     except (AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"logit_bias is {value!r}", where="logit_bias", fix=f"logit_bias must be {limit}") from error
+        what = f"logit_bias is {_shown(value)}"
+        raise ConfigError(what, where="logit_bias", fix=f"logit_bias must be {limit}") from error
     for index, number in bias.items():
         if index < 0 or not -100 <= number <= 100:
             what = f"logit_bias has {number!r} for token {index}"
@@ -189,9 +197,9 @@ def _bad_word(value: Any) -> bool:
 
 def _schema(value: Any) -> bool:
     if not isinstance(value, str):
-        return value is None or isinstance(value, (Mapping, bool))
+        return value is None or isinstance(value, Mapping)
     try:
-        return isinstance(json.loads(value), (dict, bool))
+        return isinstance(json.loads(value), dict)
     except (ValueError, RecursionError):
         return False
 

@@ -33,6 +33,7 @@ EXTRAS = {
     "mlflow": ("report_to mlflow", ["mlflow-skinny", "sqlalchemy", "alembic"]),
     "eval": ("BLEU and ROUGE of generated answers (eval_with_do_generation)", ["sacrebleu", "rouge-score"]),
     "lm-eval": ("oarsmith eval --tasks", ["lm_eval"]),
+    "constrained": ("answers held to a JSON schema, regex or grammar", ["llguidance"]),
     "serve": ("an HTTP server to come; no command needs it yet", ["fastapi", "uvicorn", "prometheus-client"]),
     "ray": ("oarsmith preprocess --engine ray", ["ray"]),
     "oracles": ("tests against transformers and PEFT", ["transformers", "peft"]),
