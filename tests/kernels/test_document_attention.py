@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from oarsmith.kernels import Scores, attention
+from oarsmith.kernels import Scores, attention, select
 from oarsmith.kernels.attention import attention_reference
+from oarsmith.kernels.build import load_library
 from oarsmith.kernels.document_attention import document_bounds
-from oarsmith.kernels.select import library, using
+from oarsmith.kernels.select import Library, library, using
 
 from .conftest import randn
 
@@ -24,14 +27,28 @@ LENGTHS = {
     "several key blocks": [255, 256, 257, 600],
     "many long": [513, 600, 1025] * 3,
     "cut": [1100],
+    "cut with others": [40, 2000, 3],
 }
 
 
-@pytest.fixture(autouse=True)
-def needs_it() -> None:
-    native = library()
-    if native is None or not native.has_document_attention:
+@pytest.fixture(scope="module", params=["as built", "without tiles"])
+def native(request) -> Library:
+    """The kernels as built for this CPU, and as built for one without AMX."""
+    found = library()
+    if found is None or not found.has_document_attention:
         pytest.skip("this CPU has no products of bf16 pairs")
+    if request.param == "without tiles":
+        if "amx_bf16" not in Path("/proc/cpuinfo").read_text():
+            pytest.skip("as built, they use no tiles")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CXX", f"{os.environ.get('CXX', 'g++')} -mno-amx-tile")
+            found = Library(load_library())
+    return found
+
+
+@pytest.fixture(autouse=True)
+def chosen(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select._choice, "library", native)
 
 
 def spans_of(lengths: list[int]) -> list[tuple[int, int, int, int, int]]:
@@ -55,7 +72,7 @@ def gradients(function, leaves: list[Tensor], spans, scores: Scores) -> list[Ten
     return [out.detach(), *torch.autograd.grad(out, leaves, randn(*out.shape, dtype=out.dtype, seed=3))]
 
 
-@pytest.mark.parametrize(("heads", "groups", "dim", "value_dim"), [(1, 1, 16, 16), (6, 2, 64, 64), (4, 4, 48, 32)])
+@pytest.mark.parametrize(("heads", "groups", "dim", "value_dim"), [(1, 1, 16, 16), (6, 2, 64, 64), (4, 4, 48, 80)])
 @pytest.mark.parametrize("window", [None, 5, 300])
 @pytest.mark.parametrize("case", LENGTHS)
 def test_equal_to_exact_attention(case, window, heads, groups, dim, value_dim) -> None:
@@ -81,7 +98,7 @@ def test_as_close_as_the_block_path() -> None:
         assert (ours.float() - reference).norm() < 1.1 * (theirs.float() - reference).norm()
 
 
-@pytest.mark.parametrize("lengths", [[70, 600, 5, 130], [1300]])
+@pytest.mark.parametrize("lengths", [[70, 600, 5, 130], [1300], [3000, 20]])
 def test_the_number_of_threads_changes_nothing(lengths) -> None:
     spans, before = spans_of(lengths), torch.get_num_threads()
     leaves, found = inputs(sum(lengths), 6, 2, 64, 64), []

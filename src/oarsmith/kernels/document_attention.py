@@ -30,7 +30,7 @@ def document_bounds(
     tokens, _, dim = q_THK.shape
     if len(k_SGK) != tokens or dim % 16 or v_SGV.shape[2] % 16 or max(dim, v_SGV.shape[2]) > _MAX_DIM:
         return None
-    if any(x.stride(2) != 1 or x.stride(0) % 2 or x.stride(1) % 2 for x in (q_THK, k_SGK, v_SGV)):
+    if any(x.stride(2) != 1 for x in (q_THK, k_SGK, v_SGV)):
         return None
     bounds = [0]
     for q0, q1, k0, k1, prefix in spans:
