@@ -200,7 +200,7 @@ def _quoted(text: str) -> str:
 def _limits() -> LLParserLimits:
     from llguidance import LLParserLimits
 
-    # A state takes 1 to 2 kB; a grammar of this size up to 2 s. The library bounds a step to 14 ms, an expression to 20.
+    # A state takes 1 to 2 kB, a grammar of this size up to 2 s; the library bounds a step to 14 ms.
     return LLParserLimits(max_lexer_states=50_000, max_grammar_size=50_000, verbose_errors=False)
 
 

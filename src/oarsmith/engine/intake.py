@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from oarsmith.engine.bad_words import spell_bad_words
+from oarsmith.engine.grammar import Constraints
 from oarsmith.engine.reader import TextReader, without_lead
 from oarsmith.engine.request import Completion, Request, request_generator
 from oarsmith.engine.sampling import Sampling
@@ -25,6 +27,7 @@ class Intake:
     def __init__(self, spec: DecoderSpec, tokenizer: Tokenizer | None) -> None:
         self._spec = spec
         self._tokenizer = tokenizer
+        self._constraints = Constraints(tokenizer, spec.vocab_size)
 
     def encode(
         self, prompt: Prompt, tools: Sequence[Any] | None, where: str | None, variables: Mapping[str, Any]
@@ -78,6 +81,7 @@ class Intake:
         if self._tokenizer is not None and not sampling.ignore_eos:
             stop_ids |= set(self._tokenizer.stop_ids)
         limit = min(sampling.max_new_tokens, self._spec.max_positions - len(ids))
+        bad_words = spell_bad_words(sampling, self._tokenizer)
         requests = []
         for answer in range(sampling.num_samples):
             state = SamplingState(
@@ -85,7 +89,9 @@ class Intake:
                 ids,
                 request_generator(seed, index, answer),
                 vocab_size=self._spec.vocab_size,
+                grammar=self._constraints.of(sampling),
                 stop_ids=stop_ids,
+                bad_words=bad_words,
             )
             request = Request(
                 id=where or "request",
