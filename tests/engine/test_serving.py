@@ -12,6 +12,8 @@ import torch
 
 import oarsmith
 from oarsmith.engine import Completion, Engine, Sampling
+from oarsmith.engine.request import Request
+from oarsmith.engine.sampler import Choice
 from oarsmith.errors import ConfigError, DataError, ModelError
 from oarsmith.models.decoder import Decoder
 
@@ -186,6 +188,31 @@ def test_an_interrupted_step_is_computed_again(model: Decoder) -> None:
     assert engine.generate(PROMPTS, DRAWN) == expected
 
 
+def test_an_interrupted_choice_loses_nobody(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of taking tokens: some have theirs, and some of those are done by it."""
+    engine, sampling, calls = tight(model), Sampling(max_new_tokens=3, temperature=1.0, seed=1, n=3), 0
+    accept = Request.accept
+
+    def interrupt(request: Request, choice: Choice) -> None:
+        nonlocal calls
+        calls += 1
+        accept(request, choice)
+        if calls % 4 == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Request, "accept", interrupt)
+    ids, ended = [engine.add(prompt, sampling) for prompt in PROMPTS], {}
+    while engine.busy:
+        try:
+            outputs = engine.step()
+        except KeyboardInterrupt:
+            continue
+        ended |= {output.id: output.completion for output in outputs if output.completion is not None}
+        account(engine)
+    found = [(ended[id].ids, *(o.ids for o in ended[id].others)) for id in ids]
+    assert [[len(answer) for answer in answers] for answers in found] == [[3] * 3] * len(PROMPTS)
+
+
 @pytest.mark.parametrize("name", ["llama", "phi3_long"])
 def test_several_answers_share_a_prompt(tiny_model: Tiny, name: str) -> None:
     model = oarsmith.load_model(tiny_model(name), dtype="fp32", device="cpu")
@@ -290,3 +317,23 @@ def test_ids_and_sizes(model: Decoder) -> None:
     for name, value in (("num_pages", 0), ("block_size", 0), ("max_step_tokens", 3)):
         with pytest.raises(ConfigError, match=f"{name} must be at least"):
             tight(model, **{name: value})
+
+
+def test_every_request_has_a_sampling_of_its_own(chain_model: Callable[..., Path]) -> None:
+    """Words kept out, stops that wait for a least length, a constraint: each beside others without."""
+    engine = Engine(chain_model("one two three STOP four"))
+    plain = engine.generate("\n")[0].text
+    two = engine.tokenizer.encode(" two")
+    wanted = {
+        "plain": Sampling(),
+        "without": Sampling(bad_words=[" two"], max_new_tokens=6),
+        "least": Sampling(stop=("one", "STOP"), min_new_tokens=5),
+        "held": Sampling(regex="(yes|no)", max_new_tokens=6),
+    }
+    for id, sampling in wanted.items():
+        engine.add("\n", sampling, id=id)
+    found = finish(engine)
+    assert found["plain"].text == plain
+    assert two not in [list(found["without"].ids[at : at + len(two)]) for at in range(6)]
+    assert found["least"].text == "one two three " and found["least"].num_tokens >= 5
+    assert found["held"].text in ("yes", "no")

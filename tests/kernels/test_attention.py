@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Literal
 
 import pytest
 import torch
@@ -65,6 +68,34 @@ def test_attention(compare: Compare, case: str, heads: int, groups: int, dim: in
     spans, window = CASES[case]
     fast, twin = both(spans, window, dim**-0.5)
     compare(fast, twin, *inputs(spans, heads, groups, dim, dtype), tolerance=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pieces", [1, 2, 3, 9])
+@pytest.mark.parametrize("window", [None, 7])
+@torch.no_grad()
+def test_keys_in_pieces(
+    backend: Literal["native", "torch"], dtype: torch.dtype, pieces: int, window: int | None
+) -> None:
+    """The keys of three sequences lie in pieces, anywhere in a store; what lies between them is not a number."""
+    draw = random.Random(pieces)
+    spans = [(0, 1, 0, 40), (1, 8, 40, 100), (8, 9, 100, 101)]
+    q, k, v = inputs(spans, 4, 2, 8, dtype)
+    store_k, store_v = (torch.full((600, 2, 8), torch.nan, dtype=dtype) for _ in range(2))
+    cuts = sorted({0, 40, 100, 101, *draw.sample(range(1, 101), 2 * (pieces - 1))})
+    ranges: list[tuple[int, int, int]] = []
+    slot = 0
+    for start, stop in draw.sample(list(pairwise(cuts)), len(cuts) - 1):
+        ranges.append((start, stop, slot + 3))
+        slot += 3 + stop - start
+    for start, stop, at in ranges:
+        store_k[at : at + stop - start], store_v[at : at + stop - start] = k[start:stop], v[start:stop]
+    bounds, scores = [(*span, 0) for span in spans], Scores(0.4, window)
+    expected = bounds_reference(q, k[:101], v[:101], bounds, scores)
+    with using(backend):
+        found = bounds_attention(q, store_k, store_v, bounds, scores, sorted(ranges))
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -28,6 +28,7 @@ class Runner:
         self.scheduler = scheduler
         self._model = model
         self._cache = cache
+        self._late: list[Request] = []
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
@@ -35,9 +36,10 @@ class Runner:
 
         Those that are done have left the scheduler. What interrupts a step costs time only: it is computed again.
         """
+        late, self._late = self._late, []
         step = self.scheduler.schedule()
         if not step.chunks:
-            return []
+            return late
         complete = False
         try:
             hidden_TD = self._hidden(step)
@@ -46,9 +48,23 @@ class Runner:
             complete = True
         finally:
             if not complete:
-                for request in list(self.scheduler.running):
-                    self.scheduler.preempt(request)
-        return advanced
+                self._late = late
+                self._recover()
+        return [*late, *advanced]
+
+    def _recover(self) -> None:
+        """After an interruption: who is done leaves and is told of in the next step, the others begin again."""
+        for request in list(self.scheduler.running):
+            # Siblings part once there is a token of the first; those that have none yet read the prompt themselves.
+            siblings, request.siblings = (request.siblings, []) if request.num_generated else ([], request.siblings)
+            self._late += [member for member in (request, *siblings) if member.done]
+            for sibling in siblings:
+                if not sibling.done:
+                    self.scheduler.add(sibling)
+            if request.done:
+                self.scheduler.remove(request)
+            else:
+                self.scheduler.preempt(request)
 
     def _hidden(self, step: Step) -> Tensor:
         cache = self._cache

@@ -3,7 +3,7 @@
 from oarsmith.kernels.activation import activation, gated_activation
 from oarsmith.kernels.adam8bit import Moments8bit, adam8bit_step
 from oarsmith.kernels.adamw import AdamWRule, adamw_step
-from oarsmith.kernels.attention import Scores, SpanBounds, attention
+from oarsmith.kernels.attention import Scores, SpanBounds, attention, gather
 from oarsmith.kernels.cross_entropy import HeadResult, head_loss, token_logprobs
 from oarsmith.kernels.linear import linear
 from oarsmith.kernels.norm import rms_norm
@@ -24,6 +24,7 @@ __all__ = [
     "attention",
     "describe",
     "gated_activation",
+    "gather",
     "head_loss",
     "linear",
     "rms_norm",

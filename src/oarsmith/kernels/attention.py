@@ -6,7 +6,10 @@ dim, L queries of a block, M keys of a block, P positions.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import islice
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +22,12 @@ from oarsmith.kernels.select import Library, native_for
 # (first query, end of queries, first key slot, end of key slots, keys that all queries see); beside those, the last
 # query sees up to the last key.
 SpanBounds = tuple[int, int, int, int, int]
+
+# (first key, end of keys, slot of the first): where keys lie that the spans count one after another.
+KeyRange = tuple[int, int, int]
+
+# Keys of a block that lie in more pieces than this are copied together: products of few keys each cost more.
+_MAX_PIECES = 4
 
 # Queries per block. Long documents are cut so that the keys above the diagonal are mostly never touched.
 BLOCK = 256
@@ -42,20 +51,37 @@ class Scores(NamedTuple):
     sinks_H: Tensor | None = None
 
 
-def attention(q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, spans: Sequence[SpanBounds], scores: Scores) -> Tensor:
+def attention(
+    q_THK: Tensor,
+    k_SGK: Tensor,
+    v_SGV: Tensor,
+    spans: Sequence[SpanBounds],
+    scores: Scores,
+    ranges: Sequence[KeyRange] | None = None,
+) -> Tensor:
     """softmax(scores) v within each span, causal, heads grouped; output [T, H, V].
 
     Args:
         spans: together they hold every query once. Keys of other spans are invisible.
+        ranges: where the keys lie that the spans speak of, in their order; not given: key i is in slot i. No gradient.
     """
     assert scores.softcap is None or scores.bias_HP is None, "no model has both"
-    if scores.softcap is None and scores.bias_HP is None and scores.sinks_H is None:
+    if ranges is not None:
+        if native_for(q_THK, k_SGK, v_SGV) is not None:
+            return _forward(q_THK, k_SGK, v_SGV, spans, _wide(scores), ranges)[0]
+        k_SGK, v_SGV = (gather(x, ranges) for x in (k_SGK, v_SGV))
+    elif scores.softcap is None and scores.bias_HP is None and scores.sinks_H is None:
         bounds = document_bounds(q_THK, k_SGK, v_SGV, spans)
         if bounds is not None:
             return document_attention(q_THK, k_SGK, v_SGV, bounds, scale=scores.scale, window=scores.window)
-    if native_for(q_THK, k_SGK, v_SGV) is not None:
+    if ranges is None and native_for(q_THK, k_SGK, v_SGV) is not None:
         return _SpanAttention.apply(q_THK, k_SGK, v_SGV, scores.sinks_H, spans, scores)
     return attention_reference(q_THK, k_SGK, v_SGV, spans, scores)
+
+
+def gather(x_SGK: Tensor, ranges: Sequence[KeyRange]) -> Tensor:
+    """The keys of the ranges, one after another."""
+    return torch.cat([x_SGK[slot : slot + stop - start] for start, stop, slot in ranges])
 
 
 def attention_reference(
@@ -153,21 +179,8 @@ class _SpanAttention(torch.autograd.Function):
         spans: Sequence[SpanBounds],
         scores: Scores,
     ) -> Tensor:
-        library = native_for(q_THK, k_SGK, v_SGV)
-        assert library is not None
-        groups = k_SGK.shape[1]
-        wide_sinks_H = None if sinks_H is None else sinks_H.detach().float().contiguous()
-        scores = scores._replace(sinks_H=wide_sinks_H)
-        o_THV = torch.empty((*q_THK.shape[:2], v_SGV.shape[2]), dtype=q_THK.dtype)
-        sums: list[Tensor] = []
-        for span in spans:
-            for block in _blocks(span, scores.window):
-                k_GMK, v_GMV = (x[block.key_from : block.key_to].transpose(0, 1) for x in (k_SGK, v_SGV))
-                p_GNM = torch.bmm(_fold(q_THK, block, groups), k_GMK.transpose(1, 2))
-                lse = torch.empty(p_GNM.shape[:2])
-                _softmax(library, p_GNM, lse, block, scores, known=False)
-                sums.append(lse)
-                _unfold_into(o_THV, block, torch.bmm(p_GNM, v_GMV))
+        scores = _wide(scores)
+        o_THV, sums = _forward(q_THK, k_SGK, v_SGV, spans, scores)
         ctx.save_for_backward(q_THK, k_SGK, v_SGV, *sums)
         ctx.spans, ctx.scores = spans, scores
         ctx.sinks_dtype = None if sinks_H is None else sinks_H.dtype
@@ -199,6 +212,59 @@ class _SpanAttention(torch.autograd.Function):
         if d_sinks_H is not None:
             d_sinks_H = d_sinks_H.to(ctx.sinks_dtype)
         return dq_THK, dk_SGK, dv_SGV, d_sinks_H, None, None
+
+
+def _wide(scores: Scores) -> Scores:
+    """Sinks as the kernel takes them."""
+    sinks_H = scores.sinks_H
+    return scores if sinks_H is None else scores._replace(sinks_H=sinks_H.detach().float().contiguous())
+
+
+def _forward(
+    q_THK: Tensor,
+    k_SGK: Tensor,
+    v_SGV: Tensor,
+    spans: Sequence[SpanBounds],
+    scores: Scores,
+    ranges: Sequence[KeyRange] | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Outputs [T, H, V], and the log-sum-exp of each block."""
+    library = native_for(q_THK, k_SGK, v_SGV)
+    assert library is not None
+    groups, sums = k_SGK.shape[1], []
+    o_THV = torch.empty((*q_THK.shape[:2], v_SGV.shape[2]), dtype=q_THK.dtype)
+    for span in spans:
+        for block in _blocks(span, scores.window):
+            pieces = _pieces(block, ranges)
+            keys, values = ([x[piece] for piece in pieces] for x in (k_SGK, v_SGV))
+            if len(pieces) > _MAX_PIECES:
+                keys, values = [torch.cat(keys)], [torch.cat(values)]
+            q_GNK = _fold(q_THK, block, groups)
+            parts = [torch.bmm(q_GNK, k_MGK.permute(1, 2, 0)) for k_MGK in keys]
+            p_GNM = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+            lse = torch.empty(p_GNM.shape[:2])
+            _softmax(library, p_GNM, lse, block, scores, known=False)
+            sums.append(lse)
+            o_GNV = torch.bmm(p_GNM[..., : len(values[0])], values[0].transpose(0, 1))
+            at = len(values[0])
+            for v_MGV in values[1:]:
+                o_GNV.baddbmm_(p_GNM[..., at : at + len(v_MGV)], v_MGV.transpose(0, 1))
+                at += len(v_MGV)
+            _unfold_into(o_THV, block, o_GNV)
+    return o_THV, sums
+
+
+def _pieces(block: _Block, ranges: Sequence[KeyRange] | None) -> list[slice]:
+    """The slots of a block's keys."""
+    if ranges is None:
+        return [slice(block.key_from, block.key_to)]
+    found = []
+    for start, stop, slot in islice(ranges, bisect_right(ranges, block.key_from, key=itemgetter(1)), None):
+        if start >= block.key_to:
+            break
+        first, last = max(start, block.key_from), min(stop, block.key_to)
+        found.append(slice(slot + first - start, slot + last - start))
+    return found
 
 
 def _block_backward(

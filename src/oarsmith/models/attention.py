@@ -101,7 +101,7 @@ class Attention(nn.Module):
 def attend(q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, layout: Layout, scores: Scores) -> Tensor:
     """softmax(scores) v [T, H, V], every query over the keys that the layout shows its head."""
     if layout.halves is None:
-        return kernels.attention(q_THK, k_SGK, v_SGV, span_bounds(layout.spans), scores)
+        return kernels.attention(q_THK, k_SGK, v_SGV, span_bounds(layout.spans), scores, layout.ranges)
     num_heads, groups = q_THK.shape[1], k_SGK.shape[1]
     if groups % 2:
         # The halves would share a kv head: each query head gets its own copy.

@@ -46,9 +46,10 @@ class Layout:
 
     ``lengths_T``: how far the positions of a token's document reached when the token came, the highest plus 1: its
     number of tokens then, unless positions skip. ``prompts_T``: the number of tokens that came with the document's
-    first one. ``blocks_T``: the second
-    row of positions, where the model has two. ``halves``: spans of the first half of the heads and of the second,
-    where they differ (see ``shifted.py``).
+    first one. ``blocks_T``: the second row of positions, where the model has two. ``ranges``: where a cache holds the
+    keys that the spans count one after another (first key, end of keys, slot of the first); None: key i is token i of
+    this call. ``halves``: spans of the first half of the heads and of the second, where they differ (see
+    ``shifted.py``).
     """
 
     pieces: tuple[Piece, ...]
@@ -57,6 +58,7 @@ class Layout:
     lengths_T: Tensor
     prompts_T: Tensor
     blocks_T: Tensor | None = None
+    ranges: tuple[tuple[int, int, int], ...] | None = None
     halves: tuple[tuple[Span, ...], tuple[Span, ...]] | None = None
 
     @property
@@ -143,7 +145,8 @@ class KVCache:
         self._slots = [[empty(size, *slot) for slot in shape.slots] for shape in shapes]
         self._states = [None if shape.state is None else empty(num_sequences, *shape.state) for shape in shapes]
         self._device = device
-        self._call = _Call(torch.empty(0, dtype=torch.int64, device=device))
+        self._chosen = torch.empty(0, dtype=torch.int64, device=device)
+        self._ranges: tuple[tuple[int, int, int], ...] | None = None
 
     def extend(
         self, counts: Sequence[int], sequences: Sequence[int] | None = None, prompts: Sequence[int] | None = None
@@ -177,41 +180,38 @@ class KVCache:
             sizes += [prompt] * count
             self.used[sequence] = stop
             start += count
-        self._call, spans = self._place(pieces)
+        spans, ranges = self._place(pieces)
         where, length, prompt_T = (self._tensor(values) for values in (positions, lengths, sizes))
-        return Layout(tuple(pieces), tuple(spans), where, length, prompt_T)
+        return Layout(tuple(pieces), tuple(spans), where, length, prompt_T, ranges=ranges)
 
-    def _place(self, pieces: Sequence[Piece]) -> tuple[_Call, list[Span]]:
-        """Where the call's keys go, where it finds those it sees, and its spans there."""
-        ends = [piece.old + piece.stop - piece.start for piece in pieces]
-        chosen = [
-            slot for piece, end in zip(pieces, ends, strict=True) for slot in self._slots_of(piece, piece.old, end)
-        ]
-        call = _Call(self._tensor(chosen))
+    def _place(self, pieces: Sequence[Piece]) -> tuple[list[Span], tuple[tuple[int, int, int], ...] | None]:
+        """The call's spans, and where the keys lie that they count. Without old keys those are the call's own."""
+        chosen = [slot for piece in pieces for slot in self._slots_of(piece)]
+        self._chosen = self._tensor(chosen)
         if all(piece.old == 0 for piece in pieces):
-            return replace(call, fresh=True), [Span(p.start, p.stop, p.start, p.stop) for p in pieces]
-        firsts = [self._first_slot(piece.sequence, end) for piece, end in zip(pieces, ends, strict=True)]
-        spans, at = [], 0
-        for piece, end, first in zip(pieces, ends, firsts, strict=True):
-            key = at if None in firsts or first is None else first
+            self._ranges = None
+            return [Span(piece.start, piece.stop, piece.start, piece.stop) for piece in pieces], None
+        spans: list[Span] = []
+        ranges: list[tuple[int, int, int]] = []
+        key, size = 0, self.block_size
+        for piece in pieces:
+            end = piece.old + piece.stop - piece.start
             spans.append(Span(piece.start, piece.stop, key, key + end))
-            at += end
-        if None in firsts:
-            every = [slot for piece, end in zip(pieces, ends, strict=True) for slot in self._slots_of(piece, 0, end)]
-            call = replace(call, gathered=self._tensor(every))
-        return call, spans
+            for start in range(0, end, size):
+                slot, stop = self.pages[piece.sequence][start // size] * size, min(start + size, end)
+                first, last, before = ranges[-1] if start else (0, 0, 0)
+                if start and before + last - first == slot:  # pages side by side are one range
+                    ranges[-1] = (first, key + stop, before)
+                else:
+                    ranges.append((key + start, key + stop, slot))
+            key += end
+        self._ranges = tuple(ranges)
+        return spans, self._ranges
 
-    def _first_slot(self, sequence: int, num_tokens: int) -> int | None:
-        """The slot where the sequence begins, if its pages lie side by side."""
-        pages = self.pages[sequence][: -(-num_tokens // self.block_size)]
-        if not pages:
-            return 0
-        adjacent = pages[-1] - pages[0] == len(pages) - 1 and pages == list(range(pages[0], pages[-1] + 1))
-        return pages[0] * self.block_size if adjacent else None
-
-    def _slots_of(self, piece: Piece, start: int, stop: int) -> Iterator[int]:
-        """Slots of tokens [start, stop) of a sequence."""
+    def _slots_of(self, piece: Piece) -> Iterator[int]:
+        """Where the tokens of a piece go."""
         pages, size = self.pages[piece.sequence], self.block_size
+        start, stop = piece.old, piece.old + piece.stop - piece.start
         while start < stop:
             end = min(stop, (start // size + 1) * size)
             slot = pages[start // size] * size + start % size
@@ -219,19 +219,15 @@ class KVCache:
             start = end
 
     def write(self, layer: int, *new: Tensor) -> list[Tensor]:
-        """Store this call's tensors [T, ...] of a layer; of each, what the layout's spans point into [S, ...].
+        """Store this call's tensors [T, ...] of a layer; of each, what the layout's spans and ranges point into.
 
-        Those are the call's own tensors where all documents begin in it; else the store itself where the pages of every
-        sequence lie side by side; else a copy of the keys that the call sees.
+        Those are the call's own tensors where all documents begin in it, else all slots [S, ...].
         """
-        call, stores = self._call, self._slots[layer]
+        stores = self._slots[layer]
         values = [value.to(store.dtype) for value, store in zip(new, stores, strict=True)]
         for store, value in zip(stores, values, strict=True):
-            store.index_copy_(0, call.chosen, value)
-        if call.fresh:
-            return values
-        gathered = call.gathered
-        return stores if gathered is None else [store.index_select(0, gathered) for store in stores]
+            store.index_copy_(0, self._chosen, value)
+        return values if self._ranges is None else stores
 
     def state(self, layer: int) -> Tensor:
         """The layer's state [N, ...], to be read and written in place."""
@@ -255,12 +251,3 @@ class KVCache:
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self._device)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Slots that one call writes, and where its spans point: its own tensors, the store, or a copy of some slots."""
-
-    chosen: Tensor
-    fresh: bool = False
-    gathered: Tensor | None = None

@@ -5,9 +5,12 @@ Shapes: T tokens, D hidden, H heads, N nope dim, R rope dim, V value dim, L late
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+from oarsmith import kernels
 from oarsmith.kernels import Scores
 from oarsmith.models.attention import attend
 from oarsmith.models.layout import CacheShape, KVCache, Layout
@@ -87,8 +90,10 @@ class LatentAttention(nn.Module):
         """Attention over the latents themselves: ``kv_up`` moves to the queries and to the outputs (section 2.1.2)."""
         spec = self.spec
         if spec.kv_up.rewrite is not None or spec.kv_up.bias:
-            latent_SL, k_SR = stored_SM.split((spec.latent_dim, spec.rope_dim), dim=-1)
-            return self._expanded(q_THN, q_THR, latent_SL, k_SR[:, None], layout)
+            assert layout.ranges is not None
+            seen_SM = kernels.gather(stored_SM, layout.ranges)
+            latent_SL, k_SR = seen_SM.split((spec.latent_dim, spec.rope_dim), dim=-1)
+            return self._expanded(q_THN, q_THR, latent_SL, k_SR[:, None], replace(layout, ranges=None))
         up_HKL = self.kv_up.weight.unflatten(0, (spec.num_heads, -1))
         k_HNL, v_HVL = up_HKL.split((spec.nope_dim, spec.v_dim), dim=1)
         q_HTL = torch.bmm(q_THN.transpose(0, 1), k_HNL)
