@@ -298,6 +298,14 @@ def test_known_prefixes_are_not_computed_again(model: Decoder) -> None:
     assert scheduler.num_found == 28 + 12 + 48 and plain.runner.scheduler.num_found == 0
 
 
+def test_what_others_compute_at_the_moment_is_waited_for(model: Decoder) -> None:
+    """Many prompts with one beginning, all at once: it is computed once, by the first of them."""
+    engine, beginning = Engine(model, block_size=4), list(range(1, 25))
+    prompts = [[*beginning, 30 + number] for number in range(8)]
+    assert engine.generate(prompts, GREEDY) == Engine(model, prefix_caching=False).generate(prompts, GREEDY)
+    assert engine.runner.scheduler.num_found == 7 * 24
+
+
 def test_the_first_token_may_be_the_last(model: Decoder) -> None:
     (answer,) = Engine(model).generate([5], Sampling(max_new_tokens=1))
     engine = tight(model)

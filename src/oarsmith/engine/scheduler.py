@@ -196,6 +196,10 @@ class Scheduler:
         known = request.tokens[:-1] if self._prefixes and not request.wants_all_logits else []
         table = self.pool.open(request.room, known)
         request.num_computed = len(table.pages) * self.pool.block_size
+        if self._soon_known(request, known, step):
+            self.pool.close(table)
+            request.num_computed = 0
+            return False
         request.prompt_size = len(request.tokens if self._rules.reread_after is not None else request.prompt)
         count = self._share(request, step)
         # Pages for the whole prompt, and one for each of those that grow: else somebody would soon have to leave again.
@@ -213,6 +217,13 @@ class Scheduler:
         self.running.append(request)
         step.chunks.append(Chunk(request, request.num_computed, request.num_computed + count))
         return True
+
+    def _soon_known(self, request: Request, known: list[int], step: Step) -> bool:
+        """Whether the step computes the next page of what the request begins with, for somebody else."""
+        end = request.num_computed + self.pool.block_size
+        return end <= len(known) and any(
+            chunk.start < end <= chunk.stop and chunk.request.tokens[:end] == known[:end] for chunk in step.chunks
+        )
 
     def done(self, step: Step) -> None:
         """The step was computed: its keys and values are in the cache."""
