@@ -102,3 +102,75 @@ def test_a_model_without_a_template_says_what_to_do(chain_model, capsys):
     assert "--raw" in capsys.readouterr().err
     assert cli.main(["generate", str(model), "count", "--chat_template", "chatml"]) == 0
     assert capsys.readouterr().out == "one two\n"
+
+
+def generated(tmp_path, model, rows, *words):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert (
+        cli.main(["generate", str(model), "--input_file", str(source), "--output_file", str(target), *map(str, words)])
+        == 0
+    )
+    return [json.loads(line) for line in target.read_text().splitlines()]
+
+
+def test_several_answers_and_their_logprobs(chain_model, tmp_path):
+    words = ["--n", 2, "--best_of", 3, "--logprobs", 2, "--prompt_logprobs", 0, "--temperature", 100]
+    (answer,) = generated(tmp_path, chain_model("one two"), [{"prompt": "count"}], *words, "--max_new_tokens", 5)
+    (other,) = answer["others"]
+    assert answer["output"] != other["output"]
+    for one in (answer, other):
+        assert len(one["logprobs"]) == one["num_tokens"] <= 5
+        assert all(len(entry["top"]) == 2 and entry["logprob"] <= entry["top"][0][1] for entry in one["logprobs"])
+    mean = [sum(entry["logprob"] for entry in one["logprobs"]) / one["num_tokens"] for one in (answer, other)]
+    assert mean[0] >= mean[1]
+    assert len(answer["prompt_logprobs"]) == answer["num_prompt_tokens"] - 1
+
+
+def test_several_answers_in_the_terminal(chain_model, capsys):
+    assert cli.main(["generate", str(chain_model("one two")), "count", "--n", "2", "--temperature", "0.01"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "one two\none two\n"
+    assert "answer 2 of 2:" in printed.err
+
+
+def test_constraints_from_words_and_files(chain_model, tmp_path, capsys):
+    pytest.importorskip("llguidance", reason="pip install 'oarsmith[constrained]'")
+    model, schema = str(chain_model("one two")), {"type": "object", "properties": {"a": {"enum": [1, 2]}}}
+    schema |= {"required": ["a"], "additionalProperties": False}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    (tmp_path / "two.lark").write_text('start: "x" | "y"\n')
+    for words, matches in [
+        (["--json_schema", str(tmp_path / "schema.json")], lambda text: json.loads(text)["a"] in (1, 2)),
+        (["--json_schema", json.dumps(schema)], lambda text: json.loads(text)["a"] in (1, 2)),
+        (["--grammar", str(tmp_path / "two.lark")], lambda text: text in ("x", "y")),
+        (["--grammar", 'start: "z"'], lambda text: text == "z"),
+        (["--regex", "[0-9]{4}"], lambda text: len(text) == 4 and text.isdigit()),
+        (["--choices", '["ja", "nein"]', "--temperature", "3"], lambda text: text in ("ja", "nein")),
+    ]:
+        assert cli.main(["generate", model, "count", "--max_new_tokens", "100", *words]) == 0
+        assert matches(capsys.readouterr().out.removesuffix("\n")), words
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--json_schema", "none.json"], "the file none.json cannot be read: No such file"),
+        (["--grammar", "none.lark"], "the file none.lark cannot be read: No such file"),
+        (["--json_schema", "{"], "json_schema must be a JSON schema"),
+        (["--logit_bias", "{"], "must be a JSON object"),
+        (["--logit_bias", '{"3": 101}'], "logit_bias has 101.0 for token 3"),
+        (["--logit_bias", '{"999999": 1}'], "logit_bias has token 999999; the vocabulary has"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_explained(chain_model, capsys, words, message):
+    assert cli.main(["generate", str(chain_model("one two")), "count", *words]) != 0
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_bias_bad_words_and_least_length_reach_the_engine(chain_model, capsys):
+    model = str(chain_model("one two"))
+    assert cli.main(["generate", model, "count", "--bad_words", "one", "--max_new_tokens", "8"]) == 0
+    assert "one" not in capsys.readouterr().out
+    assert cli.main(["generate", model, "count", "--min_new_tokens", "12", "--max_new_tokens", "12"]) == 0
+    assert "12 new" in capsys.readouterr().err

@@ -88,11 +88,32 @@ def _to_ints(value: object) -> object:
     return tuple(_to_int(word) for word in words) if isinstance(words, tuple) else words
 
 
+def _to_object(value: object) -> object:
+    """A mapping, or the JSON text of one."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"must be a JSON object ({error})") from None
+        if not isinstance(value, dict):
+            raise ValueError("must be a JSON object")
+    return value
+
+
+def _to_biases(value: object) -> object:
+    """Numbers by token id: JSON has ids as text."""
+    found = _to_object(value)
+    if not isinstance(found, dict):
+        return found
+    return {_to_int(index): _to_float(number) for index, number in found.items()}
+
+
 Bool = Annotated[bool, BeforeValidator(_to_bool)]
 Int = Annotated[int, BeforeValidator(_to_int)]
 Float = Annotated[float, BeforeValidator(_to_float)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_to_strings)]
 Ints = Annotated[tuple[int, ...], BeforeValidator(_to_ints)]
+Biases = Annotated[dict[int, float], BeforeValidator(_to_biases)]
 Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(_to_words)]
 NamesOrPattern = Annotated[tuple[str, ...] | str, BeforeValidator(_to_names)]
 

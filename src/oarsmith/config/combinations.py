@@ -29,8 +29,8 @@ IMPOSSIBLE: tuple[Impossible[Any], ...] = (
     ),
     Impossible(
         SamplingKeys,
-        lambda c: c.decode_strategy == "greedy" and (bool(c.temperature) or c.top_k > 0 or c.top_p < 1),
-        "greedy always takes the likeliest token; temperature, top_k and top_p would have no effect",
+        lambda c: c.decode_strategy == "greedy" and (bool(c.temperature) or c.asks_for_draws),
+        "greedy always takes the likeliest token; temperature, filters and several answers would have no effect",
         "remove them, or set decode_strategy to sampling",
     ),
     Impossible(
@@ -38,6 +38,36 @@ IMPOSSIBLE: tuple[Impossible[Any], ...] = (
         lambda c: c.decode_strategy == "sampling" and c.temperature == 0,
         "sampling at temperature 0 is not defined",
         "raise temperature, or set decode_strategy to greedy",
+    ),
+    Impossible(
+        SamplingKeys,
+        lambda c: c.min_new_tokens > c.max_new_tokens,
+        "min_new_tokens {min_new_tokens} is more than max_new_tokens {max_new_tokens}",
+        "lower min_new_tokens or raise max_new_tokens",
+    ),
+    Impossible(
+        SamplingKeys,
+        lambda c: len(c.constraints) > 1,
+        "an answer can be held to one of json_schema, json_object, regex, grammar and choices",
+        "keep one of them",
+    ),
+    Impossible(
+        SamplingKeys,
+        lambda c: bool(c.constraints) and c.ignore_eos,
+        "with ignore_eos an answer that is held to something could not end",
+        "remove ignore_eos",
+    ),
+    Impossible(
+        GenerateConfig,
+        lambda c: c.best_of is not None and c.best_of < c.n,
+        "best_of {best_of} is less than n {n}",
+        "raise best_of or lower n",
+    ),
+    Impossible(
+        GenerateConfig,
+        lambda c: c.output_file is None and (c.logprobs is not None or c.prompt_logprobs is not None),
+        "logprobs and prompt_logprobs go to output_file, and there is none",
+        "give input_file and output_file",
     ),
     Impossible(
         GenerateConfig,

@@ -44,7 +44,7 @@ def _projection_rank(c: TrainConfig) -> int | None:
 
 
 def _decode_strategy(c: SamplingKeys) -> str:
-    drawn = bool(c.temperature) or (c.temperature is None and (c.top_k > 0 or c.top_p < 1))
+    drawn = bool(c.temperature) or (c.temperature is None and c.asks_for_draws)
     return "sampling" if drawn else "greedy"
 
 
@@ -80,7 +80,7 @@ RULES: tuple[Rule[Any], ...] = (
         lambda c: (4.0 if c.rslora else 2.0 * c.lora_rank) if c.lora else None,
         "2 x lora_rank, or 4 with rslora; none without lora",
     ),
-    Rule(SamplingKeys, "decode_strategy", _decode_strategy, "sampling if temperature, top_k or top_p asks for it"),
+    Rule(SamplingKeys, "decode_strategy", _decode_strategy, "sampling if another key asks for it"),
     Rule(
         SamplingKeys,
         "temperature",

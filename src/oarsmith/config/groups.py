@@ -5,11 +5,11 @@ Every description is what ``oarsmith COMMAND --help`` and ``oarsmith explain`` p
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from .base import Bool, Float, Int, JobConfig, NamesOrPattern, Strings
+from .base import Biases, Bool, Float, Int, Ints, JobConfig, NamesOrPattern, Strings
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 
@@ -183,10 +183,11 @@ class SamplingKeys(JobConfig):
     title: ClassVar[str] = "Answers"
 
     max_new_tokens: Int = Field(256, ge=1, description="Longest answer, in tokens.")
+    min_new_tokens: Int = Field(0, ge=0, description="Shortest answer, in tokens: nothing ends it before.")
     decode_strategy: Literal["greedy", "sampling"] | None = Field(
         None,
-        description="greedy: always the likeliest token. sampling: draw. Not given: sampling if temperature, top_k or "
-        "top_p asks for it, else greedy.",
+        description="greedy: always the likeliest token. sampling: draw. Not given: sampling if temperature, "
+        "top_k, top_p, min_p, typical_p, n or best_of asks for it, else greedy.",
     )
     temperature: Float | None = Field(
         None, ge=0, description="Sampling: below 1 sharper, above 1 more random; 0 is greedy. Not given: 0.7."
@@ -195,7 +196,59 @@ class SamplingKeys(JobConfig):
     top_p: Float = Field(
         1.0, gt=0, le=1, description="Sampling: only among the likeliest tokens that together have this probability."
     )
+    min_p: Float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Sampling: only tokens at least this likely, as a share of the likeliest; 0: all.",
+    )
+    typical_p: Float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Sampling: only the tokens whose surprise is nearest to the expected one and that together have "
+        "this probability; 1: all.",
+    )
     repetition_penalty: Float = Field(1.0, gt=0, description="Above 1: tokens that occurred already are less likely.")
+    presence_penalty: Float = Field(
+        0.0, ge=-2, le=2, description="Above 0: tokens of the answer are less likely to come again."
+    )
+    frequency_penalty: Float = Field(
+        0.0, ge=-2, le=2, description="Above 0: tokens are the less likely the more often the answer has them."
+    )
+    logit_bias: Biases = Field(
+        {},
+        description="Added to the logits of tokens, by id, from -100 to 100: '{\"1234\": -100}' never takes 1234.",
+    )
+    bad_words: Strings = Field(
+        (), description="Texts that the answer does not get. Repeat the key for several, or give a JSON list."
+    )
     system: str | None = Field(None, description="System message put before the conversation.")
     raw: Bool = Field(False, description="Continue the text as it is, without a chat template.")
     stop: Strings = Field((), description="Texts that end an answer. Repeat the key for several, or give a JSON list.")
+    stop_ids: Ints = Field((), description="Token ids that end an answer, beside the tokenizer's own.")
+    ignore_eos: Bool = Field(False, description="Go on after the model's own end, up to max_new_tokens.")
+    json_schema: str | dict[str, Any] | None = Field(
+        None,
+        description="The answer is JSON that this schema allows: a file that holds it, or the schema itself. Needs "
+        "oarsmith[constrained], as the four after it.",
+    )
+    json_object: Bool = Field(False, description="The answer is a JSON object.")
+    regex: str | None = Field(None, description="The answer as a whole matches this regular expression.")
+    grammar: str | None = Field(
+        None, description="The answer matches this Lark grammar: a file that holds it, or its text."
+    )
+    choices: Strings = Field(
+        (), description="The answer is one of these texts. Repeat the key for several, or give a JSON list."
+    )
+
+    @property
+    def asks_for_draws(self) -> bool:
+        """Whether a key beside temperature has an effect only when tokens are drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.typical_p < 1
+
+    @property
+    def constraints(self) -> list[str]:
+        """Keys that hold the answer to something."""
+        names = ("json_schema", "json_object", "regex", "grammar", "choices")
+        return [name for name in names if getattr(self, name) not in (None, False, ())]

@@ -8,7 +8,7 @@ import textwrap
 from .base import JobConfig, groups_of, value_choices, value_types
 from .names import aliases_of
 
-_KINDS = {bool: "true|false", int: "whole number", float: "number", str: "text", tuple: "list"}
+_KINDS = {bool: "true|false", int: "whole number", float: "number", str: "text", tuple: "list", dict: "JSON object"}
 
 
 def kind_of(config_class: type[JobConfig], key: str) -> str:
@@ -24,7 +24,7 @@ def shown(value: object) -> str:
     """A value as the user would write it."""
     if value is None:
         return "not given"
-    if isinstance(value, (bool, tuple, list)):
+    if isinstance(value, (bool, tuple, list, dict)):
         return json.dumps(value, ensure_ascii=False)
     return repr(value) if value == "" else str(value)
 

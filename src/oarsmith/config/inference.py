@@ -30,6 +30,21 @@ class GenerateConfig(ModelKeys, AdapterKeys, SamplingKeys, RuntimeKeys):
     output_file: str | None = Field(None, description="Where the answers to input_file go, one JSON object a line.")
     batch_size: Int = Field(8, ge=1, description="Rows of input_file answered at the same time.")
     stream: Bool = Field(True, description="Print a single answer while it is made.")
+    n: Int = Field(1, ge=1, description="Answers to each prompt, each drawn anew.")
+    best_of: Int | None = Field(
+        None, ge=1, description="Draw this many and keep the n that the model itself finds likeliest. Not given: n."
+    )
+    logprobs: Int | None = Field(
+        None,
+        ge=0,
+        description="output_file also gets the log-probability of every token, and this many of the likeliest tokens "
+        "in its place; the model's own, before temperature and filters.",
+    )
+    prompt_logprobs: Int | None = Field(None, ge=0, description="The same for the tokens of the prompt.")
+
+    @property
+    def asks_for_draws(self) -> bool:
+        return super().asks_for_draws or self.n > 1 or (self.best_of or 1) > 1
 
 
 class ChatConfig(ModelKeys, AdapterKeys, SamplingKeys, RuntimeKeys):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from oarsmith.config.eval import EvalConfig
 from oarsmith.config.groups import SamplingKeys
 from oarsmith.config.inference import ChatConfig, GenerateConfig
 from oarsmith.engine import Completion, Engine, Sampling
+from oarsmith.errors import ConfigError
 from oarsmith.loading import find_tokenizer
 from oarsmith.text import Tokenizer
 from oarsmith.text.choose import with_named_template
@@ -30,18 +34,60 @@ def _tokenizer(config: GenerateConfig | ChatConfig | EvalConfig) -> Tokenizer:
     return with_named_template(found, config.chat_template)
 
 
+_LONGEST_PATH = 1000
+_KINDS = {"json_schema": "schema (a JSON object)", "grammar": 'grammar (rules, such as start: "a")'}
+# Keys of the configurations that are the sampling's, by the same name.
+_SAME = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "bad_words",
+    "stop",
+    "stop_ids",
+    "ignore_eos",
+    "n",
+    "best_of",
+    "logprobs",
+    "prompt_logprobs",
+    "json_object",
+    "regex",
+    "choices",
+)
+
+
 def sampling_of(config: SamplingKeys, seed: int) -> Sampling:
-    """The sampling keys as one value."""
+    """The sampling keys as one value.
+
+    Raises:
+        ConfigError: a value that cannot be, or a file that cannot be read.
+    """
+    same = {name: getattr(config, name) for name in _SAME if hasattr(config, name)}
     drawn = config.decode_strategy == "sampling"
     return Sampling(
-        max_new_tokens=config.max_new_tokens,
+        **same,
         temperature=(config.temperature or 0.0) if drawn else 0.0,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        repetition_penalty=config.repetition_penalty,
-        stop=config.stop,
+        json_schema=_file_or_text("json_schema", config.json_schema),
+        grammar=_file_or_text("grammar", config.grammar),
         seed=seed,
     )
+
+
+def _file_or_text(name: str, value: Any) -> Any:
+    """The content of the file that is named, or the value itself where it is no path."""
+    if not isinstance(value, str) or len(value) > _LONGEST_PATH or any(mark in value for mark in "\n{:"):
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        what = f"the file {value} cannot be read: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}"
+        raise ConfigError(what, where=name, fix=f"name a file, or give the {_KINDS[name]} itself") from error
 
 
 ENDINGS = {"stop": "the model ended it", "length": "cut at the limit"}

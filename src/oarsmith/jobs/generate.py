@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from oarsmith.atomic import atomic_file
 from oarsmith.config.inference import GenerateConfig
 from oarsmith.config.resolved import Resolved
 from oarsmith.engine import Completion, Engine, Sampling
+from oarsmith.engine.sampler import Choice
 from oarsmith.errors import ConfigError
 from oarsmith.jobs.ask import open_engine, sampling_of, speed_line
 from oarsmith.jobs.prompt_rows import PromptRow, read_prompts
@@ -26,11 +28,12 @@ def run(resolved: Resolved[GenerateConfig]) -> int:
     config = resolved.config
     console = Console(stderr=True, highlight=False)
     rows = [] if config.input_file is None else read_prompts(config.input_file)
+    # First: what is wrong in it needs no model.
+    sampling = sampling_of(config, config.seed)
     with runtime(config):
         engine = open_engine(config, config.batch_size)
         if not _raw(config):
             _need_template(engine, config)
-        sampling = sampling_of(config, config.seed)
         if config.prompt is not None:
             _answer_one(engine, config, sampling, console)
         else:
@@ -62,6 +65,9 @@ def _encode(engine: Engine, config: GenerateConfig, row: PromptRow) -> list[int]
 def _answer_one(engine: Engine, config: GenerateConfig, sampling: Sampling, console: Console) -> None:
     ids = _encode(engine, config, PromptRow(config.prompt or "", "prompt"))
     start = time.perf_counter()
+    if sampling.num_samples > 1:
+        _print_several(engine.generate(ids, sampling)[0], time.perf_counter() - start, console)
+        return
     stream = engine.stream(ids, sampling)
     if config.stream:
         for piece in stream:
@@ -73,6 +79,16 @@ def _answer_one(engine: Engine, config: GenerateConfig, sampling: Sampling, cons
     sys.stdout.flush()
     assert stream.completion is not None
     console.print(speed_line(stream.completion, time.perf_counter() - start), style="dim")
+
+
+def _print_several(completion: Completion, seconds: float, console: Console) -> None:
+    """Answers on stdout, one after another, each headed on stderr."""
+    answers = [completion, *completion.others]
+    for number, answer in enumerate(answers, start=1):
+        console.print(f"answer {number} of {len(answers)}:", style="dim")
+        print(answer.text, flush=True)
+    num_tokens = sum(answer.num_tokens for answer in answers)
+    console.print(f"{num_tokens} new tokens in {seconds:.1f} s", style="dim")
 
 
 def _answer_file(
@@ -89,7 +105,7 @@ def _answer_file(
         bar = progress.add_task("answering", total=len(rows))
         for index, completion in engine.as_completed(prompts, sampling):
             done[index] = completion
-            num_tokens += completion.num_tokens
+            num_tokens += completion.num_tokens + sum(other.num_tokens for other in completion.others)
             while written in done:
                 line = json.dumps(_answer(rows[written], done.pop(written)), ensure_ascii=False)
                 file.write(line.encode() + b"\n")
@@ -104,13 +120,27 @@ def _answer(row: PromptRow, completion: Completion) -> dict[str, Any]:
     given: dict[str, Any] = {"prompt": row.prompt}
     if row.reference is not None:
         given["reference"] = row.reference
-    return {
-        **given,
+    answer = {**given, **_output(completion), "num_prompt_tokens": completion.num_prompt_tokens}
+    if completion.others:
+        answer["others"] = [_output(other) for other in completion.others]
+    if completion.prompt_logprobs is not None:
+        answer["prompt_logprobs"] = _logprobs(completion.prompt_logprobs)
+    return answer
+
+
+def _output(completion: Completion) -> dict[str, Any]:
+    found: dict[str, Any] = {
         "output": completion.text,
         "finish_reason": completion.finish_reason,
-        "num_prompt_tokens": completion.num_prompt_tokens,
         "num_tokens": completion.num_tokens,
     }
+    if completion.logprobs is not None:
+        found["logprobs"] = _logprobs(completion.logprobs)
+    return found
+
+
+def _logprobs(choices: Sequence[Choice]) -> list[dict[str, Any]]:
+    return [{"token": choice.token, "logprob": choice.logprob, "top": choice.top} for choice in choices]
 
 
 def _progress(console: Console) -> Progress:
