@@ -52,14 +52,11 @@ _SAME = (
     "stop",
     "stop_ids",
     "ignore_eos",
-    "n",
-    "best_of",
-    "logprobs",
-    "prompt_logprobs",
     "json_object",
     "regex",
     "choices",
 )
+_OF_GENERATE = ("n", "best_of", "logprobs", "prompt_logprobs")
 
 
 def sampling_of(config: SamplingKeys, seed: int) -> Sampling:
@@ -68,7 +65,8 @@ def sampling_of(config: SamplingKeys, seed: int) -> Sampling:
     Raises:
         ConfigError: a value that cannot be, or a file that cannot be read.
     """
-    same = {name: getattr(config, name) for name in _SAME if hasattr(config, name)}
+    names = (*_SAME, *_OF_GENERATE) if isinstance(config, GenerateConfig) else _SAME
+    same = {name: getattr(config, name) for name in names}
     drawn = config.decode_strategy == "sampling"
     return Sampling(
         **same,
