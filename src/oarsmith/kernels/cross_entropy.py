@@ -138,7 +138,7 @@ def _scan(
     d_weight: Tensor | None = None
     coef = coef.to(device=hidden.device, dtype=torch.float32)
     logits_CV = hidden.new_empty(min(chunk, num_tokens), weight.shape[0])
-    for start in range(0, num_tokens, chunk):
+    for start in range(0, num_tokens, max(chunk, 1)):
         stop = min(start + chunk, num_tokens)
         for first in range(start, stop, piece):
             rows = slice(first, min(first + piece, stop))

@@ -158,9 +158,15 @@ def _watched(model: Decoder, found: dict[str, Summary]) -> Iterator[None]:
         names += [f"layers.{index}.attention", f"layers.{index}.ffn", f"layers.{index}"]
     names += ["final_norm"] if model.final_norm is not None else []
 
+    tokens = 0
+
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            found.setdefault(name, Summary()).add(output)
+            nonlocal tokens
+            if name == "embedding":
+                tokens = len(output)
+            # The layers get rows more that nobody reads (see ``Decoder.hidden``).
+            found.setdefault(name, Summary()).add(output[:tokens] if name.startswith("layers.") else output)
 
         # A compiled part runs as it does in training, and is looked at from outside.
         return model.get_submodule(name).register_forward_hook(torch.compiler.disable(hook))
