@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 
+from oarsmith.engine.backend import DecoderBackend
 from oarsmith.engine.intake import Intake, Prompt
 from oarsmith.engine.memory import default_num_pages
 from oarsmith.engine.pages import PagePool
@@ -108,7 +109,8 @@ class Engine:
             max_step_tokens=max_step_tokens,
             prefixes=prefixes,
         )
-        return Runner(self.model, self.model.new_cache(self.batch_size, block_size, num_pages), scheduler)
+        cache = self.model.new_cache(self.batch_size, block_size, num_pages)
+        return Runner(DecoderBackend(self.model, cache), scheduler)
 
     @property
     def context_length(self) -> int:

@@ -1,6 +1,6 @@
 """Computes the scheduler's steps: one token stream a step, prompts and single tokens side by side, no padding.
 
-Shapes: T tokens of a step, N rows that need logits, V vocabulary, D hidden.
+Shapes: T tokens of a prompt, N rows that need logits, V vocabulary.
 """
 
 from __future__ import annotations
@@ -8,26 +8,23 @@ from __future__ import annotations
 from itertools import accumulate
 
 import torch
-from torch import Tensor
 
+from oarsmith.engine.backend import Backend, Part
 from oarsmith.engine.request import Request
 from oarsmith.engine.sampler import choose, prompt_logprobs
 from oarsmith.engine.scheduler import Chunk, Scheduler, Step
 from oarsmith.errors import ModelError
-from oarsmith.models.decoder import Decoder
-from oarsmith.models.layout import KVCache
 
 # Rows of logits at a time where those of a whole prompt are looked at: 50 MB of them at V = 49,152.
 PROMPT_ROWS = 256
 
 
 class Runner:
-    """A decoder, the cache, and the scheduler that fills it."""
+    """What computes, and the scheduler that says what."""
 
-    def __init__(self, model: Decoder, cache: KVCache, scheduler: Scheduler) -> None:
+    def __init__(self, backend: Backend, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
-        self._model = model
-        self._cache = cache
+        self._backend = backend
         self._late: list[Request] = []
 
     @torch.inference_mode()
@@ -42,9 +39,9 @@ class Runner:
             return late
         complete = False
         try:
-            hidden_TD = self._hidden(step)
+            self._compute(step)
             self.scheduler.done(step)
-            advanced = self._choose(step, hidden_TD)
+            advanced = self._choose(step)
             complete = True
         finally:
             if not complete:
@@ -66,32 +63,27 @@ class Runner:
             else:
                 self.scheduler.preempt(request)
 
-    def _hidden(self, step: Step) -> Tensor:
-        cache = self._cache
+    def _compute(self, step: Step) -> None:
         for source, target in step.copies:
-            cache.copy_page(source, target)
-        ids, rows = [], []
+            self._backend.copy_page(source, target)
+        parts = []
         for chunk in step.chunks:
             request = chunk.request
             assert request.row is not None and request.table is not None, request.id
-            ids += request.tokens[chunk.start : chunk.stop]
-            rows.append(request.row)
-            cache.pages[request.row], cache.used[request.row] = request.table.pages, chunk.start
-        counts = [chunk.stop - chunk.start for chunk in step.chunks]
-        layout = cache.extend(counts, rows, [chunk.request.prompt_size for chunk in step.chunks])
-        return self._model.hidden(torch.tensor(ids, device=self._model.device), layout, cache)
+            tokens = request.tokens[chunk.start : chunk.stop]
+            parts.append(Part(tokens, chunk.start, request.row, request.table.pages, request.prompt_size))
+        self._backend.compute(parts)
 
-    def _choose(self, step: Step, hidden_TD: Tensor) -> list[Request]:
+    def _choose(self, step: Step) -> list[Request]:
         """Let every sequence whose last token was computed take the next one."""
         ends = list(accumulate(chunk.stop - chunk.start for chunk in step.chunks))
         for chunk, end in zip(step.chunks, ends, strict=True):
             if chunk.request.wants_all_logits:
-                self._look_back(chunk, hidden_TD[end - (chunk.stop - chunk.start) : end])
+                self._look_back(chunk, end - chunk.stop)
         last = [(end - 1, chunk.request) for chunk, end in zip(step.chunks, ends, strict=True) if chunk.complete]
         if not last:
             return []
-        places = torch.tensor([place for place, _ in last], device=hidden_TD.device)
-        logits_NV = self._model.logits(hidden_TD if len(last) == len(hidden_TD) else hidden_TD[places])
+        logits_NV = self._backend.logits([place for place, _ in last])
         # Siblings of a prompt that was just read choose from the same logits.
         groups = [[request, *request.siblings] for _, request in last]
         finite = logits_NV.amax(-1).isfinite().tolist()
@@ -119,18 +111,18 @@ class Runner:
         for sibling in siblings:
             if not sibling.done and self.scheduler.fork(leader, sibling):
                 assert leader.row is not None and sibling.row is not None, leader.id
-                self._cache.copy_sequence(leader.row, sibling.row)
+                self._backend.copy_sequence(leader.row, sibling.row)
         if leader.done:
             self.scheduler.remove(leader, failed=not finite)
 
-    def _look_back(self, chunk: Chunk, hidden_TD: Tensor) -> None:
-        """What the model thought of the prompt's tokens: row i of a chunk speaks of the token after it."""
+    def _look_back(self, chunk: Chunk, offset: int) -> None:
+        """What the model thought of the prompt's tokens: its place i in the step, plus ``offset``, speaks of i + 1."""
         request = chunk.request
         assert request.prompt_logprobs is not None, request.id
         # Read again after its pages were lost: what is known stays.
         start, stop = len(request.prompt_choices), min(chunk.stop, len(request.prompt) - 1)
         for first in range(max(start, chunk.start), stop, PROMPT_ROWS):
             end = min(first + PROMPT_ROWS, stop)
-            logits_TV = self._model.logits(hidden_TD[first - chunk.start : end - chunk.start])
-            targets_T = torch.tensor(request.prompt[first + 1 : end + 1], device=hidden_TD.device)
+            logits_TV = self._backend.logits(range(first + offset, end + offset))
+            targets_T = torch.tensor(request.prompt[first + 1 : end + 1], device=logits_TV.device)
             request.prompt_choices += prompt_logprobs(logits_TV, targets_T, request.prompt_logprobs)
