@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from oarsmith.compiling import cache_directory
 from oarsmith.errors import ConfigError
 from oarsmith.kernels import describe, rms_norm, rope, using
-from oarsmith.kernels.build import cache_directory
 from oarsmith.kernels.norm import rms_norm_reference
 from oarsmith.kernels.select import native_for
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from oarsmith.kernels.build import BuildError, load_tensor_memory
+from oarsmith.compiling import BuildError
+from oarsmith.kernels.build import load_tensor_memory
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from oarsmith.compiling import BuildError
 from oarsmith.errors import ConfigError
-from oarsmith.kernels.build import BuildError, load_library
+from oarsmith.kernels.build import load_library
 
 Backend = Literal["auto", "native", "torch"]
 

@@ -11,8 +11,8 @@ import shutil
 
 import torch
 
+from oarsmith.compiling import cache_directory
 from oarsmith.errors import ConfigError
-from oarsmith.kernels.build import cache_directory
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.mlp import FeedForward, GatedFeedForward
 from oarsmith.models.norm import LayerNorm, RMSNorm

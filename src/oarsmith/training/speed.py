@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from oarsmith.atomic import atomic_write_text
+from oarsmith.compiling import cache_directory
 from oarsmith.data.batch import Batch
-from oarsmith.kernels.build import cache_directory
 from oarsmith.models import visibility
 from oarsmith.models.count import FlopCounter, Pairs, visible_pairs
 from oarsmith.models.decoder import Decoder

@@ -1,0 +1,144 @@
+// Weights as checkpoints have them, rows of fp32, bf16 or fp16, to blocks (matrix.h) and back.
+#pragma once
+#include <algorithm>
+#include <thread>
+#include <vector>
+
+#include "matrix.h"
+
+enum Number : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
+
+struct Source {
+  Number type;
+  const void* rows;
+  const int64_t* index;  // packed row r is row index[r], or one of zeros where that is -1; null: packed row r is row r
+  int64_t num_rows, columns, stride;  // stride in numbers
+
+  // Row r in fp32, with zeros up to a multiple of 32 columns.
+  void read(int64_t r, float* out) const {
+    std::fill(out, out + padded(columns), 0.0f);
+    const int64_t row = r >= num_rows ? -1 : index ? index[r] : r;
+    if (row < 0) return;
+    const uint16_t* halves = static_cast<const uint16_t*>(rows) + row * stride;
+    int64_t c = 0;
+    if (type == FLOAT32) {
+      std::memcpy(out, static_cast<const float*>(rows) + row * stride, columns * 4);
+    } else if (type == BFLOAT16) {
+      for (; c < columns; ++c) out[c] = from_bf16(halves[c]);
+    } else {
+      for (; c + 16 <= columns; c += 16) store16(out + c, from_fp16(halves + c));
+      for (; c < columns; ++c) out[c] = from_fp16(halves[c]);
+    }
+  }
+};
+
+static inline bool finite(const float* w, int64_t count) {
+  bool all = true;
+  for (int64_t c = 0; c < count; ++c) all &= std::abs(w[c]) <= 3.402823466e38f;
+  return all;
+}
+
+// Writes the `count` numbers of row `r` of a group. What is not finite makes the scale NaN, and so the output.
+static inline void pack_int8(const float* w, int64_t count, int r, uint8_t* scales, uint8_t* lines) {
+  float top = 0;
+  for (int64_t c = 0; c < count; ++c) top = std::max(top, std::abs(w[c]));
+  const uint16_t half = to_fp16(finite(w, count) ? top / 127.0f : NAN);
+  const float scale = from_fp16(half), inverse = scale > 0 ? 1.0f / scale : 0.0f;
+  std::memcpy(scales + 2 * r, &half, 2);
+  for (int64_t c = 0; c < GROUP; ++c) {
+    const float q = c < count && inverse > 0 ? std::nearbyint(w[c] * inverse) : 0.0f;
+    lines[c / 4 * LINE + 4 * r + c % 4] = static_cast<uint8_t>(128 + static_cast<int>(std::clamp(q, -127.0f, 127.0f)));
+  }
+}
+
+static inline void pack_int4(const float* w, int64_t count, int r, uint8_t* scales, uint8_t* lows, uint8_t* lines) {
+  float bottom = w[0], top = w[0];
+  for (int64_t c = 1; c < count; ++c) bottom = std::min(bottom, w[c]), top = std::max(top, w[c]);
+  const uint16_t low_half = to_fp16(bottom);
+  const float low = from_fp16(low_half);
+  const uint16_t half = to_fp16(finite(w, count) ? std::max(0.0f, (top - low) / 15.0f) : NAN);
+  const float scale = from_fp16(half), inverse = scale > 0 ? 1.0f / scale : 0.0f;
+  std::memcpy(scales + 2 * r, &half, 2);
+  std::memcpy(lows + 2 * r, &low_half, 2);
+  for (int64_t c = 0; c < GROUP; ++c) {
+    const float q = c < count && inverse > 0 ? std::nearbyint((w[c] - low) * inverse) : 0.0f;
+    const int value = static_cast<int>(std::clamp(q, 0.0f, 15.0f)), high = c / 4 % 2;
+    uint8_t& byte = lines[c / 8 * LINE + 4 * r + c % 4];
+    byte = static_cast<uint8_t>(high ? byte | value << 4 : value);
+  }
+}
+
+// Row r of a block, from its numbers with padding.
+static inline void pack_row(Format format, const float* w, int64_t columns, int r, uint8_t* block) {
+  const int64_t wide = padded(columns);
+  if (format == F32) {
+    for (int64_t c = 0; c < wide; ++c) std::memcpy(block + c * LINE + 4 * r, w + c, 4);
+  } else if (format == BF16) {
+    for (int64_t c = 0; c < wide; c += 16) {
+      uint16_t halves[16];
+      to_bf16(load16(w + c), halves);
+      for (int64_t p = 0; p < 8; ++p) std::memcpy(block + (c / 2 + p) * LINE + 4 * r, halves + 2 * p, 4);
+    }
+  } else {
+    for (int64_t g = 0; g < wide / GROUP; ++g) {
+      const int64_t count = std::min(GROUP, columns - g * GROUP);
+      if (format == INT8)
+        pack_int8(w + g * GROUP, count, r, block + int8_scales(g), block + int8_lines(g));
+      else
+        pack_int4(w + g * GROUP, count, r, block + int4_scales(g), block + int4_lows(g), block + int4_lines(g));
+    }
+  }
+}
+
+// Calls each(item) for 0 <= item < count, on this many threads.
+template <class Each>
+static void on_threads(int threads, int64_t count, Each&& each) {
+  auto share = [&](int t) {
+    for (int64_t i = count * t / threads; i < count * (t + 1) / threads; ++i) each(i);
+  };
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; ++t) others.emplace_back(share, t);
+  share(0);
+  for (auto& other : others) other.join();
+}
+
+static inline void pack(Format format, const Source& source, uint8_t* out, int threads) {
+  const int64_t size = block_bytes(format, source.columns);
+  on_threads(threads, padded(source.num_rows) / BLOCK, [&](int64_t b) {
+    thread_local std::vector<float> row;
+    row.resize(padded(source.columns));
+    uint8_t* block = out + b * size;
+    std::memset(block, 0, size);
+    for (int r = 0; r < BLOCK; ++r) {
+      source.read(b * BLOCK + r, row.data());
+      pack_row(format, row.data(), source.columns, r, block);
+    }
+  });
+}
+
+// out[columns]: what row `row` of the matrix stands for.
+static inline void unpack_row(const Matrix& matrix, int64_t row, float* out) {
+  const uint8_t* block = matrix.block(row / BLOCK);
+  const int r = static_cast<int>(row % BLOCK);
+  auto half = [r](const uint8_t* x) {
+    uint16_t bits;
+    std::memcpy(&bits, x + 2 * r, 2);
+    return from_fp16(bits);
+  };
+  for (int64_t c = 0; c < matrix.columns; ++c) {
+    const int64_t g = c / GROUP, in = c % GROUP;
+    if (matrix.format == F32) {
+      std::memcpy(out + c, block + c * LINE + 4 * r, 4);
+    } else if (matrix.format == BF16) {
+      uint16_t bits;
+      std::memcpy(&bits, block + c / 2 * LINE + 4 * r + c % 2 * 2, 2);
+      out[c] = from_bf16(bits);
+    } else if (matrix.format == INT8) {
+      const int q = block[int8_lines(g) + in / 4 * LINE + 4 * r + in % 4] - 128;
+      out[c] = static_cast<float>(q) * half(block + int8_scales(g));
+    } else {
+      const int q = block[int4_lines(g) + in / 8 * LINE + 4 * r + in % 4] >> (in / 4 % 2 * 4) & 15;
+      out[c] = static_cast<float>(q) * half(block + int4_scales(g)) + half(block + int4_lows(g));
+    }
+  }
+}

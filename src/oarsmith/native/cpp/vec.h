@@ -1,0 +1,195 @@
+// Sixteen numbers at a time, on whatever registers there are: one of 64 bytes, two of 32 or four of 16.
+// (GCC keeps a 64-byte vector in memory on a CPU without such registers, so this is a struct of parts that fit.)
+// Intrinsics only where GCC's vectors have no word for it: halves of floats, fused products, sums across.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define HAS_AVX512 1
+static constexpr int PARTS = 1;
+#elif defined(__AVX2__)
+static constexpr int PARTS = 2;
+#else
+static constexpr int PARTS = 4;
+#endif
+static constexpr int LANES = 16 / PARTS;
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+template <class T>
+struct Sixteen {
+  typedef T Part __attribute__((vector_size(LANES * sizeof(T))));
+  Part parts[PARTS];
+  ALWAYS_INLINE T operator[](int i) const { return parts[i / LANES][i % LANES]; }
+};
+using vec16 = Sixteen<float>;
+using ivec16 = Sixteen<int32_t>;  // also what a comparison gives: -1 for true, 0 for false
+
+// f of every part of the arguments.
+template <class R, class F, class... V>
+static ALWAYS_INLINE R by_part(F f, const V&... v) {
+  R out;
+  if constexpr (PARTS == 1)
+    out.parts[0] = f(v.parts[0]...);
+  else if constexpr (PARTS == 2)
+    out.parts[0] = f(v.parts[0]...), out.parts[1] = f(v.parts[1]...);
+  else
+    out.parts[0] = f(v.parts[0]...), out.parts[1] = f(v.parts[1]...), out.parts[2] = f(v.parts[2]...),
+    out.parts[3] = f(v.parts[3]...);
+  return out;
+}
+
+template <class T>
+static ALWAYS_INLINE Sixteen<T> load16(const T* x) {
+  Sixteen<T> out;
+#pragma GCC unroll 4
+  for (int i = 0; i < PARTS; ++i) std::memcpy(&out.parts[i], x + i * LANES, sizeof(out.parts[i]));
+  return out;
+}
+template <class T>
+static ALWAYS_INLINE void store16(T* x, const Sixteen<T>& v) {
+#pragma GCC unroll 4
+  for (int i = 0; i < PARTS; ++i) std::memcpy(x + i * LANES, &v.parts[i], sizeof(v.parts[i]));
+}
+template <class T>
+static ALWAYS_INLINE Sixteen<T> every16(T x) {
+  using Part = typename Sixteen<T>::Part;
+  return by_part<Sixteen<T>>([x](Part zero) { return x - zero; }, Sixteen<T>{});
+}
+static ALWAYS_INLINE vec16 all16(float x) { return every16(x); }
+static ALWAYS_INLINE vec16 zero16() { return vec16{}; }
+
+template <class T>
+static ALWAYS_INLINE Sixteen<T> operator+(const Sixteen<T>& a, const Sixteen<T>& b) {
+  return by_part<Sixteen<T>>([](auto x, auto y) { return x + y; }, a, b);
+}
+template <class T>
+static ALWAYS_INLINE Sixteen<T> operator-(const Sixteen<T>& a, const Sixteen<T>& b) {
+  return by_part<Sixteen<T>>([](auto x, auto y) { return x - y; }, a, b);
+}
+template <class T>
+static ALWAYS_INLINE Sixteen<T> operator*(const Sixteen<T>& a, const Sixteen<T>& b) {
+  return by_part<Sixteen<T>>([](auto x, auto y) { return x * y; }, a, b);
+}
+template <class T>
+static ALWAYS_INLINE Sixteen<T> operator/(const Sixteen<T>& a, const Sixteen<T>& b) {
+  return by_part<Sixteen<T>>([](auto x, auto y) { return x / y; }, a, b);
+}
+template <class T>
+static ALWAYS_INLINE Sixteen<T> operator&(const Sixteen<T>& a, const Sixteen<T>& b) {
+  return by_part<Sixteen<T>>([](auto x, auto y) { return x & y; }, a, b);
+}
+template <class T>
+static ALWAYS_INLINE Sixteen<T> operator-(const Sixteen<T>& a) {
+  return by_part<Sixteen<T>>([](auto x) { return -x; }, a);
+}
+template <class T>
+static ALWAYS_INLINE Sixteen<T> operator+(const Sixteen<T>& a, T b) { return a + every16(b); }
+template <class T>
+static ALWAYS_INLINE Sixteen<T> operator-(const Sixteen<T>& a, T b) { return a - every16(b); }
+template <class T>
+static ALWAYS_INLINE Sixteen<T> operator*(const Sixteen<T>& a, T b) { return a * every16(b); }
+template <class T>
+static ALWAYS_INLINE Sixteen<T> operator/(const Sixteen<T>& a, T b) { return a / every16(b); }
+template <class T, class B>
+static ALWAYS_INLINE Sixteen<T>& operator+=(Sixteen<T>& a, const B& b) { return a = a + b; }
+template <class T, class B>
+static ALWAYS_INLINE Sixteen<T>& operator-=(Sixteen<T>& a, const B& b) { return a = a - b; }
+template <class T, class B>
+static ALWAYS_INLINE Sixteen<T>& operator*=(Sixteen<T>& a, const B& b) { return a = a * b; }
+
+static ALWAYS_INLINE ivec16 operator<(const vec16& a, const vec16& b) {
+  return by_part<ivec16>([](auto x, auto y) { return x < y; }, a, b);
+}
+static ALWAYS_INLINE ivec16 operator>(const vec16& a, const vec16& b) { return b < a; }
+static ALWAYS_INLINE ivec16 operator==(const vec16& a, const vec16& b) {
+  return by_part<ivec16>([](auto x, auto y) { return x == y; }, a, b);
+}
+// yes where the condition holds, no elsewhere.
+template <class T>
+static ALWAYS_INLINE Sixteen<T> where16(const ivec16& condition, const Sixteen<T>& yes, const Sixteen<T>& no) {
+  return by_part<Sixteen<T>>([](auto c, auto x, auto y) { return c ? x : y; }, condition, yes, no);
+}
+// The same bits as another type of the same size.
+template <class To, class From>
+static ALWAYS_INLINE Sixteen<To> bits16(const Sixteen<From>& v) {
+  return by_part<Sixteen<To>>([](auto x) { return (typename Sixteen<To>::Part)x; }, v);
+}
+// The same numbers, whole ones cut towards zero.
+template <class To, class From>
+static ALWAYS_INLINE Sixteen<To> convert16(const Sixteen<From>& v) {
+  return by_part<Sixteen<To>>([](auto x) { return __builtin_convertvector(x, typename Sixteen<To>::Part); }, v);
+}
+
+// a * b + c, rounded once where the CPU can.
+static ALWAYS_INLINE vec16 fma16(const vec16& a, const vec16& b, const vec16& c) { return a * b + c; }
+static ALWAYS_INLINE vec16 fma16(const vec16& a, float b, const vec16& c) { return a * b + c; }
+
+// The larger or smaller of two; a NaN in `a` stays.
+static ALWAYS_INLINE vec16 max16(const vec16& a, const vec16& b) { return where16(a < b, b, a); }
+static ALWAYS_INLINE vec16 min16(const vec16& a, const vec16& b) { return where16(b < a, b, a); }
+template <class T>
+static ALWAYS_INLINE Sixteen<T> abs16(const Sixteen<T>& a) {
+  return bits16<T>(bits16<int32_t>(a) & every16(0x7fffffff));
+}
+
+template <class T, class F>
+static ALWAYS_INLINE T fold16(const Sixteen<T>& v, F f) {
+  auto sum = v.parts[0];
+#pragma GCC unroll 4
+  for (int i = 1; i < PARTS; ++i) sum = f(sum, v.parts[i]);
+  T lanes[LANES];
+  std::memcpy(lanes, &sum, sizeof(lanes));
+#pragma GCC unroll 4
+  for (int width = LANES / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) lanes[i] = f(lanes[i], lanes[i + width]);
+  return lanes[0];
+}
+static ALWAYS_INLINE float sum16(const vec16& v) {
+#ifdef HAS_AVX512
+  return _mm512_reduce_add_ps((__m512)v.parts[0]);
+#else
+  return fold16(v, [](auto a, auto b) { return a + b; });
+#endif
+}
+static ALWAYS_INLINE int32_t sum16(const ivec16& v) {
+#ifdef HAS_AVX512
+  return _mm512_reduce_add_epi32((__m512i)v.parts[0]);
+#else
+  return fold16(v, [](auto a, auto b) { return a + b; });
+#endif
+}
+// The largest; NaNs are not looked for.
+static ALWAYS_INLINE float max_of16(const vec16& v) {
+#ifdef HAS_AVX512
+  return _mm512_reduce_max_ps((__m512)v.parts[0]);
+#else
+  return fold16(v, [](auto a, auto b) { return a < b ? b : a; });
+#endif
+}
+static ALWAYS_INLINE int32_t max_of16(const ivec16& v) {
+#ifdef HAS_AVX512
+  return _mm512_reduce_max_epi32((__m512i)v.parts[0]);
+#else
+  return fold16(v, [](auto a, auto b) { return a < b ? b : a; });
+#endif
+}
+
+// The nearest whole numbers, ties to even, for |x| < 2^22.
+static constexpr float ROUNDING = 12582912.0f;  // 1.5 * 2^23: a float of this size has no fraction
+static ALWAYS_INLINE ivec16 round16(const vec16& x) {
+#ifdef HAS_AVX512
+  return ivec16{{(ivec16::Part)_mm512_cvtps_epi32((__m512)x.parts[0])}};
+#else
+  return bits16<int32_t>(x + ROUNDING) - bits16<int32_t>(all16(ROUNDING));
+#endif
+}
+
+#include "halves.h"
+#include "functions.h"
