@@ -9,24 +9,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
-from oarsmith.engine.backend import DecoderBackend
+from oarsmith.engine.build import Sizes, build_runner, open_model
+from oarsmith.engine.desk import Desk
 from oarsmith.engine.intake import Intake, Prompt
-from oarsmith.engine.memory import default_num_pages
-from oarsmith.engine.pages import PagePool
-from oarsmith.engine.request import Completion, Request
+from oarsmith.engine.request import Completion
 from oarsmith.engine.runner import Runner
 from oarsmith.engine.sampling import Sampling
-from oarsmith.engine.scheduler import Scheduler
 from oarsmith.engine.stream import Stream
 from oarsmith.engine.ticket import Output, Ticket
-from oarsmith.errors import ConfigError, ModelError, OarsmithError
-from oarsmith.loading import find_tokenizer, load_model
-from oarsmith.models.caching import CacheRules
+from oarsmith.errors import ConfigError, OarsmithError
 from oarsmith.models.decoder import Decoder
 from oarsmith.text import Tokenizer
-from oarsmith.training.precision import has_fast_bf16
 
 _GREEDY = Sampling()
 
@@ -71,46 +64,22 @@ class Engine:
         max_step_tokens: int = 2048,
         prefix_caching: bool = True,
     ) -> None:
-        least = {"batch_size": (batch_size, 1), "num_pages": (num_pages, 1), "block_size": (block_size, 1)}
-        least["max_step_tokens"] = (max_step_tokens, max(batch_size, 1))
-        for name, (value, limit) in least.items():
-            if value is not None and value < limit:
-                raise ConfigError(f"{name} is {value}", where=name, fix=f"{name} must be at least {limit}")
-        if isinstance(model, Decoder):
-            if (dtype, device, adapter) != ("auto", "auto", None):
-                what = "dtype, device and adapter belong to a path, not to a model that is loaded already"
-                raise ConfigError(what, fix="give them to load_model")
-            if model.training:
-                raise ModelError("the model is in training mode (dropout changes answers)", fix="call model.eval()")
-            self.model = model
-            self.tokenizer = tokenizer
-        else:
-            self.tokenizer = find_tokenizer(model, adapter) if tokenizer is None else tokenizer
-            self.model = _load(model, dtype, device, adapter)
+        self._sizes = Sizes(
+            batch_size=batch_size,
+            num_pages=num_pages,
+            block_size=block_size,
+            max_step_tokens=max_step_tokens,
+            prefix_caching=prefix_caching,
+        )
+        self.model, self.tokenizer = open_model(model, tokenizer, dtype, device, adapter)
         self.batch_size = batch_size
         self._intake = Intake(self.model.spec, self.tokenizer)
-        self.open_tickets: dict[str, Ticket] = {}
-        self._sizes = (num_pages, block_size, max_step_tokens, prefix_caching)
-        self._ticket_of: dict[Request, Ticket] = {}
-        self._outputs: list[Output] = []
-        self._num_added = 0
+        self._desk = Desk(self._intake)
 
     @cached_property
-    @torch.inference_mode()
     def runner(self) -> Runner:
         """The cache and what fills it; made when the first prompt comes."""
-        num_pages, block_size, max_step_tokens, prefixes = self._sizes
-        if num_pages is None:
-            num_pages = default_num_pages(self.model, self.batch_size, block_size)
-        scheduler = Scheduler(
-            PagePool(num_pages, block_size),
-            CacheRules.of(self.model.spec),
-            max_running=self.batch_size,
-            max_step_tokens=max_step_tokens,
-            prefixes=prefixes,
-        )
-        cache = self.model.new_cache(self.batch_size, block_size, num_pages)
-        return Runner(DecoderBackend(self.model, cache), scheduler)
+        return build_runner(self.model, self._sizes)
 
     @property
     def context_length(self) -> int:
@@ -182,12 +151,22 @@ class Engine:
         """
         return self._intake.encode(prompt, tools, where, variables)
 
-    def add(self, prompt: Prompt, sampling: Sampling | None = None, *, priority: int = 0, id: str | None = None) -> str:
+    def add(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        *,
+        priority: int = 0,
+        id: str | None = None,
+        index: int = 0,
+    ) -> str:
         """Let a prompt wait for its turn; ``step`` tells what becomes of it.
 
         Args:
             priority: those with a higher one come first; among equals, those that came first.
             id: names it; not given: a new name.
+            index: its number among those that share a seed: what is drawn for it is what ``generate`` draws for that
+                place in a list.
 
         Returns:
             Its id.
@@ -196,37 +175,39 @@ class Engine:
             OarsmithError: as `generate`; or the id is in use.
         """
         sampling = sampling or _GREEDY
-        if id in self.open_tickets:
-            raise ConfigError(f"a request with the id {id} is not finished yet", where="id", fix="use another id")
+        self._desk.check(id)
         ids, read = self.encode(prompt, where=id), self.tokenizer is not None
-        ticket = self._ticket(ids, sampling, _seed(sampling), 0, where=id, read=read, priority=priority)
-        ticket.told = self._tell
+        ticket = self._ticket(ids, sampling, _seed(sampling), index, where=id, read=read, priority=priority)
+        ticket.told = True
         self._open(ticket, id)
         return ticket.id
 
     def step(self) -> list[Output]:
         """What one step, or those taken for others in the meantime, brought for the prompts that were added."""
-        if not self._outputs:
+        outputs = self._desk.take()
+        if not outputs:
             self.advance()
-        outputs, self._outputs = self._outputs, []
+            outputs = self._desk.take()
         return outputs
 
     def abort(self, id: str) -> bool:
         """Give up a request at once, and free its pages; False: it is not there, or not any more."""
-        ticket = self.open_tickets.pop(id, None)
+        ticket = self._desk.close(id)
         if ticket is None:
             return False
         for request in ticket.requests:
-            del self._ticket_of[request]
             if not request.done:
                 self.runner.scheduler.remove(request)
-        self._outputs = [output for output in self._outputs if output.id != id]
         return True
+
+    def is_open(self, id: str) -> bool:
+        """Whether a request is not finished."""
+        return id in self._desk.tickets
 
     @property
     def busy(self) -> bool:
         """Whether anything is not finished, or was not told yet."""
-        return bool(self.open_tickets or self._outputs)
+        return self._desk.busy
 
     def forget(self) -> None:
         """Compute everything anew from now on: the model's weights are others."""
@@ -237,38 +218,11 @@ class Engine:
 
     def advance(self) -> None:
         """One step for everybody."""
-        advanced = [(self._ticket_of[request], request) for request in self.runner.step()]
-        for ticket, _ in advanced:
-            if ticket.done and self.open_tickets.pop(ticket.id, None) is not None:
-                for answer in ticket.requests:
-                    del self._ticket_of[answer]
-                ticket.finished(ticket)
-        last = dict(advanced)
-        for ticket, request in advanced:
-            if ticket.told is not None:
-                ticket.told(ticket, request, last[ticket] is request)
-
-    def _tell(self, ticket: Ticket, request: Request, last: bool) -> None:
-        sampling = request.state.sampling
-        # Of more answers than are wanted, nobody knows yet which will be given.
-        shown = sampling.num_samples == sampling.n
-        choice = request.choices[-1] if shown and request.error is None else None
-        text = request.reader.take() if shown and request.reader is not None else ""
-        completion = self.completion(ticket) if last and ticket.done and ticket.error is None else None
-        if not shown and completion is None and request.error is None:
-            return
-        index = ticket.requests.index(request) if shown else 0
-        self._outputs.append(Output(ticket.id, index, choice, text, completion, request.error))
+        self._desk.settle(self.runner.step())
 
     def _open(self, ticket: Ticket, id: str | None = None) -> None:
-        ticket.id = f"request {self._num_added}" if id is None else id
-        for request in ticket.requests:
-            request.arrival = self._num_added
-            self._num_added += 1
+        self._desk.open(ticket, id)
         self.runner.scheduler.add(ticket.requests[0])
-        self.open_tickets[ticket.id] = ticket
-        for request in ticket.requests:
-            self._ticket_of[request] = ticket
 
     def _ticket(
         self,
@@ -280,7 +234,7 @@ class Engine:
         where: str | None = None,
         read: bool = False,
         priority: int = 0,
-        finished: Callable[[Ticket], None] = lambda _: None,
+        finished: Callable[[Ticket], None] | None = None,
     ) -> Ticket:
         """A prompt with its answers, not yet open."""
         requests = self._intake.requests(ids, sampling, seed, index, where=where, read=read, priority=priority)
@@ -313,15 +267,6 @@ class Engine:
     def completion(self, ticket: Ticket) -> Completion:
         """The answers to a prompt that is done."""
         return self._intake.completion(ticket.requests)
-
-
-def _load(path: str | Path, dtype: str, device: str, adapter: str | Path | None) -> Decoder:
-    model = load_model(path, dtype=dtype, device=device, adapter=adapter)
-    weight = model.embedding.weight
-    native = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and has_fast_bf16(weight.device))
-    if dtype == "auto" and weight.device.type == "cpu" and not native:
-        model.float()
-    return model
 
 
 def _seed(sampling: Sampling) -> int:

@@ -47,7 +47,7 @@ class Stream(Iterator[str]):
                 if self.completion is None:
                     self.completion = self._engine.completion(self._ticket)
                 raise StopIteration
-            if self._ticket.id not in self._engine.open_tickets:
+            if not self._engine.is_open(self._ticket.id):
                 raise StopIteration
             self._engine.advance()
         return piece

@@ -38,13 +38,13 @@ class Ticket:
     Args:
         requests: its answers; the first one reads the prompt.
         finished: called once all of them are done.
-        told: called with each answer that a step went on with, and whether it is the last of them.
+        told: whether somebody wants an output of every step.
     """
 
     id: str
     requests: list[Request]
-    finished: Callable[[Ticket], None]
-    told: Callable[[Ticket, Request, bool], None] | None = None
+    finished: Callable[[Ticket], None] | None = None
+    told: bool = False
 
     @property
     def done(self) -> bool:
