@@ -5,13 +5,13 @@ import json
 import pytest
 
 from oarsmith.errors import DataError
-from oarsmith.jobs.prompt_rows import read_prompts
+from oarsmith.jobs.prompt_rows import read_rows
 
 
 def read(folder, *rows, name="rows.jsonl"):
     path = folder / name
     path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    return read_prompts(str(path))
+    return [found.prompt() for found in read_rows(str(path))]
 
 
 def user(text):
@@ -77,7 +77,21 @@ def test_a_row_that_cannot_be_asked_is_named(tmp_path, row, message):
 
 
 def test_files_without_rows(tmp_path):
-    with pytest.raises(DataError, match="no rows"):
-        read(tmp_path)
+    assert read(tmp_path) == []
     with pytest.raises(DataError):
-        read_prompts(str(tmp_path / "missing.txt"))
+        list(read_rows(str(tmp_path / "missing.txt")))
+
+
+def test_sampling_keys_of_a_row_and_of_a_cell(tmp_path):
+    (found,) = read(tmp_path, {"src": "a", "sampling": {"top_k": 3, "seed": None}})
+    assert found.sampling == {"top_k": 3}
+    (tmp_path / "rows.csv").write_text('prompt,sampling\na,"{""top_k"": 3}"\nb,\n')
+    assert [row.prompt().sampling for row in read_rows(str(tmp_path / "rows.csv"))] == [{"top_k": 3}, {}]
+
+
+def test_a_line_that_is_no_text_is_one_rows_error(tmp_path):
+    (tmp_path / "rows.txt").write_bytes(b"\xef\xbb\xbfone\n\xff\ntwo\n")
+    first, broken, last = read_rows(str(tmp_path / "rows.txt"))
+    assert (first.prompt().prompt, last.prompt().prompt) == ("one", "two")
+    with pytest.raises(DataError, match=r"rows\.txt:2: the line is not UTF-8"):
+        broken.prompt()

@@ -24,6 +24,7 @@ from oarsmith import cli
 # And what commands import late: pictures of the report take a second, PyTorch's recomputing takes four.
 _IMPORTS = (
     "pytest",
+    "oarsmith.jobs.generate",
     "oarsmith.jobs.pretrain",
     "oarsmith.jobs.sft",
     "matplotlib.figure",

@@ -6,19 +6,16 @@ leftover is refused instead (``training_combinations.py``).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from .base import JobConfig
 from .checkpoints import ConvertConfig
+from .resolved import is_given
 from .train import TrainConfig
 
 C = TypeVar("C", bound=JobConfig)
-
-# What nobody has given, now or in the run that a file replays.
-_NOT_GIVEN = re.compile(r"(^|, saved from: )(default$|derived \()")
 
 
 @dataclass(frozen=True)
@@ -92,5 +89,5 @@ def idle_keys(config: JobConfig, provenance: Mapping[str, str]) -> dict[str, str
         for line in IDLE
         if isinstance(config, line.keys) and line.when(config)
         for name in line.names
-        if values[name] != fields[name].default and not _NOT_GIVEN.search(provenance[name])
+        if values[name] != fields[name].default and is_given(provenance[name])
     }

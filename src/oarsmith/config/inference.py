@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -27,7 +27,19 @@ class GenerateConfig(ModelKeys, AdapterKeys, SamplingKeys, RuntimeKeys):
     input_file: str | None = Field(
         None, description="Rows to answer (jsonl, json, csv, parquet; any format that training reads)."
     )
-    output_file: str | None = Field(None, description="Where the answers to input_file go, one JSON object a line.")
+    output_file: str | None = Field(
+        None,
+        description="Where the answers to input_file go, one JSON object a line, in the order of the rows. It appears "
+        "when all are there; until then they are kept beside it, and the same command goes on from them.",
+    )
+    overwrite_output_file: Bool = Field(
+        False, description="Begin with the first row again although answers of an interrupted command are there."
+    )
+    on_malformed: Literal["error", "skip"] = Field(
+        "error",
+        description="A row of input_file that cannot be answered: stop and name it, or put what is wrong with it in "
+        "the place of its answer.",
+    )
     batch_size: Int = Field(8, ge=1, description="Rows of input_file answered at the same time.")
     stream: Bool = Field(True, description="Print a single answer while it is made.")
     n: Int = Field(1, ge=1, description="Answers to each prompt, each drawn anew.")

@@ -21,7 +21,7 @@ from .names import ALIASES, canonical_key, canonical_value, nearest
 from .overrides import parse_overrides
 from .paddle import NOT_BUILT, OTHER_JOBS, WITHOUT_EFFECT, refusal
 from .registry import config_class as class_of
-from .resolved import RUN_FILE, Resolved
+from .resolved import RUN_FILE, Resolved, is_given
 from .switches import SWITCHES, resolve_switches
 
 C = TypeVar("C", bound=JobConfig)
@@ -52,6 +52,23 @@ def load_config(
     check_combinations(config, where=None if path is None else str(path))
     provenance = _provenance(config, entries, reasons, file.meta)
     return Resolved(config, provenance, without_effect | idle_keys(config, provenance), tuple(notes))
+
+
+def overlay(resolved: Resolved[C], values: Mapping[str, object], where: str) -> C:
+    """The configuration with more values, as if they had been given too: what follows from others is derived anew.
+
+    Raises:
+        ConfigError: as `load_config`; with ``where``.
+    """
+    origins, before = resolved.provenance, dict(resolved.config)
+    entries = [Entry(key, before[key], origin, 0) for key, origin in origins.items() if is_given(origin)]
+    entries += [Entry(name, value, where, 1) for name, value in values.items()]
+    merged, _ = _set_aside(type(resolved.config), _merge(type(resolved.config), entries, []))
+    config, _ = derive(
+        _validate(type(resolved.config), {key: entry for key, entry in merged.items() if entry.value is not None})
+    )
+    check_combinations(config, where=where)
+    return config
 
 
 def check_keys(config_class: type[JobConfig], overrides: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,14 @@ from .entries import META_KEY
 C = TypeVar("C", bound=JobConfig)
 
 RUN_FILE = "run.json"
+
+# What nobody has given, now or in the run that a file replays.
+_NOT_GIVEN = re.compile(r"(^|, saved from: )(default$|derived \()")
+
+
+def is_given(origin: str) -> bool:
+    """Whether somebody chose the value that came from there."""
+    return not _NOT_GIVEN.search(origin)
 
 
 @dataclass(frozen=True)

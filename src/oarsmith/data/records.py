@@ -57,12 +57,26 @@ def read_records(
         DataError: missing file or split, unreadable file, malformed row (with file:line).
     """
     log = ReadLog() if log is None else log
+    for item in read_items(source, split, log=log):
+        if isinstance(item, Record):
+            yield item
+        elif on_malformed == "error":
+            raise item
+        else:
+            log.malformed.append(item)
+
+
+def read_items(
+    source: str | Path, split: str | None = None, *, log: ReadLog | None = None
+) -> Iterator[Record | DataError]:
+    """As `read_records`, with the error of a malformed row in the row's place."""
+    log = ReadLog() if log is None else log
     path = Path(source)
     if path.is_dir() and not is_saved_dataset(path):
         for file in find_split(path, split or "train"):
-            yield from _read_file(file, log, on_malformed)
+            yield from _read_file(file, log)
     elif path.is_file():
-        yield from _read_file(path, log, on_malformed)
+        yield from _read_file(path, log)
     elif path.is_dir() or _may_be_a_name(str(source)):
         for index, value in enumerate(read_datasets(str(source), split or "train"), start=1):
             yield Record(value, f"{source}[{split or 'train'}]:row {index}")
@@ -77,19 +91,13 @@ def _may_be_a_name(source: str) -> bool:
     return not looks_like_file and len(parts) <= 2 and all(parts) and parts[0] not in (".", "..", "~")
 
 
-def _read_file(path: Path, log: ReadLog, on_malformed: OnMalformed) -> Iterator[Record]:
+def _read_file(path: Path, log: ReadLog) -> Iterator[Record | DataError]:
     suffix = path.suffix.lower()
     readers = {".csv": _read_csv, ".parquet": _read_parquet, ".jsonl": _read_json_lines, ".json": _read_json}
     if suffix not in readers:
         known = ", ".join(DATA_SUFFIXES)
         raise DataError(f"unknown data file type '{suffix}'", where=str(path), fix=f"use one of {known}")
-    for item in readers[suffix](path, log):
-        if isinstance(item, Record):
-            yield item
-        elif on_malformed == "error":
-            raise item
-        else:
-            log.malformed.append(item)
+    yield from readers[suffix](path, log)
 
 
 def _object(value: Any, where: str) -> Record | DataError:

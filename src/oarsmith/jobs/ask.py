@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from oarsmith.config.eval import EvalConfig
-from oarsmith.config.groups import SamplingKeys
+from oarsmith.config.groups import ModelKeys, SamplingKeys
 from oarsmith.config.inference import ChatConfig, GenerateConfig
 from oarsmith.engine import Completion, Engine, Sampling
 from oarsmith.errors import ConfigError
@@ -27,6 +27,11 @@ def open_engine(config: GenerateConfig | ChatConfig | EvalConfig, batch_size: in
     )
 
 
+def is_raw(config: SamplingKeys) -> bool:
+    """Whether prompts go to the model without a chat template."""
+    return config.raw or (isinstance(config, ModelKeys) and config.chat_template == "none")
+
+
 def _tokenizer(config: GenerateConfig | ChatConfig | EvalConfig) -> Tokenizer:
     path, model = config.tokenizer_name_or_path, config.model_name_or_path
     # "Not given" is the model's path by the time a job runs; then an adapter's own tokenizer comes first.
@@ -35,7 +40,7 @@ def _tokenizer(config: GenerateConfig | ChatConfig | EvalConfig) -> Tokenizer:
 
 
 _LONGEST_PATH = 1000
-_KINDS = {"json_schema": "schema (a JSON object)", "grammar": 'grammar (rules, such as start: "a")'}
+FILE_OR_TEXT = {"json_schema": "schema (a JSON object)", "grammar": 'grammar (rules, such as start: "a")'}
 # Keys of the configurations that are the sampling's, by the same name.
 _SAME = (
     "max_new_tokens",
@@ -77,15 +82,20 @@ def sampling_of(config: SamplingKeys, seed: int) -> Sampling:
     )
 
 
+def is_path(value: Any) -> bool:
+    """Whether the value of a key that takes a file or its content is a file's name."""
+    return isinstance(value, str) and len(value) <= _LONGEST_PATH and not any(mark in value for mark in "\n{:")
+
+
 def _file_or_text(name: str, value: Any) -> Any:
     """The content of the file that is named, or the value itself where it is no path."""
-    if not isinstance(value, str) or len(value) > _LONGEST_PATH or any(mark in value for mark in "\n{:"):
+    if not is_path(value):
         return value
     try:
         return Path(value).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         what = f"the file {value} cannot be read: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}"
-        raise ConfigError(what, where=name, fix=f"name a file, or give the {_KINDS[name]} itself") from error
+        raise ConfigError(what, where=name, fix=f"name a file, or give the {FILE_OR_TEXT[name]} itself") from error
 
 
 ENDINGS = {"stop": "the model ended it", "length": "cut at the limit"}

@@ -16,7 +16,7 @@ from oarsmith.config.inference import ChatConfig
 from oarsmith.config.resolved import Resolved
 from oarsmith.engine import Engine, Sampling
 from oarsmith.errors import ConfigError, OarsmithError
-from oarsmith.jobs.ask import open_engine, sampling_of, speed_line
+from oarsmith.jobs.ask import is_raw, open_engine, sampling_of, speed_line
 from oarsmith.jobs.runtime import runtime
 
 HELP = """/reset         forget the conversation
@@ -28,7 +28,7 @@ HELP = """/reset         forget the conversation
 def run(resolved: Resolved[ChatConfig]) -> int:
     """The command."""
     config = resolved.config
-    if config.raw or config.chat_template == "none":
+    if is_raw(config):
         raise ConfigError(
             "a conversation needs a chat template",
             where="raw" if config.raw else "chat_template",

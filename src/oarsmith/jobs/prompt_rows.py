@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 from oarsmith.data import fields
 from oarsmith.data.conversations import to_conversation
-from oarsmith.data.records import Record, read_records
+from oarsmith.data.records import Record, read_items
 from oarsmith.errors import DataError
 
 Message = dict[str, Any]
@@ -17,13 +19,14 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One row.
+    """One row that asks something.
 
     Attributes:
         prompt: a text (the only kind that can be continued raw), or the messages up to the one to answer.
         tools: function schemas of the row.
         context: further variables of the chat template.
         reference: the answer the row holds; never shown to the model.
+        sampling: sampling keys of its own.
         where: file:line.
     """
 
@@ -32,6 +35,19 @@ class PromptRow:
     tools: tuple[dict[str, Any], ...] | None = None
     context: Mapping[str, Any] = field(default_factory=dict)
     reference: str | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The prompt to be continued as it is.
+
+        Raises:
+            DataError: it is a conversation.
+        """
+        if not isinstance(self.prompt, str):
+            what = "a conversation cannot be continued raw"
+            raise DataError(what, where=self.where, fix='give "prompt", or drop --raw')
+        return self.prompt
 
     def messages(self, system: str | None) -> list[Message]:
         """The conversation to answer; ``system`` only where the row brings no system message."""
@@ -41,38 +57,64 @@ class PromptRow:
         return [{"role": "system", "content": system}, *turns]
 
 
-def read_prompts(path: str) -> list[PromptRow]:
-    """All rows of a file: a .txt file has a prompt on each line, the rest is what training reads, or ``prompt`` rows.
+@dataclass(frozen=True)
+class InputRow:
+    """A row as the file has it: its fields, or why it has none."""
+
+    item: Record | DataError
+
+    @property
+    def digest(self) -> str:
+        """32 hexadecimal digits that follow from the row's content, wherever it stands."""
+        if isinstance(self.item, DataError):
+            text = f"! {self.item.what}"
+        else:
+            text = json.dumps(self.item.value, sort_keys=True, default=repr)
+        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+    def prompt(self) -> PromptRow:
+        """What it asks.
+
+        Raises:
+            DataError: the row cannot be read, or asks nothing; with file:line.
+        """
+        if isinstance(self.item, DataError):
+            raise self.item
+        return _prompt(self.item)
+
+
+def read_rows(path: str) -> Iterator[InputRow]:
+    """The rows of a file, one at a time: a .txt file has a prompt on each line, the rest is what training reads.
 
     Raises:
-        DataError: a missing file, no rows, or a row that asks nothing, with file:line.
+        DataError: the file is missing or is none that can be read. What is wrong with a row, the row says.
     """
-    rows = [_row(record) for record in _records(path)]
-    if not rows:
-        raise DataError("the file has no rows", where=path, fix='write one {"prompt": "..."} a line')
-    return rows
+    text = Path(path).suffix.lower() == ".txt" and Path(path).is_file()
+    return map(InputRow, _lines(path) if text else read_items(path))
 
 
-def _records(path: str) -> Iterator[Record]:
-    if Path(path).suffix.lower() != ".txt" or not Path(path).is_file():
-        yield from read_records(path)
-        return
-    try:
-        # Not splitlines: U+2028 and its like are text, not ends of lines.
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"the file is not UTF-8 (byte {error.start})", where=path, fix="save it as UTF-8") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield Record({"prompt": line.rstrip("\r")}, f"{path}:{number}")
+def _lines(path: str) -> Iterator[Record | DataError]:
+    with Path(path).open("rb") as lines:  # bytes: U+2028 and its like are text, not ends of lines
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}:{number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                what = f"the line is not UTF-8 (byte {error.start}: 0x{line[error.start]:02x})"
+                yield DataError(what, where=where, fix="save the file as UTF-8")
+                continue
+            if text.strip():
+                yield Record({"prompt": text.rstrip("\r\n")}, where)
 
 
-def _row(record: Record) -> PromptRow:
+def _prompt(record: Record) -> PromptRow:
     value = fields.without_nulls(record.value)
-    if "prompt" in value:
-        return PromptRow(fields.text(record, "prompt", value["prompt"]), record.where)
-    if "text" in value and not {"messages", "conversations", "src", "instruction"} & value.keys():
-        return PromptRow(fields.text(record, "text", value["text"]), record.where)
+    sampling = _sampling(record, value.get("sampling", {}))
+    for name in ("prompt", "text"):
+        if name in value and (
+            name == "prompt" or not {"messages", "conversations", "src", "instruction"} & value.keys()
+        ):
+            return PromptRow(fields.text(record, name, value[name]), record.where, sampling=sampling)
     conversation = to_conversation(Record(_with_answer(value), record.where))
     messages = list(conversation.messages)
     reference = None
@@ -81,9 +123,18 @@ def _row(record: Record) -> PromptRow:
         reference = None if last["content"] == _NO_ANSWER else last["content"]
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise DataError("the row asks nothing", where=record.where, fix="end it with a user's message")
-    return PromptRow(messages, record.where, conversation.tools, conversation.context, reference)
+    return PromptRow(messages, record.where, conversation.tools, conversation.context, reference, sampling)
 
 
+def _sampling(record: Record, value: Any) -> dict[str, Any]:
+    if isinstance(value, str):  # a cell of a csv file
+        value = fields.from_json(record, "sampling", value) if value else {}
+    expected = 'an object such as {"temperature": 0.7}'
+    return fields.without_nulls(fields.mapping(record, "sampling", value, expected))
+
+
+# With one of these a text beside it is something else.
+_CONVERSATIONS = {"messages", "conversations", "src", "instruction"}
 # Stands in for the answer that the training formats demand and a row to be answered lacks.
 _NO_ANSWER = "\x00"
 

@@ -1,0 +1,76 @@
+"""How far ``generate --input_file`` is: a bar on a terminal; elsewhere a line from time to time."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from oarsmith.training.numbers import show_duration
+
+_SECONDS = 30.0
+
+
+class RowProgress:
+    """Rows from ``first`` to ``total``, and the tokens of their answers."""
+
+    def __init__(self, console: Console, first: int, total: int) -> None:
+        self._console = console
+        self._first, self._done, self._total = first, first, total
+        self._num_tokens = 0
+        self._begin = self._said = time.perf_counter()
+        self._bar = Progress(
+            TextColumn("answering"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            speed_estimate_period=300,
+            disable=not console.is_terminal,
+        )
+        if not self._bar.disable:
+            self._task = self._bar.add_task("answering", total=total, completed=first, speed="")
+
+    def add(self, num_tokens: int) -> None:
+        """One more row is done."""
+        self._done += 1
+        self._num_tokens += num_tokens
+        now = time.perf_counter()
+        if not self._bar.disable:
+            self._bar.update(self._task, completed=self._done, speed=f"{self._speed(now):,.1f} tokens/s")
+        elif now - self._said >= _SECONDS:
+            self._said = now
+            left = (now - self._begin) / (self._done - self._first) * (self._total - self._done)
+            self._console.print(
+                f"{self._done:,} of {self._total:,} rows, {self._speed(now):,.1f} tokens/s, "
+                f"about {show_duration(left)} left",
+                soft_wrap=True,
+            )
+
+    def message(self, text: str) -> None:
+        """A line above the bar."""
+        self._bar.console.print(text, markup=False, soft_wrap=True)
+
+    def _speed(self, now: float) -> float:
+        return self._num_tokens / max(now - self._begin, 1e-9)
+
+    def __enter__(self) -> RowProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        now = time.perf_counter()
+        if self._done > self._first:
+            self._console.print(
+                f"{self._num_tokens:,} tokens in {show_duration(now - self._begin)} ({self._speed(now):,.1f} tokens/s)",
+                style="dim",
+                soft_wrap=True,
+            )
