@@ -1,0 +1,280 @@
+// Attention of a step's rows over the pages of their sequences, one kv head and a block of rows at a time.
+// A block's queries (its rows times the query heads that share the kv head) go through the keys together, CHUNK at a
+// time, with a running maximum and sum (Milakov and Gimelshein 2018), so memory does not grow with the context.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "cache.h"
+#include "rows.h"
+
+static constexpr int64_t CHUNK = 256;
+
+// What a layer's attention is. Buffers hold its queries, head by head, then keys, then values.
+struct Attention {
+  int64_t heads, kv_heads, dim, layer;
+  Norm q_norm, k_norm;       // size 0: none; over a head, or over all of them
+  int64_t rotation;          // its number; -1: none
+  int64_t window;            // 0: none
+  int64_t bias_positions;    // columns of `bias`
+  const float* bias;         // [heads, positions]: bias[key] - bias[query] is added to a score; null: none
+  const float* sinks;        // [heads]; null: none
+  float scale, softcap;      // softcap 0: none
+  float log_n;               // queries at position p are multiplied by max(1, log_n(p + 1)); 0: none
+};
+
+// cos and sin of a rule for every row of a step: [rows, frequencies].
+struct Rotation {
+  int64_t frequencies;
+  bool adjacent;
+  const float *cos, *sin;
+};
+
+static inline void rotate(const Rotation& rotation, int64_t row, float* x) {
+  const int64_t count = rotation.frequencies;
+  const float *cos = rotation.cos + row * count, *sin = rotation.sin + row * count;
+  const int64_t step = rotation.adjacent ? 2 : 1, other = rotation.adjacent ? 1 : count;
+  for (int64_t i = 0; i < count; ++i) {
+    const float a = x[i * step], b = x[i * step + other];
+    x[i * step] = a * cos[i] - b * sin[i];
+    x[i * step + other] = b * cos[i] + a * sin[i];
+  }
+}
+
+// Rows [first, stop) of a step that belong to one sequence.
+struct RowBlock {
+  int64_t first, stop;
+  const int32_t* pages;
+};
+
+// One member's memory for a block.
+class AttentionScratch {
+ public:
+  void reserve(int64_t queries, int64_t dim) {
+    scores.resize(queries * CHUNK);
+    sums.resize(queries * dim);
+    query.resize(queries * dim);
+    largest.resize(queries);
+    total.resize(queries);
+  }
+  std::vector<float> scores, sums, query, largest, total;
+};
+
+// sum + the products of a pair of bf16 entries with the same entries of 16 keys (a line of the cache).
+static ALWAYS_INLINE vec16 add_pair_products(const vec16& sum, const uint8_t* line, const uint8_t* pair) {
+  int32_t both;
+  std::memcpy(&both, pair, 4);
+#if defined(HAS_AVX512) && defined(__AVX512BF16__)
+  const __m512bh keys = (__m512bh)_mm512_loadu_si512(line), entries = (__m512bh)_mm512_set1_epi32(both);
+  return vec16{{(vec16::Part)_mm512_dpbf16_ps((__m512)sum.parts[0], keys, entries)}};
+#else
+  const ivec16 keys = load16(reinterpret_cast<const int32_t*>(line));
+  const vec16 first = bits16<float>(by_part<ivec16>([](auto u) { return u << 16; }, keys));
+  const vec16 second = bits16<float>(keys & every16<int32_t>(~0xffff));
+  return fma16(second, from_bf16(static_cast<uint16_t>(static_cast<uint32_t>(both) >> 16)),
+               fma16(first, from_bf16(static_cast<uint16_t>(both)), sum));
+#endif
+}
+
+// Sixteen scores for each of N queries: x[n] . key of 16 positions in a row. `keys` is a group of 16 positions.
+template <Stored S, int N>
+static ALWAYS_INLINE void score_group(const float* const* queries, const uint8_t* keys, int64_t dim, vec16* out) {
+  vec16 sum[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) sum[n] = zero16();
+  if constexpr (S == Stored::F32) {
+    const float* line = reinterpret_cast<const float*>(keys);
+    for (int64_t i = 0; i < dim; ++i, line += 16) {
+      const vec16 key = load16(line);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sum[n] = fma16(key, queries[n][i], sum[n]);
+    }
+  } else {
+    for (int64_t i = 0; i < dim / 2; ++i, keys += 64) {
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n)
+        sum[n] = add_pair_products(sum[n], keys, reinterpret_cast<const uint8_t*>(queries[n]) + 4 * i);
+    }
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) out[n] = sum[n];
+}
+
+// sums[n] += probabilities[n] . values of `count` positions in a row, for entries [0, 16 W) of N queries.
+template <Stored S, int N, int W>
+static ALWAYS_INLINE void add_values(const float* const* probabilities, const uint8_t* values, int64_t count,
+                                     int64_t dim, float* const* sums) {
+  vec16 sum[N][W];
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) sum[n][w] = load16(sums[n] + 16 * w);
+  for (int64_t i = 0; i < count; ++i) {
+    vec16 value[W];
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) {
+      if constexpr (S == Stored::F32)
+        value[w] = load16(reinterpret_cast<const float*>(values) + i * dim + 16 * w);
+      else
+        value[w] = from_bf16(reinterpret_cast<const uint16_t*>(values) + i * dim + 16 * w);
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) sum[n][w] = fma16(value[w], probabilities[n][i], sum[n][w]);
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) store16(sums[n] + 16 * w, sum[n][w]);
+}
+
+// f<N>(first) for all of [0, count) in pieces of at most MOST.
+template <int MOST, class F>
+static ALWAYS_INLINE void in_pieces(int64_t count, F f) {
+  int64_t first = 0;
+  for (; first + MOST <= count; first += MOST) f(std::integral_constant<int, MOST>(), first);
+  const int64_t left = count - first;
+  if constexpr (MOST > 1) {
+    if (left) in_pieces<MOST / 2>(left, [&](auto size, int64_t at) { f(size, first + at); });
+  }
+}
+
+template <Stored S>
+class AttentionBlock {
+ public:
+  AttentionBlock(const Attention& spec, const Cache& cache, const StepRows& rows, AttentionScratch& scratch)
+      : spec_(spec), cache_(cache), layer_(cache.layer(spec.layer)), rows_(rows), scratch_(scratch) {}
+
+  // Query heads [head, head + share) of kv head `kv` for the rows of a block. qkv and out: [rows, stride].
+  void run(const RowBlock& block, int64_t kv, int64_t head, int64_t share, const Buffer& qkv, const Buffer& out) {
+    block_ = &block, head_ = head, share_ = share, count_ = (block.stop - block.first) * share;
+    begin(qkv);
+    const int64_t last = position(block.stop - 1), oldest = position(block.first);
+    const int64_t first = spec_.window ? std::max<int64_t>(0, oldest - spec_.window + 1) / 16 * 16 : 0;
+    for (int64_t start = first, stop; start <= last; start = stop) {
+      // A chunk ends with a page: what lies in one page lies in a row.
+      stop = std::min({start + CHUNK, (start / cache_.page_size + 1) * cache_.page_size, last + 1});
+      const int64_t page = block.pages[start / cache_.page_size], offset = start % cache_.page_size;
+      const int64_t row_bytes = spec_.dim * stored_bytes(S);
+      score(cache_.keys(layer_, page, kv) + offset * row_bytes, start, stop);
+      weigh(start, stop);
+      add(cache_.values(layer_, page, kv) + offset * row_bytes, stop - start);
+    }
+    finish(out);
+  }
+
+ private:
+  int64_t row_of(int64_t query) const { return block_->first + query / share_; }
+  int64_t head_of(int64_t query) const { return head_ + query % share_; }
+  int64_t position(int64_t row) const { return rows_.positions[row]; }
+  float* scores(int64_t query) const { return scratch_.scores.data() + query * CHUNK; }
+  float* sums(int64_t query) const { return scratch_.sums.data() + query * spec_.dim; }
+  float* query(int64_t query) const { return scratch_.query.data() + query * spec_.dim; }
+
+  void begin(const Buffer& qkv) {
+    scratch_.reserve(count_, spec_.dim);
+    std::fill_n(scratch_.sums.data(), count_ * spec_.dim, 0.0f);
+    for (int64_t n = 0; n < count_; ++n) {
+      const float* x = qkv.row(row_of(n)) + head_of(n) * spec_.dim;
+      // A sink takes part in the softmax like a key without a value. No maximum is -inf: -inf - -inf is a NaN.
+      scratch_.largest[n] = spec_.sinks ? std::max(spec_.sinks[head_of(n)], -1e30f) : -1e30f;
+      scratch_.total[n] = spec_.sinks ? std::exp(spec_.sinks[head_of(n)] - scratch_.largest[n]) : 0.0f;
+      for (int64_t i = 0; i < spec_.dim; i += 16) {
+        if constexpr (S == Stored::F32)
+          store16(query(n) + i, load16(x + i));
+        else
+          to_bf16(load16(x + i), reinterpret_cast<uint16_t*>(query(n)) + i);
+      }
+    }
+  }
+
+  void score(const uint8_t* keys, int64_t start, int64_t stop) {
+    const int64_t group_bytes = 16 * spec_.dim * stored_bytes(S);
+    for (int64_t at = start; at < stop; at += 16, keys += group_bytes)
+      in_pieces<4>(count_, [&](auto size, int64_t first) {
+        constexpr int N = decltype(size)::value;
+        const float* queries[N];
+        vec16 found[N];
+        for (int n = 0; n < N; ++n) queries[n] = query(first + n);
+        score_group<S, N>(queries, keys, spec_.dim, found);
+        for (int n = 0; n < N; ++n) store16(scores(first + n) + at - start, found[n]);
+      });
+  }
+
+  // Scores to exp(score - largest), what is not seen to 0.
+  void weigh(int64_t start, int64_t stop) {
+    for (int64_t n = 0; n < count_; ++n) {
+      const int64_t own = position(row_of(n));
+      const int64_t from = spec_.window ? std::max<int64_t>(0, own - spec_.window + 1 - start) : 0;
+      const int64_t to = std::min(stop, own + 1) - start, wide = (stop - start + 15) / 16 * 16;
+      float* x = scores(n);
+      bend(x, n, own, start, wide);
+      for (int64_t i = 0; i < std::min(from, wide); ++i) x[i] = -std::numeric_limits<float>::infinity();
+      for (int64_t i = std::max<int64_t>(to, 0); i < wide; ++i) x[i] = -std::numeric_limits<float>::infinity();
+      vec16 largest = all16(scratch_.largest[n]);
+      for (int64_t i = 0; i < wide; i += 16) largest = max16(load16(x + i), largest);
+      const float now = max_of16(largest);
+      const float shrink = std::exp(scratch_.largest[n] - now);
+      vec16 total = zero16();
+      for (int64_t i = 0; i < wide; i += 16) {
+        const vec16 p = exp16(load16(x + i) - now);
+        total += p;
+        store16(x + i, p);
+      }
+      scratch_.largest[n] = now;
+      scratch_.total[n] = scratch_.total[n] * shrink + sum16(total);
+      if (shrink != 1.0f)
+        for (int64_t i = 0; i < spec_.dim; i += 16) store16(sums(n) + i, load16(sums(n) + i) * shrink);
+    }
+  }
+
+  // Soft cap and bias. Queries come scaled.
+  void bend(float* x, int64_t n, int64_t own, int64_t start, int64_t wide) const {
+    if (spec_.softcap != 0.0f)
+      for (int64_t i = 0; i < wide; i += 16)
+        store16(x + i, tanh16(load16(x + i) * (1.0f / spec_.softcap)) * spec_.softcap);
+    if (spec_.bias == nullptr) return;
+    const float* bias = spec_.bias + head_of(n) * spec_.bias_positions;
+    for (int64_t i = 0; i < std::min(wide, own + 1 - start); ++i) x[i] += bias[start + i] - bias[own];
+  }
+
+  void add(const uint8_t* values, int64_t count) {
+    for (int64_t column = 0; column < spec_.dim;) {
+      const uint8_t* at = values + column * stored_bytes(S);
+      const int64_t left = (spec_.dim - column) / 16;
+      const auto some = [&](auto width) {
+        constexpr int W = decltype(width)::value;
+        in_pieces<4>(count_, [&](auto size, int64_t first) {
+          constexpr int N = decltype(size)::value;
+          const float* p[N];
+          float* sum[N];
+          for (int n = 0; n < N; ++n) p[n] = scores(first + n), sum[n] = sums(first + n) + column;
+          add_values<S, N, W>(p, at, count, spec_.dim, sum);
+        });
+        column += 16 * W;
+      };
+      if (left >= 4)
+        some(std::integral_constant<int, 4>());
+      else
+        some(std::integral_constant<int, 1>());
+    }
+  }
+
+  void finish(const Buffer& out) {
+    for (int64_t n = 0; n < count_; ++n) {
+      float* y = out.row(row_of(n)) + head_of(n) * spec_.dim;
+      for (int64_t i = 0; i < spec_.dim; i += 16) store16(y + i, load16(sums(n) + i) * (1.0f / scratch_.total[n]));
+    }
+  }
+
+  const Attention& spec_;
+  const Cache& cache_;
+  const CacheLayer& layer_;
+  const StepRows& rows_;
+  AttentionScratch& scratch_;
+  const RowBlock* block_ = nullptr;
+  int64_t head_ = 0, share_ = 0, count_ = 0;
+};

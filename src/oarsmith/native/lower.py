@@ -1,0 +1,183 @@
+"""A decoder's spec and weights to a program. What has no operation is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.nn import functional
+
+from oarsmith.errors import ModelError
+from oarsmith.models.attention import Attention
+from oarsmith.models.block import Block
+from oarsmith.models.decoder import Decoder
+from oarsmith.models.norm import LayerNorm, RMSNorm
+from oarsmith.models.spec import (
+    DecoderSpec,
+    NormedStream,
+    OutputNorm,
+    Parallel,
+    PostNorm,
+    PreNorm,
+    ResetAfter,
+    Residual,
+    Sandwich,
+    Sequential,
+    linear_specs,
+)
+from oarsmith.models.spec_parts import GQA, LayerNormSpec
+from oarsmith.models.spec_position import TwoRowRope
+from oarsmith.native.arena import Arena
+from oarsmith.native.lower_attention import attention, padded_dim
+from oarsmith.native.lower_ffn import feed_forward
+from oarsmith.native.lowering import Bend, Lowering, Source, Target, rounded
+from oarsmith.native.program import Matrix, Operation, Program
+
+Part = Callable[[Source, Target], None]
+
+
+def refusal(spec: DecoderSpec) -> str | None:
+    """What of a spec the step has no operation for; None: it can run it."""
+    if spec.visibility is not None and not (isinstance(spec.visibility, ResetAfter) and spec.visibility.training_only):
+        return f"{type(spec.visibility).__name__} visibility"
+    for layer in spec.layers:
+        if not isinstance(layer.attention, GQA):
+            return f"{type(layer.attention).__name__} attention"
+        if isinstance(layer.attention.position, TwoRowRope):
+            return "positions in two rows"
+        norm, unpadded = layer.attention.qk_norm, layer.attention.head_dim % 16 == 0
+        if norm is not None and norm.over == "projection" and isinstance(norm.q, LayerNormSpec) and not unpadded:
+            return "layer norms over projections of heads that are no multiple of 16"
+    rewritten = next((path for path, linear in linear_specs(spec) if linear.rewrite is not None), None)
+    return None if rewritten is None else f"the rewritten map {rewritten}"
+
+
+def lower(model: Decoder, precision: str, *, threads: int = 1) -> tuple[Program, Arena]:
+    """The program of a decoder, and its weights packed.
+
+    Args:
+        precision: of the weights, one of program.FORMATS. With ``int4`` the output matrix is int8.
+        threads: that pack weights.
+
+    Raises:
+        ModelError: the step has no operation for a part.
+    """
+    spec = model.spec
+    if (reason := refusal(spec)) is not None:
+        raise ModelError(f"the native step does not know {reason}", fix="run the model on PyTorch")
+    low = Lowering(spec, precision, "int8" if precision == "int4" else precision, threads)
+    table = _embed(low, model)
+    for index, block in enumerate(model.layers):
+        assert isinstance(block, Block)
+        _block(low, block, index)
+    body, low.ops = tuple(low.ops), []
+    head_input, logits = low.buffer("head", spec.hidden_size), low.buffer("logits", spec.vocab_size)
+    _head(low, model, head_input, logits, table)
+    attentions = [layer.attention for layer in spec.layers]
+    arena = low.weights.pack()
+    program = Program(
+        vocab_size=spec.vocab_size,
+        max_positions=spec.max_positions,
+        widths=tuple(low.widths),
+        stream=low.stream,
+        head_input=head_input,
+        logits=logits,
+        body=body,
+        head=tuple(low.ops),
+        rotations=tuple(low.rotations),
+        cache=tuple((a.num_kv_heads, padded_dim(a.head_dim)) for a in attentions if isinstance(a, GQA)),
+        stored="fp32" if precision == "fp32" else "bf16",
+        arena_bytes=arena.size,
+    )
+    return program, arena
+
+
+def _embed(low: Lowering, model: Decoder) -> Matrix:
+    """Token ids to the stream. Returns the table."""
+    spec, embedding = low.spec.embedding, model.embedding
+    table = low.weights.matrix(embedding.weight, low.head_format)
+    # Rounded as the decoder rounds it: in bf16 that is part of the model.
+    scale = 1.0 if spec.scale is None else rounded(spec.scale, embedding.weight.dtype)
+    target = low.stream if spec.projection is None else low.buffer("embedding", spec.size)
+    low.ops.append(Operation(kind="embed", target=target, matrix=table, scale=scale))
+    if embedding.projection is not None:
+        low.linear(Source(target), embedding.projection, low.stream)
+    if (learned := embedding.positions) is not None:
+        low.ops.append(
+            Operation(
+                kind="embed",
+                target=low.stream,
+                keep=1.0,
+                width=learned.weight.shape[1],
+                positions=low.weights.vector(learned.weight),
+                position_offset=learned.spec.offset,
+            )
+        )
+    if embedding.norm is not None:
+        low.normed(low.stream, low.norm(embedding.norm), low.stream)
+    return table
+
+
+def _block(low: Lowering, block: Block, index: int) -> None:
+    def attend(source: Source, target: Target) -> None:
+        assert isinstance(block.attention, Attention)
+        attention(low, block.attention, index, source, target)
+
+    def feed(source: Source, target: Target) -> None:
+        feed_forward(low, block.ffn, source, target)
+
+    match block.wiring:
+        case Sequential(attention=first, ffn=second):
+            assert block.ffn_norm is not None, second
+            _residual(low, first, block.attention_norm, block.attention_post_norm, attend)
+            _residual(low, second, block.ffn_norm, block.ffn_post_norm, feed)
+        case Parallel():
+            # Both read the stream as it was before the block.
+            before = low.buffer("before", low.spec.hidden_size)
+            low.normed(low.stream, None, before)
+            norm = low.norm(block.attention_norm)
+            attend(Source(before, norm), Target(low.stream))
+            feed(Source(before, norm if block.ffn_norm is None else low.norm(block.ffn_norm)), Target(low.stream))
+
+
+def _residual(
+    low: Lowering, rule: Residual, norm: RMSNorm | LayerNorm, post_norm: RMSNorm | LayerNorm | None, part: Part
+) -> None:
+    """The stream after ``part``, as models/block.py has it."""
+    stream, own = low.stream, low.norm(norm)
+    match rule:
+        case PreNorm(scale=scale):
+            part(Source(stream, own), Target(stream, scale=scale))
+        case Sandwich():
+            assert post_norm is not None, rule
+            out = low.buffer("out", low.spec.hidden_size)
+            part(Source(stream, own), Target(out, keep=0.0))
+            low.normed(out, low.norm(post_norm), stream, keep=1.0)
+        case OutputNorm():
+            out = low.buffer("out", low.spec.hidden_size)
+            part(Source(stream), Target(out, keep=0.0))
+            low.normed(out, own, stream, keep=1.0)
+        case PostNorm():
+            part(Source(stream), Target(stream))
+            low.normed(stream, own, stream)
+        case NormedStream(scale=scale):
+            low.normed(stream, own, stream)
+            part(Source(stream), Target(stream, keep=scale))
+
+
+def _head(low: Lowering, model: Decoder, source: int, logits: int, table: Matrix) -> None:
+    spec, head, embedding = low.spec.head, model.head, model.embedding
+    norm = None if model.final_norm is None else low.norm(model.final_norm)
+    if head.projection is not None:
+        projected = low.buffer("projected", head.projection.spec.out_features)
+        low.linear(Source(source, norm), head.projection, projected)
+        source, norm = projected, None
+    matrix = table
+    if not spec.tied or spec.normalized:
+        weight = embedding.weight if head.weight is None else head.weight
+        matrix = low.weights.matrix(
+            (lambda: functional.normalize(weight)) if spec.normalized else weight, low.head_format
+        )
+    cap: Bend = {} if spec.softcap is None else {"activation": "cap", "limit": spec.softcap}
+    low.ops.append(
+        Operation(kind="linear", source=source, target=logits, norm=norm, matrix=matrix, scale=spec.scale, **cap)
+    )

@@ -1,0 +1,156 @@
+"""A decoder as a list of operations: what the compiled step runs (cpp/program.h), as plain values.
+
+Weights are places in an arena, one run of bytes (see ``arena.py``), so a program can be kept in a file beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FORMATS = ("fp32", "bf16", "int8", "int4")
+ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu", "sigmoid", "cap")
+KINDS = ("embed", "norm", "linear", "attend", "experts")
+INTO = ("store", "add", "gated")
+
+Kind = Literal["embed", "norm", "linear", "attend", "experts"]
+Into = Literal["store", "add", "gated"]
+
+
+@dataclass(frozen=True)
+class Vector:
+    """fp32 numbers in the arena."""
+
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Packed weights [rows, columns] in the arena (cpp/matrix.h)."""
+
+    format: str
+    rows: int
+    columns: int
+    offset: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """RMS norm, or layer norm where it is ``centered``.
+
+    ``count`` of the ``size`` numbers are no padding. ``weights``: pieces of this size that have weights of their own.
+    """
+
+    size: int
+    count: int
+    eps: float
+    centered: bool = False
+    weight: Vector | None = None
+    bias: Vector | None = None
+    weights: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Grouped-query attention. ``dim`` is padded to a multiple of 16; ``rotation``: its number in the program."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    layer: int
+    scale: float
+    rotation: int | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    window: int | None = None
+    softcap: float | None = None
+    log_n: int | None = None
+    bias: Vector | None = None
+    sinks: Vector | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """How experts are chosen (``RouterSpec``) and their maps; ``hidden``: the buffer between the two."""
+
+    top_k: int
+    sigmoid: bool
+    normalize: bool
+    scale: float
+    hidden: int
+    gate_up: tuple[Matrix, ...]
+    down: tuple[Matrix, ...]
+    activation: str
+    alpha: float = 0.0
+    limit: float = 0.0
+    groups: int = 0
+    kept_groups: int = 0
+    best_of_group: int = 0
+    correction: Vector | None = None
+    gate_up_bias: Vector | None = None
+    down_bias: Vector | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """One step of the program: what cpp/program.h says of its fields. Buffers are numbers; -1: none."""
+
+    kind: Kind
+    target: int
+    source: int = -1
+    scores: int = -1
+    into: Into = "store"
+    activation: str = "none"
+    keep: float = 0.0
+    scale: float = 1.0
+    alpha: float = 0.0
+    limit: float = 0.0
+    norm: Norm | None = None
+    matrix: Matrix | None = None
+    width: int = 0
+    bias: Vector | None = None
+    positions: Vector | None = None
+    position_offset: int = 0
+    attention: Attention | None = None
+    experts: Experts | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotation:
+    """Sets of frequencies [sets, frequencies]; set i holds from length ``starts[i]`` on.
+
+    ``follows``: the length of the document at the token, or that of its prompt.
+    """
+
+    sets: Vector
+    frequencies: int
+    adjacent: bool
+    factor: float = 1.0
+    starts: tuple[int, ...] = (0,)
+    follows: Literal["length", "prompt"] = "length"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A whole decoder.
+
+    Attributes:
+        widths: of the buffers. ``stream`` holds the hidden states, ``head_input`` those rows of them that need logits.
+        cache: kv heads and head dim of each layer.
+        stored: how keys and values are kept, "fp32" or "bf16".
+        arena_bytes: how much memory its weights take.
+    """
+
+    vocab_size: int
+    max_positions: int
+    widths: tuple[int, ...]
+    stream: int
+    head_input: int
+    logits: int
+    body: tuple[Operation, ...]
+    head: tuple[Operation, ...]
+    rotations: tuple[Rotation, ...]
+    cache: tuple[tuple[int, int], ...]
+    stored: Literal["fp32", "bf16"]
+    arena_bytes: int = field(default=0)
