@@ -114,6 +114,13 @@ COMMANDS: dict[str, Command] = {
         "MODEL FILE",
         "oarsmith eval runs/sft test.jsonl",
     ),
+    "bench": Command(
+        _LOOK,
+        "measure how fast a model answers: latency, throughput, memory; beside other engines",
+        "oarsmith.jobs.bench:run",
+        "MODEL",
+        "oarsmith bench model/ --compare transformers",
+    ),
     "preview": Command(
         _LOOK,
         "show the tokens a run would train on, coloured by loss weight",

@@ -156,7 +156,7 @@ NOT_BUILT: dict[str, NotBuilt] = {
     "autoregressive": _switch("that switch", "set dataset_format text and train_on all instead"),
     "do_export": _switch("exporting after training"),
     "do_ceval": _switch("C-Eval during training"),
-    "benchmark": _switch("a benchmark mode"),
+    "benchmark": _switch("a benchmark mode", "set it to false; 'oarsmith bench' measures"),
     "autotuner_benchmark": _switch("a benchmark mode"),
     "ckpt_quant_stage": NotBuilt(frozenset({"o0", "none", ""}), "quantized optimizer states", "set it to O0"),
     "speculate_method": NotBuilt(_OFF, "speculative decoding", "leave it out"),

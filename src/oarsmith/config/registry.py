@@ -17,6 +17,7 @@ CONFIG_CLASSES: dict[str, tuple[str, str]] = {
     "merge-adapter": ("checkpoints", "MergeAdapterConfig"),
     "preview": ("tools", "PreviewConfig"),
     "eval": ("eval", "EvalConfig"),
+    "bench": ("bench", "BenchConfig"),
     "replay": ("replay", "ReplayConfig"),
     "explain": ("tools", "ExplainConfig"),
     "models": ("tools", "ModelsConfig"),

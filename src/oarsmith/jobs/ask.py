@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from oarsmith.config.bench import BenchConfig
 from oarsmith.config.eval import EvalConfig
 from oarsmith.config.groups import ModelKeys, SamplingKeys
 from oarsmith.config.inference import ChatConfig, GenerateConfig
@@ -15,7 +16,7 @@ from oarsmith.text import Tokenizer
 from oarsmith.text.choose import with_named_template
 
 
-def open_engine(config: GenerateConfig | ChatConfig | EvalConfig, batch_size: int = 1) -> Engine:
+def open_engine(config: GenerateConfig | ChatConfig | EvalConfig | BenchConfig, batch_size: int = 1) -> Engine:
     """The model with its tokenizer, and the chat template that the configuration names."""
     return Engine(
         config.model_name_or_path,
@@ -32,7 +33,7 @@ def is_raw(config: SamplingKeys) -> bool:
     return config.raw or (isinstance(config, ModelKeys) and config.chat_template == "none")
 
 
-def _tokenizer(config: GenerateConfig | ChatConfig | EvalConfig) -> Tokenizer:
+def _tokenizer(config: GenerateConfig | ChatConfig | EvalConfig | BenchConfig) -> Tokenizer:
     path, model = config.tokenizer_name_or_path, config.model_name_or_path
     # "Not given" is the model's path by the time a job runs; then an adapter's own tokenizer comes first.
     found = find_tokenizer(model, config.adapter) if path in (None, model) else find_tokenizer(path)

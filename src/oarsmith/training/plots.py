@@ -23,8 +23,8 @@ _MAX_MARKED = 40
 _MIN_SMOOTHED = 80
 # Beyond this ratio of the largest to the median value a linear axis shows one spike and a flat line.
 _LOG_RATIO = 30.0
-# The stubs of matplotlib list the keys it knows as a Literal, which differs from version to version.
-_STYLE: dict[Any, Any] = {
+# Of all pictures. The stubs of matplotlib list the keys it knows as a Literal, which differs from version to version.
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.spines.top": False,
@@ -76,7 +76,7 @@ def draw_run(
     norm = Series((record.step, record.grad_norm) for record in training)
     small = [(series, draw) for series, draw in ((rate, _draw_rate), (norm, _draw_norm)) if series.finite.any()]
     heights = [3.6, *(1.25 for _ in small)]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, sum(heights) + 0.6), dpi=200, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         grid = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
