@@ -12,6 +12,7 @@ from torch import Tensor
 from matrix.bench import Bench
 from matrix.rows import ROWS
 from oarsmith.compiling import BuildError
+from oarsmith.engine.backend import Part
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.layout import Layout
 from oarsmith.native.library import load
@@ -35,12 +36,13 @@ class Sequences:
         self, model: Decoder, precision: str = "fp32", *, threads: int = 2, num_pages: int = 32, prompt: int = 1
     ) -> None:
         program, arena = lower(model, precision)
-        self.step = Step(program, arena, threads=threads, num_pages=num_pages, page_size=PAGE)
+        self.step = Step(program, arena, threads=threads, num_pages=num_pages, page_size=PAGE, num_sequences=8)
         self.prompt = prompt
         self.vocab_size = program.vocab_size
         self.free = list(range(num_pages))[::-1]
         self.pages: dict[str, list[int]] = {}
         self.used: dict[str, int] = {}
+        self.rows: dict[str, int] = {}
 
     def bring(self, **ids: Sequence[int]) -> dict[str, Tensor]:
         """One step with these tokens of the sequences."""
@@ -49,7 +51,8 @@ class Sequences:
             start, pages = self.used.get(name, 0), self.pages.setdefault(name, [])
             while len(pages) * PAGE < start + len(own):
                 pages.append(self.free.pop())
-            parts.append((list(own), start, pages, self.prompt))
+            row = self.rows.setdefault(name, len(self.rows))
+            parts.append(Part(list(own), start, row, pages, self.prompt))
             self.used[name] = start + len(own)
         count = sum(len(own) for own in ids.values())
         self.step.run(parts)

@@ -18,7 +18,7 @@ class NativeBackend:
         self._step = step
 
     def compute(self, parts: Sequence[Part]) -> None:
-        self._step.run([(part.tokens, part.start, part.pages, part.prompt_size) for part in parts])
+        self._step.run(parts)
 
     def logits(self, places: Sequence[int]) -> Tensor:
         logits_NV = torch.empty(len(places), self._step.program.vocab_size)
@@ -29,4 +29,4 @@ class NativeBackend:
         self._step.copy_page(source, target)
 
     def copy_sequence(self, source: int, target: int) -> None:
-        """Pages are all that a sequence has."""
+        self._step.copy_sequence(source, target)

@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from oarsmith.errors import ModelError
 from oarsmith.models.layout import KVCache, Layout, Piece, Span
+from oarsmith.models.prefix import find_prefix
 from oarsmith.models.spec import PrefixLM, ResetAfter
 
 
@@ -47,29 +47,6 @@ def _prefix_lm(rule: PrefixLM, ids_T: Tensor, layout: Layout, cache: KVCache | N
         blocks.append((index - context + 1).clamp_min(0))
         spans.append(replace(span, prefix=context))
     return replace(layout, spans=tuple(spans), positions_T=torch.cat(rows), blocks_T=torch.cat(blocks))
-
-
-def find_prefix(rule: PrefixLM, ids: list[int]) -> tuple[int, int]:
-    """(length of the prefix, position that tokens after it have).
-
-    Raises:
-        ModelError: no start token or no mask token.
-    """
-    if not ids:
-        return 0, 0
-    if rule.start_id not in ids:
-        raise ModelError(
-            f"a document of {len(ids)} tokens has no start token (id {rule.start_id}): this model generates after one",
-            fix="end the prompt with [gMASK]<sop>, as its tokenizer does when special tokens are added",
-        )
-    context = ids.index(rule.start_id)
-    for mask in rule.mask_ids:
-        if mask in ids:
-            return context, ids.index(mask)
-    raise ModelError(
-        f"a document of {len(ids)} tokens has none of the mask tokens {list(rule.mask_ids)}",
-        fix="end the prompt with [gMASK]<sop>, as its tokenizer does when special tokens are added",
-    )
 
 
 def _reset(rule: ResetAfter, ids_T: Tensor, layout: Layout, cache: KVCache | None) -> Layout:

@@ -17,9 +17,10 @@ _SIGNATURES = {
     "native_struct_sizes": "- p",
     "native_step_new": "p p",
     "native_step_free": "- p",
-    "native_step_run": "i plppppp",
+    "native_step_run": "i ppp",
     "native_step_logits": "i plpp",
     "native_step_copy_page": "- pll",
+    "native_step_copy_states": "- pll",
 }
 
 

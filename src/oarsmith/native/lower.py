@@ -10,6 +10,8 @@ from oarsmith.errors import ModelError
 from oarsmith.models.attention import Attention
 from oarsmith.models.block import Block
 from oarsmith.models.decoder import Decoder
+from oarsmith.models.lfa import FilteredAttention
+from oarsmith.models.mla import LatentAttention
 from oarsmith.models.norm import LayerNorm, RMSNorm
 from oarsmith.models.spec import (
     DecoderSpec,
@@ -18,17 +20,17 @@ from oarsmith.models.spec import (
     Parallel,
     PostNorm,
     PreNorm,
-    ResetAfter,
     Residual,
     Sandwich,
     Sequential,
     linear_specs,
 )
-from oarsmith.models.spec_parts import GQA, LayerNormSpec
-from oarsmith.models.spec_position import TwoRowRope
+from oarsmith.models.spec_parts import GQA, LFA, MLA, AttentionSpec, LayerNormSpec, LinearSpec, QKNorm
 from oarsmith.native.arena import Arena
 from oarsmith.native.lower_attention import attention, padded_dim
 from oarsmith.native.lower_ffn import feed_forward
+from oarsmith.native.lower_filtered import filtered_attention
+from oarsmith.native.lower_latent import latent_attention, latent_cache
 from oarsmith.native.lowering import Bend, Lowering, Source, Target, rounded
 from oarsmith.native.program import Matrix, Operation, Program
 
@@ -37,16 +39,12 @@ Part = Callable[[Source, Target], None]
 
 def refusal(spec: DecoderSpec) -> str | None:
     """What of a spec the step has no operation for; None: it can run it."""
-    if spec.visibility is not None and not (isinstance(spec.visibility, ResetAfter) and spec.visibility.training_only):
-        return f"{type(spec.visibility).__name__} visibility"
     for layer in spec.layers:
-        if not isinstance(layer.attention, GQA):
-            return f"{type(layer.attention).__name__} attention"
-        if isinstance(layer.attention.position, TwoRowRope):
-            return "positions in two rows"
-        norm, unpadded = layer.attention.qk_norm, layer.attention.head_dim % 16 == 0
-        if norm is not None and norm.over == "projection" and isinstance(norm.q, LayerNormSpec) and not unpadded:
-            return "layer norms over projections of heads that are no multiple of 16"
+        match layer.attention:
+            case MLA(kv_up=LinearSpec(bias=True)):
+                return "latents with a bias"
+            case GQA(qk_norm=QKNorm(over="projection", q=LayerNormSpec()), head_dim=dim) if dim % 16:
+                return "layer norms over projections of heads that are no multiple of 16"
     rewritten = next((path for path, linear in linear_specs(spec) if linear.rewrite is not None), None)
     return None if rewritten is None else f"the rewritten map {rewritten}"
 
@@ -72,7 +70,6 @@ def lower(model: Decoder, precision: str, *, threads: int = 1) -> tuple[Program,
     body, low.ops = tuple(low.ops), []
     head_input, logits = low.buffer("head", spec.hidden_size), low.buffer("logits", spec.vocab_size)
     _head(low, model, head_input, logits, table)
-    attentions = [layer.attention for layer in spec.layers]
     arena = low.weights.pack()
     program = Program(
         vocab_size=spec.vocab_size,
@@ -84,11 +81,21 @@ def lower(model: Decoder, precision: str, *, threads: int = 1) -> tuple[Program,
         body=body,
         head=tuple(low.ops),
         rotations=tuple(low.rotations),
-        cache=tuple((a.num_kv_heads, padded_dim(a.head_dim)) for a in attentions if isinstance(a, GQA)),
+        cache=tuple(_cache_dims(layer.attention) for layer in spec.layers),
+        states=tuple(low.states),
+        visibility=spec.visibility,
         stored="fp32" if precision == "fp32" else "bf16",
         arena_bytes=arena.size,
     )
     return program, arena
+
+
+def _cache_dims(spec: AttentionSpec) -> tuple[int, int, int]:
+    match spec:
+        case GQA(num_kv_heads=heads, head_dim=dim) | LFA(num_heads=heads, head_dim=dim):
+            return heads, padded_dim(dim), padded_dim(dim)
+        case MLA():
+            return latent_cache(spec)
 
 
 def _embed(low: Lowering, model: Decoder) -> Matrix:
@@ -119,8 +126,13 @@ def _embed(low: Lowering, model: Decoder) -> Matrix:
 
 def _block(low: Lowering, block: Block, index: int) -> None:
     def attend(source: Source, target: Target) -> None:
-        assert isinstance(block.attention, Attention)
-        attention(low, block.attention, index, source, target)
+        match block.attention:
+            case Attention():
+                attention(low, block.attention, index, source, target)
+            case LatentAttention():
+                latent_attention(low, block.attention, index, source, target)
+            case FilteredAttention():
+                filtered_attention(low, block.attention, index, source, target)
 
     def feed(source: Source, target: Target) -> None:
         feed_forward(low, block.ffn, source, target)

@@ -10,10 +10,10 @@ from torch.nn import functional
 
 from oarsmith.models.attention import Attention as AttentionModule
 from oarsmith.models.spec_parts import GQA
-from oarsmith.models.spec_position import Position
+from oarsmith.models.spec_position import Position, Rope, TwoRowRope
 from oarsmith.native.lowering import Lowering, NormModule, Source, Target
 from oarsmith.native.positions import bias_table, rotation
-from oarsmith.native.program import Attention, Norm, Operation, Vector
+from oarsmith.native.program import Attention, Norm, Operation, Turn, Vector
 
 
 def attention(low: Lowering, module: AttentionModule, layer: int, source: Source, target: Target) -> None:
@@ -27,10 +27,13 @@ def attention(low: Lowering, module: AttentionModule, layer: int, source: Source
     operation = Attention(
         heads=spec.num_heads,
         kv_heads=spec.num_kv_heads,
-        dim=dim,
+        key_dim=dim,
+        value_dim=dim,
+        keys_at=spec.num_heads * dim,
+        values_at=(spec.num_heads + spec.num_kv_heads) * dim,
         layer=layer,
         scale=spec.scale,
-        rotation=_rotation(low, spec.position),
+        turns=turns(low, spec.position, 0),
         q_norm=_norm(low, module.q_norm, spec.head_dim, over_head),
         k_norm=_norm(low, module.k_norm, spec.head_dim, over_head),
         window=spec.window,
@@ -40,7 +43,7 @@ def attention(low: Lowering, module: AttentionModule, layer: int, source: Source
         sinks=None if module.sinks is None else low.weights.vector(module.sinks),
     )
     low.ops.append(Operation(kind="attend", source=qkv, target=mixed, attention=operation))
-    low.add_linear(Source(mixed), module.out, target, weight=pad_out_columns(module.out.weight, spec))
+    low.add_linear(Source(mixed), module.out, target, weight=pad_columns(module.out.weight, spec.head_dim))
 
 
 def padded_dim(dim: int) -> int:
@@ -55,15 +58,30 @@ def qkv_rows(spec: GQA) -> Tensor:
     if spec.packing == "grouped":
         q, k, v = place.view(groups, heads // groups + 2, dim).split((heads // groups, 1, 1), 1)
         place = torch.cat([q.reshape(-1), k.reshape(-1), v.reshape(-1)])
-    return functional.pad(place.view(-1, dim), (0, padded_dim(dim) - dim), value=-1).flatten()
+    return padded_rows(place, dim)
 
 
-def pad_out_columns(weight: Tensor, spec: GQA) -> Tensor:
+def padded_rows(rows: Tensor, dim: int) -> Tensor:
+    """Rows of heads with -1 where a padded head has none."""
+    return functional.pad(rows.view(-1, dim), (0, padded_dim(dim) - dim), value=-1).flatten()
+
+
+def pad_columns(weight: Tensor, dim: int) -> Tensor:
     """The output map [D, H K] for padded heads."""
-    missing = padded_dim(spec.head_dim) - spec.head_dim
-    if not missing:
-        return weight
-    return functional.pad(weight.detach().unflatten(1, (-1, spec.head_dim)), (0, missing)).flatten(1)
+    missing = padded_dim(dim) - dim
+    return functional.pad(weight.detach().unflatten(1, (-1, dim)), (0, missing)).flatten(1) if missing else weight
+
+
+def turns(low: Lowering, position: Position | None, offset: int) -> tuple[Turn, ...]:
+    """How entries of a head turn from ``offset`` on: none, one rotation, or one for each half."""
+    match position:
+        case Rope():
+            return (Turn(_rotation(low, position, of_blocks=False), offset),)
+        case TwoRowRope(rope=rope):
+            halves = _rotation(low, rope, of_blocks=False), _rotation(low, rope, of_blocks=True)
+            return Turn(halves[0], offset), Turn(halves[1], offset + rope.dim)
+        case _:
+            return ()
 
 
 def _norm(low: Lowering, module: NormModule | None, dim: int, over_head: bool) -> Norm | None:
@@ -78,12 +96,12 @@ def _norm(low: Lowering, module: NormModule | None, dim: int, over_head: bool) -
     return replace(norm, size=len(weight), weight=low.weights.vector(weight))
 
 
-def _rotation(low: Lowering, position: Position | None) -> int | None:
-    if position not in low.rotation_of:
-        found = None if position is None else rotation(position, low.spec.max_positions, low.weights)
-        low.rotation_of[position] = None if found is None else len(low.rotations)
-        low.rotations += [] if found is None else [found]
-    return low.rotation_of[position]
+def _rotation(low: Lowering, rope: Rope, *, of_blocks: bool) -> int:
+    key = rope, of_blocks
+    if key not in low.rotation_of:
+        low.rotation_of[key] = len(low.rotations)
+        low.rotations.append(rotation(rope, low.spec.max_positions, low.weights, of_blocks=of_blocks))
+    return low.rotation_of[key]
 
 
 def _bias(low: Lowering, position: Position | None) -> Vector | None:

@@ -58,8 +58,9 @@ class Lowering:
         self.ops: list[Operation] = []
         self.widths: list[int] = []
         self.rotations: list[Rotation] = []
+        self.states: list[int] = []
         # By position rule: layers share them.
-        self.rotation_of: dict[object, int | None] = {}
+        self.rotation_of: dict[object, int] = {}
         self.bias_of: dict[object, Vector] = {}
         self._buffers: dict[tuple[str, int], int] = {}
         self.stream = self.buffer("stream", spec.hidden_size)
@@ -80,11 +81,11 @@ class Lowering:
         *,
         into: Into = "store",
         rows: Tensor | None = None,
-        weight: Tensor | None = None,
         bend: Bend | None = None,
+        target_offset: int = 0,
     ) -> None:
-        """A map into a buffer. ``rows``: see `Weights.matrix`; ``weight``: in place of the module's own."""
-        matrix = self.weights.matrix(module.weight if weight is None else weight, self.format, rows)
+        """A map into a buffer, from a column on. ``rows``: see `Weights.matrix`."""
+        matrix = self.weights.matrix(module.weight, self.format, rows)
         bias = None if module.bias is None else self.weights.rows(module.bias, rows)
         operation = Operation(
             kind="linear",
@@ -94,6 +95,7 @@ class Lowering:
             matrix=matrix,
             bias=bias,
             into=into,
+            target_offset=target_offset,
             **(bend or {}),
         )
         self.ops.append(operation)

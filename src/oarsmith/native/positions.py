@@ -25,10 +25,8 @@ def bias_table(position: Position | None, max_positions: int) -> Tensor | None:
     return alibi_table(position, max_positions, torch.device("cpu")) if isinstance(position, Alibi) else None
 
 
-def rotation(position: Position, max_positions: int, weights: Weights) -> Rotation | None:
-    """The rotation of a rule; None: it has none."""
-    if not isinstance(position, Rope):
-        return None
+def rotation(position: Rope, max_positions: int, weights: Weights, *, of_blocks: bool) -> Rotation:
+    """The rotation of a rule, by positions or by the second kind of them."""
     starts = _starts(position, max_positions)
     lengths = torch.tensor([max(start, 1) for start in starts])
     # The rules look at lengths only: one token for each.
@@ -44,6 +42,7 @@ def rotation(position: Position, max_positions: int, weights: Weights) -> Rotati
         factor=scaling.attention_factor if isinstance(scaling, (YarnScaling, LongScaling)) else 1.0,
         starts=tuple(starts[: len(sets)]),
         follows="prompt" if isinstance(scaling, SteppedScaling) else "length",
+        of_blocks=of_blocks,
     )
 
 

@@ -5,15 +5,17 @@ Weights are places in an arena, one run of bytes (see ``arena.py``), so a progra
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
+
+from oarsmith.models.spec import PrefixLM, ResetAfter
 
 FORMATS = ("fp32", "bf16", "int8", "int4")
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu", "sigmoid", "cap")
-KINDS = ("embed", "norm", "linear", "attend", "experts")
+KINDS = ("embed", "norm", "linear", "attend", "heads", "join", "experts")
 INTO = ("store", "add", "gated")
 
-Kind = Literal["embed", "norm", "linear", "attend", "experts"]
+Kind = Literal["embed", "norm", "linear", "attend", "heads", "join", "experts"]
 Into = Literal["store", "add", "gated"]
 
 
@@ -51,16 +53,30 @@ class Norm:
     weights: int = 1
 
 
+@dataclass(frozen=True)
+class Turn:
+    """Entries of a head from ``offset`` on turn by a rotation of the program."""
+
+    rotation: int
+    offset: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Grouped-query attention. ``dim`` is padded to a multiple of 16; ``rotation``: its number in the program."""
+    """Grouped-query attention. Dims are padded to multiples of 16.
+
+    A buffer holds the queries, head by head, and from these columns on keys and values.
+    """
 
     heads: int
     kv_heads: int
-    dim: int
+    key_dim: int
+    value_dim: int
+    keys_at: int
+    values_at: int
     layer: int
     scale: float
-    rotation: int | None = None
+    turns: tuple[Turn, ...] = ()
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     window: int | None = None
@@ -112,6 +128,11 @@ class Operation:
     bias: Vector | None = None
     positions: Vector | None = None
     position_offset: int = 0
+    target_offset: int = 0
+    matrices: tuple[Matrix, ...] = ()
+    source_step: int = 0
+    target_step: int = 0
+    state: int = 0
     attention: Attention | None = None
     experts: Experts | None = None
 
@@ -120,7 +141,8 @@ class Operation:
 class Rotation:
     """Sets of frequencies [sets, frequencies]; set i holds from length ``starts[i]`` on.
 
-    ``follows``: the length of the document at the token, or that of its prompt.
+    ``follows``: the length of the document at the token, or that of its prompt. ``of_blocks``: it turns by the second
+    kind of position.
     """
 
     sets: Vector
@@ -129,6 +151,7 @@ class Rotation:
     factor: float = 1.0
     starts: tuple[int, ...] = (0,)
     follows: Literal["length", "prompt"] = "length"
+    of_blocks: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +160,8 @@ class Program:
 
     Attributes:
         widths: of the buffers. ``stream`` holds the hidden states, ``head_input`` those rows of them that need logits.
-        cache: kv heads and head dim of each layer.
+        cache: kv heads, key dim and value dim of each layer. ``states``: widths of what is kept of a sequence besides.
+        visibility: the rule that decides who sees whom, beside causality.
         stored: how keys and values are kept, "fp32" or "bf16".
         arena_bytes: how much memory its weights take.
     """
@@ -151,6 +175,8 @@ class Program:
     body: tuple[Operation, ...]
     head: tuple[Operation, ...]
     rotations: tuple[Rotation, ...]
-    cache: tuple[tuple[int, int], ...]
+    cache: tuple[tuple[int, int, int], ...]
+    states: tuple[int, ...] = ()
+    visibility: PrefixLM | ResetAfter | None = None
     stored: Literal["fp32", "bf16"]
-    arena_bytes: int = field(default=0)
+    arena_bytes: int

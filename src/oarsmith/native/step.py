@@ -5,13 +5,16 @@ from __future__ import annotations
 import ctypes
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 
 from oarsmith.errors import OarsmithError
+from oarsmith.models.spec import PrefixLM
 from oarsmith.native.arena import Arena
 from oarsmith.native.bindings import bindings
 from oarsmith.native.program import Program, Rotation
-from oarsmith.native.structs import ProgramStructs, StepSpec
+from oarsmith.native.structs import ProgramStructs, StepRows, StepSpec
+from oarsmith.native.visibility import Part, Visibility
 
 # Rows that go through the layers together: enough to reuse weights that are loaded, few enough for a core's cache.
 MAX_ROWS = 512
@@ -23,6 +26,7 @@ class Step:
 
     Args:
         threads: that work on a step together.
+        num_sequences: rows of the cache; parts name theirs.
         page_size: tokens of a page, a multiple of 16.
 
     Raises:
@@ -30,16 +34,20 @@ class Step:
         BuildError: the compiled library cannot be had.
     """
 
-    def __init__(self, program: Program, arena: Arena, *, threads: int, num_pages: int, page_size: int) -> None:
+    def __init__(
+        self, program: Program, arena: Arena, *, threads: int, num_pages: int, page_size: int, num_sequences: int
+    ) -> None:
         assert page_size % 16 == 0, page_size
         self.program = program
         self._arena = arena
+        self._visibility = Visibility(program.visibility)
         self._library = bindings()
         self._structs = ProgramStructs(program, arena.address)
         structs = self._structs
         spec = StepSpec(
             threads=threads,
-            max_rows=MAX_ROWS,
+            # Where the prompt sees all of itself, all of it goes together.
+            max_rows=program.max_positions if isinstance(program.visibility, PrefixLM) else MAX_ROWS,
             num_buffers=len(program.widths),
             widths=structs.widths,
             stream=program.stream,
@@ -56,6 +64,9 @@ class Step:
             stored=_STORED[program.stored],
             num_pages=num_pages,
             page_size=page_size,
+            num_states=len(program.states),
+            num_slots=num_sequences,
+            state_widths=structs.states,
         )
         self._handle = self._library.native_step_new(ctypes.byref(spec))
         if not self._handle:
@@ -65,26 +76,34 @@ class Step:
         if getattr(self, "_handle", None):
             self._library.native_step_free(self._handle)
 
-    def run(self, parts: Sequence[tuple[Sequence[int], int, Sequence[int], int]]) -> None:
-        """Compute tokens of some sequences.
+    def run(self, parts: Sequence[Part]) -> None:
+        """Compute tokens of some sequences, each of which stands in one part.
 
-        Args:
-            parts: of each (tokens, place of the first in the sequence, pages of the sequence, tokens of its prompt).
+        Raises:
+            ModelError: a prompt that this kind of model cannot read.
         """
-        tokens, positions, sequences = array("i"), array("i"), array("i")
+        look = self._visibility.look(parts)
+        tokens, places, sequences = array("i"), array("i"), array("i")
         pages = []
-        for index, (ids, start, own, _) in enumerate(parts):
-            tokens.extend(ids)
-            positions.extend(range(start, start + len(ids)))
-            sequences.extend([index] * len(ids))
-            pages.append((ctypes.c_int32 * len(own))(*own))
-        table = (ctypes.c_void_p * len(pages))(*(ctypes.addressof(own) for own in pages))
+        for index, part in enumerate(parts):
+            count = len(part.tokens)
+            tokens.extend(part.tokens)
+            places.extend(range(part.start, part.start + count))
+            sequences.extend(repeat(index, count))
+            pages.append((ctypes.c_int32 * len(part.pages))(*part.pages))
+        table = (ctypes.c_void_p * len(pages))(*map(ctypes.addressof, pages))
+        slots = array("i", [part.row for part in parts])
         sets = array("i")
         for rotation in self.program.rotations:
-            for ids, start, _, prompt in parts:
-                sets.extend(_sets(rotation, start, len(ids), prompt))
-        address = [values.buffer_info()[0] for values in (tokens, positions, sequences)]
-        if self._library.native_step_run(self._handle, len(tokens), *address, table, sets.buffer_info()[0]):
+            for part in parts:
+                sets.extend(_sets(rotation, part))
+        rows = StepRows(
+            len(tokens),
+            *map(_address, (tokens, places, sequences, look.positions, look.blocks, look.lows, look.highs)),
+            ctypes.addressof(table),
+            _address(slots),
+        )
+        if self._library.native_step_run(self._handle, ctypes.byref(rows), _address(sets)):
             raise _out_of_memory()
 
     def logits(self, places: Sequence[int], out: int) -> None:
@@ -97,12 +116,23 @@ class Step:
         """Make a page hold what another holds."""
         self._library.native_step_copy_page(self._handle, source, target)
 
+    def copy_sequence(self, source: int, target: int) -> None:
+        """Let a row of the cache go on from where another is; pages are the caller's affair."""
+        self._visibility.copy(source, target)
+        self._library.native_step_copy_states(self._handle, source, target)
 
-def _sets(rotation: Rotation, start: int, count: int, prompt: int) -> list[int]:
+
+def _address(values: array[int]) -> int | None:
+    return values.buffer_info()[0] if values else None
+
+
+def _sets(rotation: Rotation, part: Part) -> Iterable[int]:
     if len(rotation.starts) == 1:
-        return [0] * count
-    lengths = [prompt if rotation.follows == "prompt" else max(at + 1, prompt) for at in range(start, start + count)]
-    return [bisect_right(rotation.starts, length) - 1 for length in lengths]
+        return repeat(0, len(part.tokens))
+    if rotation.follows == "prompt":
+        return repeat(bisect_right(rotation.starts, part.prompt_size) - 1, len(part.tokens))
+    ends = range(part.start + 1, part.start + len(part.tokens) + 1)
+    return [bisect_right(rotation.starts, max(end, part.prompt_size)) - 1 for end in ends]
 
 
 def _out_of_memory() -> OarsmithError:

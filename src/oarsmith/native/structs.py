@@ -23,15 +23,22 @@ class Norm(ctypes.Structure):
     )
 
 
+class Turn(ctypes.Structure):
+    _fields_ = (("rotation", c_int64), ("offset", c_int64))
+
+
 class Attention(ctypes.Structure):
     _fields_ = (
         ("heads", c_int64),
         ("kv_heads", c_int64),
-        ("dim", c_int64),
+        ("key_dim", c_int64),
+        ("value_dim", c_int64),
+        ("keys_at", c_int64),
+        ("values_at", c_int64),
         ("layer", c_int64),
         ("q_norm", Norm),
         ("k_norm", Norm),
-        ("rotation", c_int64),
+        ("turns", Turn * 2),
         ("window", c_int64),
         ("bias_positions", c_int64),
         ("bias", c_void_p),
@@ -85,13 +92,25 @@ class Operation(ctypes.Structure):
         ("bias", c_void_p),
         ("positions", c_void_p),
         ("position_offset", c_int64),
+        ("target_offset", c_int64),
+        ("count", c_int64),
+        ("source_step", c_int64),
+        ("target_step", c_int64),
+        ("matrices", POINTER(Matrix)),
+        ("state", c_int64),
         ("attention", POINTER(Attention)),
         ("experts", POINTER(Experts)),
     )
 
 
 class Rotation(ctypes.Structure):
-    _fields_ = (("frequencies", c_int64), ("sets", c_void_p), ("factor", c_float), ("adjacent", c_int32))
+    _fields_ = (
+        ("frequencies", c_int64),
+        ("sets", c_void_p),
+        ("factor", c_float),
+        ("adjacent", c_int32),
+        ("of_blocks", c_int64),
+    )
 
 
 class StepSpec(ctypes.Structure):
@@ -114,10 +133,39 @@ class StepSpec(ctypes.Structure):
         ("stored", c_int32),
         ("num_pages", c_int64),
         ("page_size", c_int64),
+        ("num_states", c_int64),
+        ("num_slots", c_int64),
+        ("state_widths", POINTER(c_int64)),
     )
 
 
-SIZES = tuple(ctypes.sizeof(struct) for struct in (Norm, Attention, Experts, Matrix, Operation, Rotation, StepSpec))
+class StepRows(ctypes.Structure):
+    _fields_ = (
+        ("count", c_int64),
+        ("tokens", c_void_p),
+        ("places", c_void_p),
+        ("sequences", c_void_p),
+        ("positions", c_void_p),
+        ("blocks", c_void_p),
+        ("lows", c_void_p),
+        ("highs", c_void_p),
+        ("pages", c_void_p),
+        ("slots", c_void_p),
+    )
+
+
+_ALL: tuple[type[ctypes.Structure], ...] = (
+    Norm,
+    Attention,
+    Experts,
+    Matrix,
+    Operation,
+    Rotation,
+    StepSpec,
+    StepRows,
+)
+SIZES = tuple(ctypes.sizeof(struct) for struct in _ALL)
+_NO_TURN = Turn(-1, 0)
 
 
 class ProgramStructs:
@@ -130,7 +178,8 @@ class ProgramStructs:
         self.head = self._list(Operation, [self._operation(op) for op in program.head])
         self.rotations = self._list(Rotation, [self._rotation(rotation) for rotation in program.rotations])
         self.widths = self._list(c_int64, program.widths)
-        self.cache_dims = self._list(c_int64, [number for pair in program.cache for number in pair])
+        self.cache_dims = self._list(c_int64, [number for dims in program.cache for number in dims])
+        self.states = self._list(c_int64, program.states)
 
     def _list(self, kind: Any, values: Sequence[Any]) -> Any:
         array = (kind * len(values))(*values)
@@ -162,11 +211,14 @@ class ProgramStructs:
         return Attention(
             heads=spec.heads,
             kv_heads=spec.kv_heads,
-            dim=spec.dim,
+            key_dim=spec.key_dim,
+            value_dim=spec.value_dim,
+            keys_at=spec.keys_at,
+            values_at=spec.values_at,
             layer=spec.layer,
             q_norm=self._norm(spec.q_norm),
             k_norm=self._norm(spec.k_norm),
-            rotation=-1 if spec.rotation is None else spec.rotation,
+            turns=(*(Turn(turn.rotation, turn.offset) for turn in spec.turns), _NO_TURN, _NO_TURN)[:2],
             window=spec.window or 0,
             bias_positions=0 if spec.bias is None else spec.bias.size // spec.heads,
             bias=self._at(spec.bias),
@@ -214,9 +266,16 @@ class ProgramStructs:
             bias=self._at(op.bias),
             positions=self._at(op.positions),
             position_offset=op.position_offset,
+            target_offset=op.target_offset,
+            count=len(op.matrices),
+            source_step=op.source_step,
+            target_step=op.target_step,
+            matrices=self._list(Matrix, [self._matrix(matrix) for matrix in op.matrices]),
+            state=op.state,
             attention=self._pointer(op.attention, self._attention),
             experts=self._pointer(op.experts, self._experts),
         )
 
     def _rotation(self, rotation: parts.Rotation) -> Rotation:
-        return Rotation(rotation.frequencies, self._at(rotation.sets), rotation.factor, rotation.adjacent)
+        at = self._at(rotation.sets)
+        return Rotation(rotation.frequencies, at, rotation.factor, rotation.adjacent, rotation.of_blocks)

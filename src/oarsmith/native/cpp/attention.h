@@ -12,11 +12,16 @@
 
 static constexpr int64_t CHUNK = 256;
 
-// What a layer's attention is. Buffers hold its queries, head by head, then keys, then values.
+// Entries of a head from `offset` on turn by a rotation; -1: none.
+struct Turn {
+  int64_t rotation, offset;
+};
+
+// What a layer's attention is. A buffer holds its queries head by head, and from somewhere on its keys and its values.
 struct Attention {
-  int64_t heads, kv_heads, dim, layer;
-  Norm q_norm, k_norm;       // size 0: none; over a head, or over all of them
-  int64_t rotation;          // its number; -1: none
+  int64_t heads, kv_heads, key_dim, value_dim, keys_at, values_at, layer;
+  Norm q_norm, k_norm;       // size 0: none; over the first entries of a head, or over all heads
+  Turn turns[2];
   int64_t window;            // 0: none
   int64_t bias_positions;    // columns of `bias`
   const float* bias;         // [heads, positions]: bias[key] - bias[query] is added to a score; null: none
@@ -152,16 +157,17 @@ class AttentionBlock {
   void run(const RowBlock& block, int64_t kv, int64_t head, int64_t share, const Buffer& qkv, const Buffer& out) {
     block_ = &block, head_ = head, share_ = share, count_ = (block.stop - block.first) * share;
     begin(qkv);
-    const int64_t last = position(block.stop - 1), oldest = position(block.first);
-    const int64_t first = spec_.window ? std::max<int64_t>(0, oldest - spec_.window + 1) / 16 * 16 : 0;
+    int64_t first = low(block.first), last = high(block.first);
+    for (int64_t row = block.first + 1; row < block.stop; ++row)
+      first = std::min(first, low(row)), last = std::max(last, high(row));
+    first = first / 16 * 16;
     for (int64_t start = first, stop; start <= last; start = stop) {
       // A chunk ends with a page: what lies in one page lies in a row.
       stop = std::min({start + CHUNK, (start / cache_.page_size + 1) * cache_.page_size, last + 1});
       const int64_t page = block.pages[start / cache_.page_size], offset = start % cache_.page_size;
-      const int64_t row_bytes = spec_.dim * stored_bytes(S);
-      score(cache_.keys(layer_, page, kv) + offset * row_bytes, start, stop);
+      score(cache_.keys(layer_, page, kv) + offset * spec_.key_dim * stored_bytes(S), start, stop);
       weigh(start, stop);
-      add(cache_.values(layer_, page, kv) + offset * row_bytes, stop - start);
+      add(cache_.values(layer_, page, kv) + offset * spec_.value_dim * stored_bytes(S), stop - start);
     }
     finish(out);
   }
@@ -169,20 +175,25 @@ class AttentionBlock {
  private:
   int64_t row_of(int64_t query) const { return block_->first + query / share_; }
   int64_t head_of(int64_t query) const { return head_ + query % share_; }
-  int64_t position(int64_t row) const { return rows_.positions[row]; }
+  // The first and the last place that a row sees.
+  int64_t low(int64_t row) const {
+    const int64_t least = rows_.lows == nullptr ? 0 : rows_.lows[row];
+    return spec_.window ? std::max<int64_t>(least, rows_.places[row] - spec_.window + 1) : least;
+  }
+  int64_t high(int64_t row) const { return rows_.highs == nullptr ? rows_.places[row] : rows_.highs[row]; }
   float* scores(int64_t query) const { return scratch_.scores.data() + query * CHUNK; }
-  float* sums(int64_t query) const { return scratch_.sums.data() + query * spec_.dim; }
-  float* query(int64_t query) const { return scratch_.query.data() + query * spec_.dim; }
+  float* sums(int64_t query) const { return scratch_.sums.data() + query * spec_.value_dim; }
+  float* query(int64_t query) const { return scratch_.query.data() + query * spec_.key_dim; }
 
   void begin(const Buffer& qkv) {
-    scratch_.reserve(count_, spec_.dim);
-    std::fill_n(scratch_.sums.data(), count_ * spec_.dim, 0.0f);
+    scratch_.reserve(count_, std::max(spec_.key_dim, spec_.value_dim));
+    std::fill_n(scratch_.sums.data(), count_ * spec_.value_dim, 0.0f);
     for (int64_t n = 0; n < count_; ++n) {
-      const float* x = qkv.row(row_of(n)) + head_of(n) * spec_.dim;
+      const float* x = qkv.row(row_of(n)) + head_of(n) * spec_.key_dim;
       // A sink takes part in the softmax like a key without a value. No maximum is -inf: -inf - -inf is a NaN.
       scratch_.largest[n] = spec_.sinks ? std::max(spec_.sinks[head_of(n)], -1e30f) : -1e30f;
       scratch_.total[n] = spec_.sinks ? std::exp(spec_.sinks[head_of(n)] - scratch_.largest[n]) : 0.0f;
-      for (int64_t i = 0; i < spec_.dim; i += 16) {
+      for (int64_t i = 0; i < spec_.key_dim; i += 16) {
         if constexpr (S == Stored::F32)
           store16(query(n) + i, load16(x + i));
         else
@@ -192,14 +203,14 @@ class AttentionBlock {
   }
 
   void score(const uint8_t* keys, int64_t start, int64_t stop) {
-    const int64_t group_bytes = 16 * spec_.dim * stored_bytes(S);
+    const int64_t group_bytes = 16 * spec_.key_dim * stored_bytes(S);
     for (int64_t at = start; at < stop; at += 16, keys += group_bytes)
       in_pieces<4>(count_, [&](auto size, int64_t first) {
         constexpr int N = decltype(size)::value;
         const float* queries[N];
         vec16 found[N];
         for (int n = 0; n < N; ++n) queries[n] = query(first + n);
-        score_group<S, N>(queries, keys, spec_.dim, found);
+        score_group<S, N>(queries, keys, spec_.key_dim, found);
         for (int n = 0; n < N; ++n) store16(scores(first + n) + at - start, found[n]);
       });
   }
@@ -207,11 +218,10 @@ class AttentionBlock {
   // Scores to exp(score - largest), what is not seen to 0.
   void weigh(int64_t start, int64_t stop) {
     for (int64_t n = 0; n < count_; ++n) {
-      const int64_t own = position(row_of(n));
-      const int64_t from = spec_.window ? std::max<int64_t>(0, own - spec_.window + 1 - start) : 0;
-      const int64_t to = std::min(stop, own + 1) - start, wide = (stop - start + 15) / 16 * 16;
+      const int64_t row = row_of(n), wide = (stop - start + 15) / 16 * 16;
+      const int64_t from = low(row) - start, to = std::min(stop, high(row) + 1) - start;
       float* x = scores(n);
-      bend(x, n, own, start, wide);
+      bend(x, n, start, std::min(wide, to), wide);
       for (int64_t i = 0; i < std::min(from, wide); ++i) x[i] = -std::numeric_limits<float>::infinity();
       for (int64_t i = std::max<int64_t>(to, 0); i < wide; ++i) x[i] = -std::numeric_limits<float>::infinity();
       vec16 largest = all16(scratch_.largest[n]);
@@ -227,24 +237,24 @@ class AttentionBlock {
       scratch_.largest[n] = now;
       scratch_.total[n] = scratch_.total[n] * shrink + sum16(total);
       if (shrink != 1.0f)
-        for (int64_t i = 0; i < spec_.dim; i += 16) store16(sums(n) + i, load16(sums(n) + i) * shrink);
+        for (int64_t i = 0; i < spec_.value_dim; i += 16) store16(sums(n) + i, load16(sums(n) + i) * shrink);
     }
   }
 
-  // Soft cap and bias. Queries come scaled.
-  void bend(float* x, int64_t n, int64_t own, int64_t start, int64_t wide) const {
+  // Soft cap, and bias up to `to`. Queries come scaled.
+  void bend(float* x, int64_t n, int64_t start, int64_t to, int64_t wide) const {
     if (spec_.softcap != 0.0f)
       for (int64_t i = 0; i < wide; i += 16)
         store16(x + i, tanh16(load16(x + i) * (1.0f / spec_.softcap)) * spec_.softcap);
     if (spec_.bias == nullptr) return;
-    const float* bias = spec_.bias + head_of(n) * spec_.bias_positions;
-    for (int64_t i = 0; i < std::min(wide, own + 1 - start); ++i) x[i] += bias[start + i] - bias[own];
+    const float *bias = spec_.bias + head_of(n) * spec_.bias_positions, own = bias[rows_.places[row_of(n)]];
+    for (int64_t i = 0; i < to; ++i) x[i] += bias[start + i] - own;
   }
 
   void add(const uint8_t* values, int64_t count) {
-    for (int64_t column = 0; column < spec_.dim;) {
+    for (int64_t column = 0; column < spec_.value_dim;) {
       const uint8_t* at = values + column * stored_bytes(S);
-      const int64_t left = (spec_.dim - column) / 16;
+      const int64_t left = (spec_.value_dim - column) / 16;
       const auto some = [&](auto width) {
         constexpr int W = decltype(width)::value;
         in_pieces<4>(count_, [&](auto size, int64_t first) {
@@ -252,7 +262,7 @@ class AttentionBlock {
           const float* p[N];
           float* sum[N];
           for (int n = 0; n < N; ++n) p[n] = scores(first + n), sum[n] = sums(first + n) + column;
-          add_values<S, N, W>(p, at, count, spec_.dim, sum);
+          add_values<S, N, W>(p, at, count, spec_.value_dim, sum);
         });
         column += 16 * W;
       };
@@ -265,8 +275,8 @@ class AttentionBlock {
 
   void finish(const Buffer& out) {
     for (int64_t n = 0; n < count_; ++n) {
-      float* y = out.row(row_of(n)) + head_of(n) * spec_.dim;
-      for (int64_t i = 0; i < spec_.dim; i += 16) store16(y + i, load16(sums(n) + i) * (1.0f / scratch_.total[n]));
+      float* y = out.row(row_of(n)) + head_of(n) * spec_.value_dim;
+      for (int64_t i = 0; i < spec_.value_dim; i += 16) store16(y + i, load16(sums(n) + i) * (1.0f / scratch_.total[n]));
     }
   }
 

@@ -13,11 +13,10 @@ void* native_step_new(const StepSpec* spec) {
 
 void native_step_free(void* step) { delete static_cast<Step*>(step); }
 
-// pages: [sequences], where the pages of each sequence are; sets: [rotations, rows].
-int native_step_run(void* step, int64_t count, const int32_t* tokens, const int32_t* positions,
-                    const int32_t* sequences, const int32_t* const* pages, const int32_t* sets) {
+// sets: [rotations, rows].
+int native_step_run(void* step, const StepRows* rows, const int32_t* sets) {
   try {
-    static_cast<Step*>(step)->run({count, tokens, positions, sequences, pages}, sets);
+    static_cast<Step*>(step)->run(*rows, sets);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;
@@ -37,10 +36,14 @@ void native_step_copy_page(void* step, int64_t source, int64_t target) {
   static_cast<Step*>(step)->cache().copy_page(source, target);
 }
 
+void native_step_copy_states(void* step, int64_t source, int64_t target) {
+  static_cast<Step*>(step)->copy_states(source, target);
+}
+
 // The sizes of the structs that Python writes, in the order of program.h, to be compared with its own.
 void native_struct_sizes(int64_t* sizes) {
   const int64_t found[] = {sizeof(Norm), sizeof(Attention), sizeof(Experts), sizeof(Matrix), sizeof(Operation),
-                           sizeof(RotationSpec), sizeof(StepSpec)};
+                           sizeof(RotationSpec), sizeof(StepSpec), sizeof(StepRows)};
   std::memcpy(sizes, found, sizeof(found));
 }
 }

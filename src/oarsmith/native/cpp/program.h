@@ -10,6 +10,8 @@ enum class Kind : int32_t {
   NORM,     // target = keep * target + norm(source), or the source itself
   LINEAR,   // y = W norm(source) + bias, then as `into` says
   ATTEND,   // target = attention of the source's queries, after its keys and values went into the cache
+  HEADS,    // each of `count` pieces of the source times a matrix of its own: target's piece
+  JOIN,     // target = the source's row before it in the sequence (0 where there is none), then its own
   EXPERTS,  // target = keep * target + the chosen experts' answers to source; `scores` are the router's
 };
 
@@ -44,6 +46,10 @@ struct Operation {
   const float* bias;       // [padded rows]; null: none
   const float* positions;  // [places, width]; null: none
   int64_t position_offset;
+  int64_t target_offset;                     // of LINEAR: the first column
+  int64_t count, source_step, target_step;   // of HEADS
+  const Matrix* matrices;                    // [count]
+  int64_t state;                             // of JOIN: its number
   const Attention* attention;
   const Experts* experts;
 };
@@ -54,6 +60,7 @@ struct RotationSpec {
   const float* sets;  // [sets, frequencies]
   float factor;
   int32_t adjacent;
+  int64_t of_blocks;    // turns by the second kind of position
 };
 
 struct StepSpec {
@@ -66,7 +73,9 @@ struct StepSpec {
   int64_t num_rotations;
   const RotationSpec* rotations;
   int64_t num_layers;
-  const int64_t* cache_dims;  // [layers, 2]: kv heads and head dim
+  const int64_t* cache_dims;  // [layers, 3]: kv heads, key dim, value dim
   Stored stored;
   int64_t num_pages, page_size;
+  int64_t num_states, num_slots;
+  const int64_t* state_widths;
 };

@@ -10,12 +10,25 @@ struct Buffer {
   float* row(int64_t index) const { return data + index * stride; }
 };
 
-// The tokens of a step: row i is `tokens[i]` at `positions[i]` of `sequences[i]`. Rows of a sequence are in order and
-// lie side by side.
+// The tokens of a step. Row i is `tokens[i]` at place `places[i]` of sequence `sequences[i]`; rows of a sequence are in
+// order and lie side by side.
 struct StepRows {
   int64_t count;
-  const int32_t *tokens, *positions, *sequences;
-  const int32_t* const* pages;  // [sequences]: the pages of each
+  const int32_t *tokens, *places, *sequences;
+  const int32_t *positions, *blocks;  // what rotations and learned positions go by; null: places, 0
+  const int32_t *lows, *highs;        // the first and the last place that a row sees; null: 0, its own
+  const int32_t* const* pages;        // [sequences]: the pages of each
+  const int32_t* slots;               // [sequences]: where the state of each is kept
+
+  int32_t position(int64_t row, int64_t of_blocks = 0) const {
+    if (of_blocks) return blocks == nullptr ? 0 : blocks[row];
+    return positions == nullptr ? places[row] : positions[row];
+  }
+  StepRows part(int64_t first, int64_t size) const {
+    const auto from = [first](const int32_t* x) { return x == nullptr ? nullptr : x + first; };
+    return {size, from(tokens), from(places), from(sequences), from(positions), from(blocks), from(lows), from(highs),
+            pages, slots};
+  }
 };
 
 // RMS norm, or layer norm where it is centered; size 0: no norm. A size smaller than the row: one norm for each piece

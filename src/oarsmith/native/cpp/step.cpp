@@ -7,6 +7,7 @@ Step::Step(const StepSpec& spec)
       body_(spec.body, spec.body + spec.num_body),
       head_(spec.head, spec.head + spec.num_head),
       rotation_specs_(spec.rotations, spec.rotations + spec.num_rotations),
+      state_widths_(spec.state_widths, spec.state_widths + spec.num_states),
       cache_(spec.stored, spec.num_layers, spec.cache_dims, spec.num_pages, spec.page_size),
       members_(spec.threads),
       team_(static_cast<int>(spec.threads)) {
@@ -34,25 +35,38 @@ Step::Step(const StepSpec& spec)
     rotations_.push_back({rotation.frequencies, rotation.adjacent != 0, cos, sin});
   }
   for (Member& member : members_) member.row.assign(widest, 0.0f);
+  for (int64_t width : state_widths_) states_.emplace_back(spec.num_slots * width);
   const auto need = [&](const Matrix& matrix) { inputs_for(matrix); };
   for (const std::vector<Operation>* list : {&body_, &head_})
     for (const Operation& op : *list) {
       if (op.kind == Kind::LINEAR) need(op.matrix);
+      if (op.kind == Kind::HEADS) inputs_for(op.matrices[0], true);
       if (op.kind == Kind::EXPERTS) need(op.experts->gate_up[0]), need(op.experts->down[0]);
     }
 }
 
-std::vector<Inputs>& Step::inputs_for(const Matrix& matrix) {
+std::vector<Inputs>& Step::inputs_for(const Matrix& matrix, bool each_all) {
   for (InputsOf& known : inputs_)
-    if (known.format == matrix.format && known.columns == matrix.columns) return known.inputs;
-  inputs_.push_back({matrix.format, matrix.columns, std::vector<Inputs>(spec_.threads)});
+    if (known.format == matrix.format && known.columns == matrix.columns && known.each_all == each_all)
+      return known.inputs;
+  inputs_.push_back({matrix.format, matrix.columns, each_all, std::vector<Inputs>(spec_.threads)});
   return inputs_.back().inputs;
+}
+
+void Step::copy_states(int64_t source, int64_t target) {
+  for (int64_t i = 0; i < spec_.num_states; ++i) {
+    const int64_t width = state_widths_[i];
+    std::memcpy(states_[i].data() + target * width, states_[i].data() + source * width, 4 * width);
+  }
 }
 
 // The first has room for all rows; each member has one row of its own.
 void Step::begin_inputs(int64_t rows) {
   for (InputsOf& known : inputs_)
-    for (Inputs& inputs : known.inputs) inputs.begin(known.format, known.columns, &inputs == &known.inputs[0] ? rows : 1);
+    for (Inputs& inputs : known.inputs) {
+      const bool all = known.each_all || &inputs == &known.inputs[0];
+      inputs.begin(known.format, known.columns, all ? rows : 1);
+    }
 }
 
 void Step::run(const StepRows& rows, const int32_t* sets) {
@@ -64,9 +78,7 @@ void Step::run(const StepRows& rows, const int32_t* sets) {
   }
   std::vector<const int32_t*> own(spec_.num_rotations);
   for (int64_t first = 0; first < rows.count; first += spec_.max_rows) {
-    StepRows some = rows;
-    some.count = std::min(spec_.max_rows, rows.count - first);
-    some.tokens += first, some.positions += first, some.sequences += first;
+    const StepRows some = rows.part(first, std::min(spec_.max_rows, rows.count - first));
     for (int64_t i = 0; i < spec_.num_rotations; ++i) own[i] = sets + i * rows.count + first;
     buffers_[spec_.stream].data = reinterpret_cast<float*>(hidden_.data()) + first * stride;
     some_rows(some, own.data());
@@ -120,6 +132,8 @@ void Step::operations(const Operation* list, int64_t count, int64_t rows, int me
       case Kind::NORM: norm(op, rows, member); break;
       case Kind::LINEAR: linear(op, rows, member); break;
       case Kind::ATTEND: attend(op, rows, member); break;
+      case Kind::HEADS: heads(op, rows, member); break;
+      case Kind::JOIN: join(op, rows, member); break;
       case Kind::EXPERTS: experts(op, rows, member); break;
     }
     team_.meet();
@@ -135,7 +149,7 @@ void Step::turn(const StepRows& rows, const int32_t* const* sets, int member) {
       const float* frequencies = spec.sets + sets[i][row] * spec.frequencies;
       for (int64_t f = 0; f < spec.frequencies; ++f) {
         // The product is rounded to fp32, as the decoder's own tables have it.
-        const float angle = static_cast<float>(rows.positions[row]) * frequencies[f];
+        const float angle = static_cast<float>(rows.position(row, spec.of_blocks)) * frequencies[f];
         cos[row * spec.frequencies + f] = std::cos(angle) * spec.factor;
         sin[row * spec.frequencies + f] = std::sin(angle) * spec.factor;
       }
@@ -155,7 +169,7 @@ void Step::embed(const Operation& op, int64_t rows, int member) {
       for (int64_t i = 0; i < op.matrix.columns; ++i) y[i] += own[i] * op.scale;
     }
     if (op.positions == nullptr) continue;
-    const float* learned = op.positions + (rows_->positions[row] + op.position_offset) * op.matrix.columns;
+    const float* learned = op.positions + (rows_->position(row) + op.position_offset) * op.matrix.columns;
     for (int64_t i = 0; i < op.matrix.columns; ++i) y[i] += learned[i];
   }
 }
@@ -196,13 +210,14 @@ void Step::linear(const Operation& op, int64_t rows, int member) {
         if (op.scale != 1.0f) low *= op.scale, high *= op.scale;
         if (activation != Activation::NONE)
           low = activate(activation, low, op.limit), high = activate(activation, high, op.limit);
-        float* y = target.row(row) + 32 * pair;
-        if (32 * pair + 32 <= target.stride) {
+        const int64_t column = op.target_offset + 32 * pair;
+        float* y = target.row(row) + column;
+        if (column + 32 <= target.stride) {
           store16(y, low), store16(y + 16, high);
         } else {
           float some[32];
           store16(some, low), store16(some + 16, high);
-          std::memcpy(y, some, 4 * (target.stride - 32 * pair));
+          std::memcpy(y, some, 4 * (target.stride - column));
         }
       });
     case Into::ADD: {
@@ -231,38 +246,44 @@ void Step::linear(const Operation& op, int64_t rows, int member) {
 void Step::place(const Operation& op, int64_t rows, int member) {
   const Attention& spec = *op.attention;
   const Buffer qkv = buffers_[op.source];
-  const int64_t dim = spec.dim, keys = spec.heads * dim, values = keys + spec.kv_heads * dim;
+  const int64_t dim = spec.key_dim;
   const bool whole = spec.q_norm.count > dim || spec.k_norm.count > dim;
   if (whole) {
     const Share share(rows, member, team_.size());
     for (int64_t row = share.first; row < share.stop; ++row) {
       float* x = qkv.row(row);
-      apply(spec.q_norm, keys, x, x);
-      apply(spec.k_norm, spec.kv_heads * dim, x + keys, x + keys);
+      apply(spec.q_norm, spec.heads * dim, x, x);
+      apply(spec.k_norm, spec.kv_heads * dim, x + spec.keys_at, x + spec.keys_at);
     }
     team_.meet();
   }
-  const CacheLayer& layer = cache_.layer(spec.layer);
   const int64_t heads = spec.heads + spec.kv_heads;
   const Share share(rows * heads, member, team_.size());
-  for (int64_t unit = share.first; unit < share.stop; ++unit) {
-    const int64_t row = unit / heads, head = unit % heads, position = rows_->positions[row];
-    const bool query = head < spec.heads;
-    float* x = qkv.row(row) + head * dim;
-    const Norm& norm = query ? spec.q_norm : spec.k_norm;
-    if (norm.size != 0 && !whole) {
-      const int64_t own = norm.weights > 1 ? (query ? head : head - spec.heads) * norm.size : 0;
-      apply_one(norm, norm.weight + own, norm.bias == nullptr ? nullptr : norm.bias + own, x, x);
-    }
-    if (spec.rotation >= 0) rotate(rotations_[spec.rotation], row, x);
-    if (query) {
-      float scale = spec.scale;
-      if (spec.log_n != 0.0f) scale *= std::max(1.0f, std::log(static_cast<float>(position + 1)) / std::log(spec.log_n));
-      for (int64_t i = 0; i < dim; ++i) x[i] *= scale;
-    } else {
-      const int64_t kv = head - spec.heads, page = rows_->pages[rows_->sequences[row]][position / cache_.page_size];
-      cache_.put(layer, page, kv, position % cache_.page_size, x, qkv.row(row) + values + kv * dim);
-    }
+  for (int64_t unit = share.first; unit < share.stop; ++unit)
+    place_head(spec, qkv.row(unit / heads), unit / heads, unit % heads, !whole);
+}
+
+// One query head or, after those, one kv head of a row.
+void Step::place_head(const Attention& spec, float* qkv, int64_t row, int64_t head, bool with_norm) {
+  const bool query = head < spec.heads;
+  const int64_t own = query ? head : head - spec.heads, place = rows_->places[row];
+  float* x = qkv + (query ? 0 : spec.keys_at) + own * spec.key_dim;
+  const Norm& norm = query ? spec.q_norm : spec.k_norm;
+  if (norm.size != 0 && with_norm) {
+    const int64_t first = norm.weights > 1 ? own * norm.size : 0;
+    apply_one(norm, norm.weight + first, norm.bias == nullptr ? nullptr : norm.bias + first, x, x);
+  }
+  const float* value = qkv + spec.values_at + own * spec.value_dim;
+  for (const Turn& turn : spec.turns)
+    if (turn.rotation >= 0) rotate(rotations_[turn.rotation], row, x + turn.offset);
+  if (query) {
+    float scale = spec.scale;
+    if (spec.log_n != 0.0f)
+      scale *= std::max(1.0f, std::log(static_cast<float>(rows_->position(row) + 1)) / std::log(spec.log_n));
+    for (int64_t i = 0; i < spec.key_dim; ++i) x[i] *= scale;
+  } else {
+    const int64_t page = rows_->pages[rows_->sequences[row]][place / cache_.page_size];
+    cache_.put(cache_.layer(spec.layer), page, own, place % cache_.page_size, x, value);
   }
 }
 

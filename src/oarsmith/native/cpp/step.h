@@ -17,6 +17,8 @@ class Step {
   void logits(int64_t count, const int64_t* places, float* out);
 
   const Cache& cache() const { return cache_; }
+  // Let slot `target` go on from where `source` is.
+  void copy_states(int64_t source, int64_t target);
 
  private:
   // What a member has for itself.
@@ -40,6 +42,9 @@ class Step {
   void linear(const Operation& op, int64_t rows, int member);
   void attend(const Operation& op, int64_t rows, int member);
   void place(const Operation& op, int64_t rows, int member);
+  void place_head(const Attention& spec, float* qkv, int64_t row, int64_t head, bool with_norm);
+  void heads(const Operation& op, int64_t rows, int member);
+  void join(const Operation& op, int64_t rows, int member);
   void experts(const Operation& op, int64_t rows, int member);
   void choose(const Operation& op, int64_t row);
   void sort_by_expert(const Experts& spec, int64_t rows);
@@ -48,11 +53,12 @@ class Step {
   template <Stored S>
   void attend_blocks(const Operation& op, int member);
 
-  std::vector<Inputs>& inputs_for(const Matrix& matrix);
+  std::vector<Inputs>& inputs_for(const Matrix& matrix, bool each_all = false);
 
   StepSpec spec_;
   std::vector<Operation> body_, head_;
   std::vector<RotationSpec> rotation_specs_;
+  std::vector<int64_t> state_widths_;
   Cache cache_;
   Memory memory_, hidden_;
   int64_t hidden_rows_ = 0;
@@ -62,6 +68,7 @@ class Step {
   struct InputsOf {
     Format format;
     int64_t columns;
+    bool each_all;  // every member has room for all rows
     std::vector<Inputs> inputs;
   };
   std::vector<InputsOf> inputs_;
@@ -71,6 +78,7 @@ class Step {
   // Of a step's rows: the experts each chose, and their weights; these choices sorted by expert, and where each begins.
   std::vector<int32_t> chosen_, order_, starts_;
   std::vector<float> shares_;
+  std::vector<std::vector<float>> states_;  // [states]: [slots, width]
   Team team_;
 };
 
