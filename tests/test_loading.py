@@ -14,7 +14,8 @@ from oarsmith.adapters.peft_layout import write_adapter
 from oarsmith.adapters.targets import lora_rewrite
 from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.errors import CheckpointError, ConfigError, ModelError, OarsmithError
-from oarsmith.loading import dtype_name, load_model, pick_device, pick_dtype, resolve, save_model
+from oarsmith.loading import dtype_name, load_model, pick_device, pick_dtype, save_model
+from oarsmith.model_path import resolve
 from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.init import init_weights

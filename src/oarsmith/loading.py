@@ -1,85 +1,25 @@
-"""Models by path: the one place that knows model directories, adapter directories and run folders."""
+"""Models by path, with their adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from oarsmith.adapters.lora import attach
-from oarsmith.adapters.peft_layout import CONFIG as ADAPTER_CONFIG
-from oarsmith.adapters.peft_layout import adapter_rewrite, load_adapter_weights, read_adapter_config
+from oarsmith.adapters.peft_layout import adapter_rewrite, load_adapter_weights
 from oarsmith.atomic import atomic_directory
 from oarsmith.checkpoint.config_file import check_config, read_config
 from oarsmith.checkpoint.fill import empty_decoder
 from oarsmith.checkpoint.hf import DTYPES, load_decoder, write_decoder
-from oarsmith.config.resolved import RUN_FILE
-from oarsmith.errors import CheckpointError, ConfigError
+from oarsmith.errors import ConfigError
+from oarsmith.model_path import resolve
 from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.init import init_weights
-from oarsmith.text import Tokenizer, load_tokenizer
-
-
-@dataclass(frozen=True)
-class ModelPath:
-    """Where a model's parts lie: ``base`` holds config, weights and tokenizer, ``adapter`` an adapter on top of it."""
-
-    base: Path
-    adapter: Path | None = None
-
-
-def resolve(path: str | Path, adapter: str | Path | None = None) -> ModelPath:
-    """What a path the user typed refers to.
-
-    A run folder stands for its ``merged`` or ``model`` folder, or its ``adapter``; an adapter directory for itself on
-    the base it names (relative names are looked up from the adapter's directory, then from here).
-
-    Raises:
-        CheckpointError: an adapter whose base cannot be found.
-    """
-    where = Path(path)
-    if (where / RUN_FILE).is_file():
-        parts = [where / name for name in ("merged", "model", "adapter") if (where / name).is_dir()]
-        if not parts:
-            raise CheckpointError("this run has not finished: no model yet", where=str(where), fix="resume the run")
-        where = parts[0]
-    if (where / ADAPTER_CONFIG).is_file() and not (where / "config.json").is_file():
-        base = read_adapter_config(where).get("base_model_name_or_path")
-        candidates = [where / str(base), Path(str(base))]
-        found = next((candidate for candidate in candidates if (candidate / "config.json").is_file()), None)
-        if base is None or found is None:
-            raise CheckpointError(
-                f"the adapter's base model {base!r} is not there",
-                where=str(where),
-                fix="name the base model and pass the adapter with --adapter",
-            )
-        if adapter is not None:
-            raise CheckpointError("the path is an adapter already", where=str(where), fix="name the base model instead")
-        return ModelPath(found, where)
-    if where.is_dir() and not (where / "config.json").is_file() and (files := sorted(where.glob("*.gguf"))):
-        raise CheckpointError(
-            f"the directory holds {files[0].name}, a GGUF file",
-            where=str(where),
-            fix=f"make a model directory of it: oarsmith convert {files[0]} OUT",
-        )
-    return ModelPath(where, None if adapter is None else adapter_directory(Path(adapter)))
-
-
-def adapter_directory(path: Path) -> Path:
-    """An adapter's own directory: a run folder stands for its ``adapter``."""
-    return path / "adapter" if (path / RUN_FILE).is_file() else path
-
-
-def find_tokenizer(path: str | Path, adapter: str | Path | None = None) -> Tokenizer:
-    """The tokenizer of a model path: the adapter's own where it has one (it may carry a template), else the base's."""
-    where = resolve(path, adapter)
-    if where.adapter is not None and (where.adapter / "tokenizer_config.json").is_file():
-        return load_tokenizer(where.adapter)
-    return load_tokenizer(where.base)
+from oarsmith.text import Tokenizer
 
 
 def pick_device(name: str) -> torch.device:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import oarsmith
 from oarsmith.engine import Engine, Sampling
 from oarsmith.errors import ConfigError, DataError, ModelError, OarsmithError
-from oarsmith.loading import find_tokenizer
+from oarsmith.model_path import find_tokenizer
 from oarsmith.text import ChatTemplate
 
 FAMILIES = ("llama", "gemma", "mistral", "gpt2")

@@ -12,6 +12,7 @@ LAYERS = (
     {"jobs"},
     {"methods", "engine", "serve", "merge", "quantize", "rl"},
     {"loading"},
+    {"model_path"},
     {"training", "losses", "adapters", "parallel"},
     {"data", "checkpoint", "native"},
     {"models"},

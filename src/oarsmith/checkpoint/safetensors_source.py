@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from oarsmith.checkpoint.files import RangeReader, check_shard, read_shards, require_inside
+from oarsmith.checkpoint.files import check_shard, read_shards, require_inside
+from oarsmith.checkpoint.ranges import RangeReader
 from oarsmith.checkpoint.safetensors_stream import SAFETENSORS_DTYPES, StoredTensor, check_safetensors
 from oarsmith.checkpoint.tensors import TensorSource
 from oarsmith.errors import CheckpointError

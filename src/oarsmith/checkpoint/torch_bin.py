@@ -14,8 +14,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from oarsmith.checkpoint.files import REFETCH, RangeReader, check_shard, read_shards, require_inside
+from oarsmith.checkpoint.files import REFETCH, check_shard, read_shards, require_inside
 from oarsmith.checkpoint.pickles import FileBytes, PickleMachine, Vocabulary, pairs
+from oarsmith.checkpoint.ranges import RangeReader
 from oarsmith.checkpoint.safetensors_stream import SAFETENSORS_DTYPES, storable
 from oarsmith.checkpoint.tensors import TensorSource
 from oarsmith.checkpoint.torch_zip import is_zip, zip_members

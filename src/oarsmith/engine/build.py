@@ -13,7 +13,8 @@ from oarsmith.engine.pages import PagePool
 from oarsmith.engine.runner import Runner
 from oarsmith.engine.scheduler import Scheduler
 from oarsmith.errors import ConfigError, ModelError
-from oarsmith.loading import find_tokenizer, load_model
+from oarsmith.loading import load_model
+from oarsmith.model_path import find_tokenizer
 from oarsmith.models.caching import CacheRules
 from oarsmith.models.decoder import Decoder
 from oarsmith.text import Tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 
 from oarsmith.config.inference import GenerateConfig
 from oarsmith.engine import Sampling
-from oarsmith.loading import resolve
+from oarsmith.model_path import resolve
 
 # Of a large file, as many pieces of so many bytes are looked at: training changes all of them.
 _PIECES, _PIECE = 64, 4096

@@ -11,7 +11,7 @@ from oarsmith.config.groups import ModelKeys, SamplingKeys
 from oarsmith.config.inference import ChatConfig, GenerateConfig
 from oarsmith.engine import Completion, Engine, Sampling
 from oarsmith.errors import ConfigError
-from oarsmith.loading import find_tokenizer
+from oarsmith.model_path import find_tokenizer
 from oarsmith.text import Tokenizer
 from oarsmith.text.choose import with_named_template
 

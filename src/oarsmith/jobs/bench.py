@@ -26,7 +26,8 @@ from oarsmith.jobs.bench_report import disturbed, draw, numbers_of, same_tokens,
 from oarsmith.jobs.bench_requests import BenchRequest, bench_requests
 from oarsmith.jobs.bench_systems import PACKAGES, Task
 from oarsmith.jobs.console import make_console
-from oarsmith.loading import pick_device, resolve
+from oarsmith.loading import pick_device
+from oarsmith.model_path import resolve
 from oarsmith.models import families
 from oarsmith.text import load_tokenizer
 from oarsmith.text.choose import with_named_template

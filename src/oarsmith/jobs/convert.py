@@ -32,7 +32,8 @@ from oarsmith.config.checkpoints import ConvertConfig
 from oarsmith.config.resolved import Resolved
 from oarsmith.errors import CheckpointError
 from oarsmith.jobs.console import make_console
-from oarsmith.loading import pick_dtype, resolve
+from oarsmith.loading import pick_dtype
+from oarsmith.model_path import resolve
 from oarsmith.models import families
 
 Show = Callable[[str, int, int], None]

@@ -17,7 +17,8 @@ from oarsmith.config.resolved import Resolved
 from oarsmith.errors import CheckpointError, ModelError
 from oarsmith.jobs.console import make_console
 from oarsmith.jobs.convert import check_destination
-from oarsmith.loading import adapter_directory, find_tokenizer, load_model, resolve
+from oarsmith.loading import load_model
+from oarsmith.model_path import adapter_directory, find_tokenizer, resolve
 from oarsmith.text import Tokenizer
 
 # General prompts for the proof where the caller has none of its own.

@@ -8,8 +8,8 @@ from oarsmith.config.tools import PreviewConfig
 from oarsmith.data.preview import preview
 from oarsmith.jobs.console import make_console
 from oarsmith.jobs.runtime import fit_max_length, make_tokenizer
-from oarsmith.loading import resolve
 from oarsmith.methods.sft import sample_options
+from oarsmith.model_path import resolve
 from oarsmith.models import families
 
 

@@ -14,7 +14,8 @@ from oarsmith.config.groups import ModelKeys, RuntimeKeys
 from oarsmith.config.resolved import Resolved
 from oarsmith.errors import ConfigError
 from oarsmith.kernels.memory import keep_freed_memory
-from oarsmith.loading import pick_device, resolve
+from oarsmith.loading import pick_device
+from oarsmith.model_path import resolve
 from oarsmith.text import Tokenizer, load_tokenizer
 from oarsmith.text.choose import with_named_template
 

@@ -19,7 +19,8 @@ from oarsmith.config.resolved import Resolved
 from oarsmith.config.train import TrainConfig
 from oarsmith.data.pose import Pose
 from oarsmith.errors import ConfigError, DataError
-from oarsmith.loading import dtype_name, new_model, resolve
+from oarsmith.loading import dtype_name, new_model
+from oarsmith.model_path import resolve
 from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.recompute import Recompute

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from oarsmith.atomic import atomic_file
-from oarsmith.checkpoint.files import REFETCH, RangeReader, require_inside
+from oarsmith.checkpoint.files import REFETCH, require_inside
 from oarsmith.checkpoint.pickles import FileBytes, PickleMachine, Record, Vocabulary
+from oarsmith.checkpoint.ranges import RangeReader
 from oarsmith.checkpoint.safetensors_stream import SAFETENSORS_DTYPES, TensorInfo, storable
 from oarsmith.checkpoint.tensors import TensorSource
 from oarsmith.errors import CheckpointError
