@@ -7,6 +7,7 @@ import pytest
 from oarsmith import cli
 from oarsmith.config.checkpoints import ConvertConfig
 from oarsmith.config.idle import IDLE
+from oarsmith.config.inference import GenerateConfig
 from oarsmith.config.load import load_config
 from oarsmith.config.pretrain import PretrainConfig
 from oarsmith.config.sft import SftConfig
@@ -28,6 +29,7 @@ CASES = [
     (ConvertConfig, "--gguf_type f16 --with_tokenizer false", "--to gguf"),
     (ConvertConfig, "--paddle_layout pdparams", "--to paddle"),
     (ConvertConfig, "--to gguf --dtype fp32 --max_shard_gb 2", "--to hf"),
+    (GenerateConfig, "--num_draft_tokens 3 --ngram_min 2 --ngram_max 5", "--speculative ngram"),
 ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from oarsmith.engine.request import Request
 from oarsmith.engine.sampler import Choice
 from oarsmith.errors import ConfigError, DataError, ModelError
 from oarsmith.models.decoder import Decoder
+
+from .accounts import account, finish
 
 Tiny = Callable[[str], Path]
 PROMPTS = [[5, 17, 88, 3], [9], list(range(20, 33)), [150, 2, 2, 7, 61, 61], [44, 45], list(range(20, 40))]
@@ -31,29 +32,6 @@ def model(tiny_model: Tiny) -> Decoder:
 def tight(model: Decoder, **options: int) -> Engine:
     """Pages of 4 tokens, 16 of them: two or three requests that are answered to the end."""
     return Engine(model, **{"batch_size": 4, "num_pages": 16, "block_size": 4, "max_step_tokens": 8, **options})
-
-
-def account(engine: Engine) -> None:
-    """Every page is free or in the table of a request that runs."""
-    scheduler = engine.runner.scheduler
-    pool = scheduler.pool
-    held = Counter(page for request in scheduler.running for page in request.table.pages)
-    assert pool._owners == [held[page] for page in range(pool.num_pages)]
-    assert pool.num_free == pool.num_pages - len(held)
-    rows = [request.row for request in scheduler.running]
-    assert sorted([*rows, *scheduler._rows]) == list(range(engine.batch_size))
-
-
-def finish(engine: Engine) -> dict[str, Completion]:
-    found = {}
-    while engine.busy:
-        for output in engine.step():
-            assert output.error is None
-            if output.completion is not None:
-                found[output.id] = output.completion
-    account(engine)
-    assert engine.runner.scheduler.pool.num_free == engine.runner.scheduler.pool.num_pages
-    return found
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -174,3 +175,17 @@ def test_bias_bad_words_and_least_length_reach_the_engine(chain_model, capsys):
     assert "one" not in capsys.readouterr().out
     assert cli.main(["generate", model, "count", "--min_new_tokens", "12", "--max_new_tokens", "12"]) == 0
     assert "12 new" in capsys.readouterr().err
+
+
+def test_guesses_are_counted_and_change_nothing(chain_model, capsys):
+    text = "one two three STOP four"
+    model = str(chain_model(text))
+    for speculative, most in (("ngram", 20), (model, 100)):
+        words = ["--speculative", speculative, "--num_draft_tokens", "2", "--ngram_max", "4"]
+        assert cli.main(["generate", model, f"Say: {text}", *words]) == 0
+        printed = capsys.readouterr()
+        assert printed.out == f"{text}\n"
+        right, guessed = map(int, re.search(r"(\d+) of (\d+) guesses right", printed.err).groups())
+        assert 0 < right <= guessed <= most
+    assert cli.main(["generate", model, "count", "--speculative", "ngram", "--ngram_min", "4"]) != 0
+    assert "ngram_min 4 is more than ngram_max 3" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The engine's distributions are the forward pass's, in every family.
 
-Whole prompts, chunks, pages that were lost, known prefixes, windows and rotations that end within the answer.
+Whole prompts, chunks, pages that were lost, known prefixes, guessed tokens, windows and rotations that end within the
+answer.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from oarsmith import Engine, Sampling
 from oarsmith.engine import Completion
+from oarsmith.errors import ConfigError
 from oarsmith.models.caching import CacheRules
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.spec_position import DynamicScaling, Rope, SteppedScaling
+from oracle_drafter import OracleDrafter
 
 from .bench import Bench
 from .rows import ROWS
@@ -88,9 +91,21 @@ def test_distributions(row: str, tmp_path: Path) -> None:
     assert scheduler.num_preempted > 0
     assert scheduler.pool.num_free == 18
 
+    # Tokens that are guessed, rightly but for every fourth: those leave nothing behind.
+    sampling = Sampling(max_new_tokens=NEW, ignore_eos=True, logprobs=size)
+    if rules.revocable:
+        guessing = Engine(model, batch_size=3, num_pages=24, block_size=4, max_step_tokens=15, speculative="ngram")
+        guessing.runner._drafter = OracleDrafter(plain, size)
+        for completion, expected in zip(guessing.generate(prompts, sampling), plain, strict=True):
+            check(model, completion)
+            assert completion.ids == expected.ids
+        assert 0 < guessing.runner.num_accepted < guessing.runner.num_drafted
+    else:
+        with pytest.raises(ConfigError, match="guesses could not be taken back"):
+            Engine(model, speculative="ngram")
+
     # The same beginnings again: the first of them found, and one that goes on otherwise.
     roomy = Engine(model, batch_size=2, num_pages=60, block_size=4, max_step_tokens=16)
-    sampling = Sampling(max_new_tokens=NEW, ignore_eos=True, logprobs=size)
     other = [*prompts[2][:18], *bench.document(9, 77)][: len(prompts[2])] if bench.prefix_rule is None else prompts[2]
     for prompt in (prompts[2], prompts[2], other):
         check(model, roomy.generate(prompt, sampling)[0])

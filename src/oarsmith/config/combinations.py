@@ -15,7 +15,7 @@ from .checkpoints import ConvertConfig
 from .eval import EvalConfig
 from .groups import DataKeys, SamplingKeys
 from .impossible import Impossible
-from .inference import GenerateConfig
+from .inference import GenerateConfig, SpeculativeKeys
 from .preprocess_combinations import PREPROCESS
 from .training_combinations import TRAINING
 
@@ -56,6 +56,12 @@ IMPOSSIBLE: tuple[Impossible[Any], ...] = (
         lambda c: bool(c.constraints) and c.ignore_eos,
         "with ignore_eos an answer that is held to something could not end",
         "remove ignore_eos",
+    ),
+    Impossible(
+        SpeculativeKeys,
+        lambda c: c.ngram_min > c.ngram_max,
+        "ngram_min {ngram_min} is more than ngram_max {ngram_max}",
+        "lower ngram_min or raise ngram_max",
     ),
     Impossible(
         GenerateConfig,

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from .base import JobConfig
 from .checkpoints import ConvertConfig
+from .inference import SpeculativeKeys
 from .resolved import is_given
 from .train import TrainConfig
 
@@ -74,6 +75,8 @@ IDLE: tuple[Idle[Any], ...] = (
         lambda c: not {"wandb", "mlflow"} & set(c.report_to),
         "only wandb and mlflow name their runs",
     ),
+    Idle(SpeculativeKeys, ("num_draft_tokens",), lambda c: c.speculative is None, "speculative is not given"),
+    Idle(SpeculativeKeys, ("ngram_min", "ngram_max"), lambda c: c.speculative != "ngram", "speculative is not ngram"),
     Idle(ConvertConfig, ("gguf_type", "with_tokenizer"), lambda c: c.to != "gguf", "dst is no GGUF file"),
     Idle(ConvertConfig, ("paddle_layout",), lambda c: c.to != "paddle", "dst is not in PaddleNLP's layout"),
     Idle(ConvertConfig, ("dtype",), lambda c: c.to == "gguf", "gguf_type says it"),

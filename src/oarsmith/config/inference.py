@@ -16,7 +16,21 @@ class AdapterKeys(JobConfig):
     adapter: str | None = Field(None, description="A LoRA adapter (PEFT layout) or a run folder that holds one.")
 
 
-class GenerateConfig(ModelKeys, AdapterKeys, SamplingKeys, RuntimeKeys):
+class SpeculativeKeys(JobConfig):
+    title: ClassVar[str] = "Speculative decoding"
+
+    speculative: str | None = Field(
+        None,
+        description="Who guesses tokens that the model then checks several at a time. ngram: what followed when the "
+        "text last ended as it does now, which is right where answers repeat their prompt. Or the path of a smaller "
+        "model with the same tokenizer. Answers are as likely as without.",
+    )
+    num_draft_tokens: Int = Field(4, ge=1, description="Most tokens that are guessed at a time.")
+    ngram_min: Int = Field(1, ge=1, description="Tokens at the end of the text that must stand alike, for ngram.")
+    ngram_max: Int = Field(3, ge=1, description="Tokens up to which a longer likeness is preferred, for ngram.")
+
+
+class GenerateConfig(ModelKeys, AdapterKeys, SamplingKeys, SpeculativeKeys, RuntimeKeys):
     """All keys of ``oarsmith generate``: answer one prompt, or a file of prompts into a file."""
 
     title: ClassVar[str] = "Input and output"
@@ -59,7 +73,7 @@ class GenerateConfig(ModelKeys, AdapterKeys, SamplingKeys, RuntimeKeys):
         return super().asks_for_draws or self.n > 1 or (self.best_of or 1) > 1
 
 
-class ChatConfig(ModelKeys, AdapterKeys, SamplingKeys, RuntimeKeys):
+class ChatConfig(ModelKeys, AdapterKeys, SamplingKeys, SpeculativeKeys, RuntimeKeys):
     """All keys of ``oarsmith chat``: a conversation in the terminal."""
 
     title: ClassVar[str] = "Conversation"

@@ -63,6 +63,16 @@ ALIASES: dict[str, str] = {
     "num_return_sequences": "n",
     "system_prompt": "system",
     "output_path": "output_dir",
+    "draft_model": "speculative",
+    "draft_model_name_or_path": "speculative",
+    "assistant_model": "speculative",
+    "speculate_method": "speculative",
+    "speculate_max_draft_token_num": "num_draft_tokens",
+    "num_speculative_tokens": "num_draft_tokens",
+    "prompt_lookup_num_tokens": "num_draft_tokens",
+    "speculate_max_ngram_size": "ngram_max",
+    "prompt_lookup_max": "ngram_max",
+    "prompt_lookup_min": "ngram_min",
 }
 
 # Names that mean our key only in jobs without a key of that very name: PaddleNLP's predictor calls the longest
@@ -89,6 +99,8 @@ VALUE_NAMES: dict[tuple[str, str], str] = {
     ("rope_scaling_type", "dynamicntkscalingrotaryembedding"): "dynamic",
     ("rope_scaling_type", "yarnscalingrotaryembedding"): "yarn",
     ("decode_strategy", "greedy_search"): "greedy",
+    ("speculative", "inference_with_reference"): "ngram",
+    ("speculative", "prompt_lookup"): "ngram",
     ("metric_for_best_model", "eval_loss"): "loss",
     ("metric_for_best_model", "ppl"): "perplexity",
     ("metric_for_best_model", "eval_accuracy"): "accuracy",

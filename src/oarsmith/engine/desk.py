@@ -79,12 +79,18 @@ class Desk:
         sampling = request.state.sampling
         # Of more answers than are wanted, nobody knows yet which will be given.
         shown = sampling.num_samples == sampling.n
-        choice = request.choices[-1] if shown and request.error is None else None
+        index = ticket.requests.index(request) if shown else 0
+        if shown:
+            # With guesses there may be several tokens; the text and what else there is to say come with the last.
+            new = request.choices[request.num_told :]
+            *earlier, choice = new if request.error is None else [*new, None]
+            request.num_told = len(request.choices)
+            self._outputs += [Output(ticket.id, index, token) for token in earlier]
+        else:
+            choice = None
         text = request.reader.take() if shown and request.reader is not None else ""
         completion = None
         if last and ticket.done and ticket.error is None:
             completion = self._intake.completion(ticket.requests)
-        if not shown and completion is None and request.error is None:
-            return
-        index = ticket.requests.index(request) if shown else 0
-        self._outputs.append(Output(ticket.id, index, choice, text, completion, request.error))
+        if shown or completion is not None or request.error is not None:
+            self._outputs.append(Output(ticket.id, index, choice, text, completion, request.error))

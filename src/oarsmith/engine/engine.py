@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from oarsmith.engine.build import Sizes, build_runner, open_model
+from oarsmith.engine.build import Sizes, Speculation, build_runner, open_draft_model, open_model
 from oarsmith.engine.desk import Desk
 from oarsmith.engine.intake import Intake, Prompt
 from oarsmith.engine.request import Completion
@@ -45,6 +45,11 @@ class Engine:
             go on.
         prefix_caching: prompts that begin alike share pages, also with those answered before. Families whose keys do
             not follow from the tokens before them alone never do.
+        speculative: who guesses tokens that the model then checks several at a time: ``ngram``: what followed when the
+            text last ended as it does now; or a smaller model with the same vocabulary. Answers are distributed as
+            without; greedy ones, and with ``ngram`` all, are the same.
+        num_draft_tokens: most tokens that are guessed at a time.
+        ngram_min, ngram_max: for ``ngram``: how many tokens at the end must stand alike, and up to how many count.
 
     Raises:
         OarsmithError: the model or its tokenizer cannot be loaded.
@@ -63,28 +68,42 @@ class Engine:
         block_size: int = 64,
         max_step_tokens: int = 2048,
         prefix_caching: bool = True,
+        speculative: str | Path | Decoder | None = None,
+        num_draft_tokens: int = 4,
+        ngram_min: int = 1,
+        ngram_max: int = 3,
     ) -> None:
+        self._speculation = Speculation(
+            by=speculative, num_draft_tokens=num_draft_tokens, ngram_min=ngram_min, ngram_max=ngram_max
+        )
         self._sizes = Sizes(
             batch_size=batch_size,
             num_pages=num_pages,
             block_size=block_size,
             max_step_tokens=max_step_tokens,
             prefix_caching=prefix_caching,
+            tokens_each=1 if speculative is None else 1 + num_draft_tokens,
         )
         self.model, self.tokenizer = open_model(model, tokenizer, dtype, device, adapter)
         self.batch_size = batch_size
-        self._intake = Intake(self.model.spec, self.tokenizer)
+        self._draft_model = open_draft_model(self._speculation, self.model, self.tokenizer)
+        self._intake = Intake(self.model.spec, self.tokenizer, None if speculative is None else num_draft_tokens)
         self._desk = Desk(self._intake)
 
     @cached_property
     def runner(self) -> Runner:
         """The cache and what fills it; made when the first prompt comes."""
-        return build_runner(self.model, self._sizes)
+        return build_runner(self.model, self._sizes, self._speculation, self._draft_model)
 
     @property
     def context_length(self) -> int:
         """Most tokens of prompt and answer together."""
         return self.model.spec.max_positions
+
+    @property
+    def guesses(self) -> tuple[int, int]:
+        """Tokens that were guessed so far (``speculative``), and how many of them were right."""
+        return self.runner.num_drafted, self.runner.num_accepted
 
     def generate(self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | None = None) -> list[Completion]:
         """Answers in the order of the prompts.

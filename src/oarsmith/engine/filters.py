@@ -5,7 +5,7 @@ Shapes: N sequences, V vocabulary, C candidates, the likeliest first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -51,24 +51,53 @@ def sample(logits_NV: Tensor, settings: Settings, uniform_N: Tensor) -> Tensor:
         uniform_N: float64 in [0, 1), one draw a row.
     """
     tokens_N = torch.zeros(len(logits_NV), dtype=torch.int64, device=logits_NV.device)
-    head = min(HEAD, logits_NV.shape[1])
+    for rows, probs_NC, ids_NC in _remaining(logits_NV, settings):
+        index_N = draw(probs_NC, uniform_N[rows])
+        tokens_N[rows] = index_N if ids_NC is None else ids_NC.gather(1, index_N[:, None])[:, 0]
+    return tokens_N
+
+
+def distribution(logits_NV: Tensor, settings: Settings) -> Tensor:
+    """The probabilities [N, V] by which ``sample`` draws, float64."""
+    probs_NV = torch.zeros(logits_NV.shape, dtype=torch.float64, device=logits_NV.device)
+    for rows, probs_NC, ids_NC in _remaining(logits_NV, settings):
+        own_NC = probs_NC.double()
+        own_NC = own_NC / own_NC.sum(-1, keepdim=True)
+        probs_NV[rows] = own_NC if ids_NC is None else torch.zeros_like(probs_NV[rows]).scatter(1, ids_NC, own_NC)
+    return probs_NV
+
+
+def draw_after(probs_V: Tensor, token: int, drafted_V: Tensor, uniform: float) -> int:
+    """A token by ``probs_V``, where ``token`` was drawn by ``drafted_V``: that one as often as possible.
+
+    It stays with probability min(1, p / q); else one is drawn from what p has more than q (Leviathan et al. 2023,
+    section 2.3; Chen et al. 2023, theorem 1). Of the number that decided against it, the rest is as good as a new one.
+    """
+    kept = float(probs_V[token] / drafted_V[token])
+    if uniform < kept:
+        return token
+    more_V = (probs_V - drafted_V).clamp_min(0)
+    # Nothing is left where both are the same but for rounding.
+    rest_V = more_V if bool(more_V.any()) else probs_V
+    again = torch.tensor([(uniform - kept) / (1 - kept)], dtype=torch.float64, device=probs_V.device)
+    return int(draw(rest_V[None], again))
+
+
+def _remaining(logits_NV: Tensor, settings: Settings) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Every row once, in groups: rows, probabilities [n, C] (they need not add up to 1) of tokens, and the tokens' ids
+    [n, C]; None: those of the vocabulary in its order."""
+    size = logits_NV.shape[1]
     bounded_N = (settings.top_k > 0) | (settings.top_p < 1) | (settings.min_p > 0)
     filtered_N = bounded_N | (settings.typical_p < 1)
-    rest_N = torch.zeros_like(filtered_N)
     rows = (~filtered_N).nonzero()[:, 0]
     if len(rows):
-        scaled_NV = logits_NV[rows] / settings.temperature[rows].float()[:, None]
-        tokens_N[rows] = draw(scaled_NV.softmax(-1), uniform_N[rows])
+        yield rows, (logits_NV[rows] / settings.temperature[rows].float()[:, None]).softmax(-1), None
     rows = filtered_N.nonzero()[:, 0]
-    if len(rows):
-        probs_NC, ids_NC, complete_N = candidates(logits_NV[rows], settings.at(rows), head)
-        tokens_N[rows] = _pick(probs_NC, ids_NC, uniform_N[rows])
-        rest_N[rows] = ~complete_N
-    rows = rest_N.nonzero()[:, 0]
-    if len(rows):
-        probs_NC, ids_NC, _ = candidates(logits_NV[rows], settings.at(rows), logits_NV.shape[1])
-        tokens_N[rows] = _pick(probs_NC, ids_NC, uniform_N[rows])
-    return tokens_N
+    for head in (min(HEAD, size), size):
+        if len(rows):
+            probs_NC, ids_NC, complete_N = candidates(logits_NV[rows], settings.at(rows), head)
+            yield rows[complete_N], probs_NC[complete_N], ids_NC[complete_N]
+            rows = rows[~complete_N]
 
 
 def candidates(logits_NV: Tensor, settings: Settings, head: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,10 +159,6 @@ def _typical(scaled_NC: Tensor, kept_NC: Tensor, typical_p_N: Tensor) -> Tensor:
     through_NC = probs_NC.gather(1, order_NC).cumsum(-1)
     last_N1 = (through_NC < typical_p_N[:, None]).sum(-1, keepdim=True).clamp(max=probs_NC.shape[1] - 1)
     return kept_NC & ((distance_NC <= sorted_NC.gather(1, last_N1)) | (typical_p_N == 1)[:, None])
-
-
-def _pick(probs_NC: Tensor, ids_NC: Tensor, uniform_N: Tensor) -> Tensor:
-    return ids_NC.gather(1, draw(probs_NC, uniform_N)[:, None])[:, 0]
 
 
 def draw(probs_NC: Tensor, uniform_N: Tensor) -> Tensor:

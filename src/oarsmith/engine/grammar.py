@@ -113,6 +113,9 @@ class Grammar:
         self._matcher.consume_token(token)
         self._check()
 
+    def fork(self) -> Grammar:
+        return Grammar(self._name, self._matcher.deep_copy())
+
     def _check(self) -> None:
         if self._matcher.is_error():
             raise OarsmithError(

@@ -8,12 +8,13 @@ from typing import Any, cast
 
 from oarsmith.engine.bad_words import spell_bad_words
 from oarsmith.engine.grammar import Constraints
+from oarsmith.engine.pace import Pace
 from oarsmith.engine.reader import TextReader, without_lead
 from oarsmith.engine.request import Completion, Request, request_generator
 from oarsmith.engine.sampling import Sampling
 from oarsmith.engine.state import SamplingState
 from oarsmith.errors import ConfigError, DataError
-from oarsmith.models import visibility
+from oarsmith.models.prefix import find_prefix
 from oarsmith.models.spec import DecoderSpec, PrefixLM
 from oarsmith.text import Tokenizer
 
@@ -22,9 +23,14 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 class Intake:
-    """What the engine does with texts; without a tokenizer there are only ids."""
+    """What the engine does with texts; without a tokenizer there are only ids.
 
-    def __init__(self, spec: DecoderSpec, tokenizer: Tokenizer | None) -> None:
+    Args:
+        num_draft_tokens: most tokens of an answer that are guessed at a time; None: none are.
+    """
+
+    def __init__(self, spec: DecoderSpec, tokenizer: Tokenizer | None, num_draft_tokens: int | None = None) -> None:
+        self._num_draft_tokens = num_draft_tokens
         self._spec = spec
         self._tokenizer = tokenizer
         self._constraints = Constraints(tokenizer, spec.vocab_size)
@@ -51,7 +57,7 @@ class Intake:
                 fix="use the tokenizer that belongs to this model",
             )
         if isinstance(rule := self._spec.visibility, PrefixLM):
-            visibility.find_prefix(rule, ids)
+            find_prefix(rule, ids)
         return ids
 
     def _ids(self, prompt: Prompt, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> list[int]:
@@ -102,6 +108,7 @@ class Intake:
                 reader=self._reader(ids, sampling) if read or sampling.stop else None,
                 priority=priority,
                 prompt_logprobs=None if answer else sampling.prompt_logprobs,
+                pace=None if self._num_draft_tokens is None else Pace(self._num_draft_tokens),
             )
             requests.append(request)
         requests[0].siblings = requests[1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,11 +15,23 @@ _MEMORY = Path("/proc/meminfo")
 _UNKNOWN = 4 << 30
 
 
-def default_num_pages(model: Decoder, num_sequences: int, block_size: int) -> int:
-    """Pages for so many sequences that fill the context, but for no more than half of the memory that is free."""
-    needed = num_sequences * -(-model.spec.max_positions // block_size)
-    page = cache_bytes(model.spec, block_size, itemsize=model.embedding.weight.element_size(), num_sequences=0)
-    return max(min(needed, free_memory(model.device) // 2 // page), 1)
+def default_num_pages(models: Sequence[Decoder], num_sequences: int, block_size: int) -> int:
+    """Pages for so many sequences that fill the context, but for no more than half of the memory that is free.
+
+    Args:
+        models: a page holds keys of each; the first one's context counts.
+    """
+    needed = num_sequences * -(-models[0].spec.max_positions // block_size)
+    return max(min(needed, free_memory(models[0].device) // 2 // page_bytes(models, block_size)), 1)
+
+
+def page_bytes(models: Sequence[Decoder], block_size: int) -> int:
+    """Memory of a page."""
+    sizes = [model.embedding.weight.element_size() for model in models]
+    return sum(
+        cache_bytes(model.spec, block_size, itemsize=size, num_sequences=0)
+        for model, size in zip(models, sizes, strict=True)
+    )
 
 
 def free_memory(device: torch.device) -> int:

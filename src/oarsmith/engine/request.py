@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
+from oarsmith.engine.pace import Pace
 from oarsmith.engine.pages import PageTable
 from oarsmith.engine.reader import TextReader
 from oarsmith.engine.sampler import Choice
-from oarsmith.engine.state import SamplingState
+from oarsmith.engine.state import SamplingState, seeded_generator
 from oarsmith.errors import OarsmithError
 
 FinishReason = Literal["stop", "length"]
@@ -52,10 +52,7 @@ class Completion:
 
 def request_generator(seed: int, index: int, answer: int = 0) -> torch.Generator:
     """The source of randomness of an answer to prompt ``index``: one number a token, whatever else is in the batch."""
-    name = f"generate {seed} {index}" + (f" {answer}" if answer else "")
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    # manual_seed takes 64 bits; the top one is left out because it takes them signed.
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return seeded_generator(f"generate {seed} {index}" + (f" {answer}" if answer else ""))
 
 
 @dataclass(eq=False, kw_only=True)
@@ -73,6 +70,7 @@ class Request:
         arrival: its place among those with the same priority.
         prompt_logprobs: how many of the likeliest tokens are wanted beside each token of the prompt; None: nothing.
         siblings: further answers to the same prompt, which go on from its pages once the prompt is read.
+        pace: how many of its tokens are guessed at a time; None: none are.
 
     Attributes:
         tokens: prompt and answer.
@@ -81,6 +79,8 @@ class Request:
         error: why there will be no answer.
         num_computed, prompt_size, table, row, waiting: the scheduler's: tokens that are in the cache, how many were
             there when reading began, the pages, the row of the cache, whether it waits.
+        num_followed: tokens that are in the cache of a model which guesses.
+        num_told: tokens of the answer that somebody was told of.
     """
 
     id: str
@@ -93,16 +93,19 @@ class Request:
     arrival: int = 0
     prompt_logprobs: int | None = None
     siblings: list[Request] = field(default_factory=list)
+    pace: Pace | None = None
     tokens: list[int] = field(init=False)
     choices: list[Choice] = field(default_factory=list)
     prompt_choices: list[Choice] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: OarsmithError | None = None
     num_computed: int = 0
+    num_followed: int = 0
     prompt_size: int = 0
     table: PageTable | None = None
     row: int | None = None
     waiting: bool = False
+    num_told: int = 0
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
@@ -132,6 +135,24 @@ class Request:
         return len(self.tokens) - self.num_computed
 
     @property
+    def num_guesses(self) -> int:
+        """How many tokens are to be guessed after the last one, which is to be computed next."""
+        if self.pace is None or self.num_generated == 0 or self.num_left != 1:
+            return 0
+        # One more is always taken.
+        return min(self.pace.size, self.limit - self.num_generated - 1)
+
+    @property
+    def num_to_read(self) -> int:
+        """Tokens that are to be computed before the next one is chosen in the usual way.
+
+        Where tokens are guessed, the last one of an answer that is read again is kept for a step with guesses: they do
+        not depend on when a request lost its pages.
+        """
+        again = self.pace is not None and self.num_generated > 0 and self.num_left > 1
+        return self.num_left - again
+
+    @property
     def wants_all_logits(self) -> bool:
         """Whether something is still to be said about each token of the prompt."""
         return self.prompt_logprobs is not None and len(self.prompt_choices) < len(self.prompt) - 1
@@ -150,13 +171,13 @@ class Request:
         """Take the next token of the answer; sets ``finish_reason`` if it is the last, ``error`` if it cannot be."""
         assert not self.done, (self.finish_reason, self.error)
         token = choice.token
-        self.tokens.append(token)
-        self.choices.append(choice)
         try:
             self.state.accept(token)
         except OarsmithError as error:
             self.error = error
             return
+        self.tokens.append(token)
+        self.choices.append(choice)
         if token in self.stop_ids:
             self.finish_reason = "stop"
         elif self.reader is not None:

@@ -5,14 +5,18 @@ Shapes: T tokens of a prompt, N rows that need logits, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
+from torch import Tensor
 
 from oarsmith.engine.backend import Backend, Part
 from oarsmith.engine.request import Request
-from oarsmith.engine.sampler import choose, prompt_logprobs
+from oarsmith.engine.sampler import Draft, choose, prompt_logprobs
 from oarsmith.engine.scheduler import Chunk, Scheduler, Step
+from oarsmith.engine.speculation import Drafter
 from oarsmith.errors import ModelError
 
 # Rows of logits at a time where those of a whole prompt are looked at: 50 MB of them at V = 49,152.
@@ -20,11 +24,21 @@ PROMPT_ROWS = 256
 
 
 class Runner:
-    """What computes, and the scheduler that says what."""
+    """What computes, and the scheduler that says what.
 
-    def __init__(self, backend: Backend, scheduler: Scheduler) -> None:
+    Args:
+        drafter: who guesses tokens.
+
+    Attributes:
+        num_drafted, num_accepted: tokens that were guessed, and those of them that were right.
+    """
+
+    def __init__(self, backend: Backend, scheduler: Scheduler, drafter: Drafter | None = None) -> None:
         self.scheduler = scheduler
+        self.num_drafted = self.num_accepted = 0
         self._backend = backend
+        self._drafter = drafter
+        self._backends = (backend, *(drafter.backends if drafter is not None else ()))
         self._late: list[Request] = []
 
     @torch.inference_mode()
@@ -64,56 +78,80 @@ class Runner:
                 self.scheduler.preempt(request)
 
     def _compute(self, step: Step) -> None:
-        for source, target in step.copies:
-            self._backend.copy_page(source, target)
+        for backend in self._backends:
+            for source, target in step.copies:
+                backend.copy_page(source, target)
+        if self._drafter is not None:
+            self._drafter.draft(step)
         parts = []
         for chunk in step.chunks:
             request = chunk.request
             assert request.row is not None and request.table is not None, request.id
-            tokens = request.tokens[chunk.start : chunk.stop]
+            tokens = [*request.tokens[chunk.start : chunk.stop], *(draft.token for draft in chunk.drafts)]
             parts.append(Part(tokens, chunk.start, request.row, request.table.pages, request.prompt_size))
         self._backend.compute(parts)
 
     def _choose(self, step: Step) -> list[Request]:
-        """Let every sequence whose last token was computed take the next one."""
-        ends = list(accumulate(chunk.stop - chunk.start for chunk in step.chunks))
-        for chunk, end in zip(step.chunks, ends, strict=True):
+        """Let every sequence whose last token was computed take the next one, and more where guesses were right."""
+        sizes = [chunk.stop - chunk.start + len(chunk.drafts) for chunk in step.chunks]
+        ends = list(accumulate(sizes))
+        for chunk, size, end in zip(step.chunks, sizes, ends, strict=True):
             if chunk.request.wants_all_logits:
-                self._look_back(chunk, end - chunk.stop)
-        last = [(end - 1, chunk.request) for chunk, end in zip(step.chunks, ends, strict=True) if chunk.complete]
-        if not last:
+                self._look_back(chunk, end - size - chunk.start)
+        answers: list[_Answer] = []
+        places: list[int] = []
+        for chunk, end in zip(step.chunks, ends, strict=True):
+            if chunk.complete:
+                answers.append(_Answer(chunk, len(places)))
+                places += range(end - 1 - len(chunk.drafts), end)
+        if not answers:
             return []
-        logits_NV = self._backend.logits([place for place, _ in last])
-        # Siblings of a prompt that was just read choose from the same logits.
-        groups = [[request, *request.siblings] for _, request in last]
+        logits_NV = self._backend.logits(places)
         finite = logits_NV.amax(-1).isfinite().tolist()
-        chosen = [(row, request) for row, group in enumerate(groups) if finite[row] for request in group]
-        if len(chosen) != len(logits_NV):
-            logits_NV = logits_NV[torch.tensor([row for row, _ in chosen], dtype=torch.int64, device=logits_NV.device)]
-        if chosen:
-            choices = choose(logits_NV, [request.state for _, request in chosen])
-            for (_, request), choice in zip(chosen, choices, strict=True):
-                request.accept(choice)
-        for row, group in enumerate(groups):
-            self._settle(group, finite=finite[row])
-        return [request for group in groups for request in group]
+        going, depth = answers, 0
+        while going:
+            self._take(going, logits_NV, finite, depth)
+            going = [answer for answer in going if answer.goes_on(depth)]
+            depth += 1
+        for answer in answers:
+            self._settle(answer)
+        return [request for answer in answers for request in answer.group]
 
-    def _settle(self, group: list[Request], *, finite: bool) -> None:
-        """Let siblings go on by themselves, and those that are done leave."""
-        leader, *siblings = group
+    def _take(self, answers: Sequence[_Answer], logits_NV: Tensor, finite: Sequence[bool], depth: int) -> None:
+        """One token for each, from the logits after ``depth`` guesses that were right; an error where those are bad."""
+        chosen = []
+        for answer in answers:
+            row = answer.row + depth
+            if finite[row]:
+                chosen += [(row, request, answer.guess(depth)) for request in answer.group]
+            else:
+                answer.fail()
+        if not chosen:
+            return
+        rows = [row for row, *_ in chosen]
+        if rows != list(range(len(logits_NV))):
+            logits_NV = logits_NV[torch.tensor(rows, dtype=torch.int64, device=logits_NV.device)]
+        choices = choose(logits_NV, [request.state for _, request, _ in chosen], [guess for *_, guess in chosen])
+        for (_, request, _), choice in zip(chosen, choices, strict=True):
+            request.accept(choice)
+
+    def _settle(self, answer: _Answer) -> None:
+        """Note which guesses were right, let siblings go on by themselves, and those that are done leave."""
+        leader, *siblings = answer.group
         leader.siblings = []
-        for request in group if not finite else ():
-            request.error = ModelError(
-                "the model's logits are not finite (NaN or infinite)",
-                where=request.id,
-                fix="load it with dtype fp32; if that does not help, the weights are damaged",
-            )
+        if leader.pace is not None and leader.num_generated > 1:
+            guessed, right = len(answer.chunk.drafts), answer.num_right
+            leader.pace.learn(guessed, right)
+            self.num_drafted += guessed
+            self.num_accepted += right
+            self.scheduler.took(leader, right)
         for sibling in siblings:
             if not sibling.done and self.scheduler.fork(leader, sibling):
                 assert leader.row is not None and sibling.row is not None, leader.id
-                self._backend.copy_sequence(leader.row, sibling.row)
+                for backend in self._backends:
+                    backend.copy_sequence(leader.row, sibling.row)
         if leader.done:
-            self.scheduler.remove(leader, failed=not finite)
+            self.scheduler.remove(leader, failed=answer.failed)
 
     def _look_back(self, chunk: Chunk, offset: int) -> None:
         """What the model thought of the prompt's tokens: its place i in the step, plus ``offset``, speaks of i + 1."""
@@ -126,3 +164,46 @@ class Runner:
             logits_TV = self._backend.logits(range(first + offset, end + offset))
             targets_T = torch.tensor(request.prompt[first + 1 : end + 1], device=logits_TV.device)
             request.prompt_choices += prompt_logprobs(logits_TV, targets_T, request.prompt_logprobs)
+
+
+@dataclass(eq=False)
+class _Answer:
+    """A piece after which tokens are taken.
+
+    Attributes:
+        row: of the logits after its last token; those after its guesses follow.
+        group: the request, and the siblings of a prompt that was just read, who choose from the same logits.
+        num_right: guesses that were right.
+        failed: the logits were not numbers.
+    """
+
+    chunk: Chunk
+    row: int
+    group: list[Request] = field(init=False)
+    num_right: int = 0
+    failed: bool = False
+
+    def __post_init__(self) -> None:
+        self.group = [self.chunk.request, *self.chunk.request.siblings]
+
+    def guess(self, depth: int) -> Draft | None:
+        """The guess at the token after ``depth`` others."""
+        return self.chunk.drafts[depth] if depth < len(self.chunk.drafts) else None
+
+    def goes_on(self, depth: int) -> bool:
+        """Whether the token that was just taken was guessed, so that the logits after it are there; counts it."""
+        guess, request = self.guess(depth), self.chunk.request
+        if guess is None or self.failed or request.error is not None or request.tokens[-1] != guess.token:
+            return False
+        self.num_right += 1
+        return not request.done
+
+    def fail(self) -> None:
+        """There will be no answer."""
+        self.failed = True
+        for request in self.group:
+            request.error = ModelError(
+                "the model's logits are not finite (NaN or infinite)",
+                where=request.id,
+                fix="load it with dtype fp32; if that does not help, the weights are damaged",
+            )

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oarsmith.engine.filters import Settings, sample
+from oarsmith.engine.filters import Settings, distribution, draw, draw_after, sample
 from oarsmith.engine.state import Constraint, SamplingState
 from oarsmith.errors import ModelError
 
-__all__ = ["Choice", "Constraint", "SamplingState", "choose", "prompt_logprobs"]
+__all__ = ["Choice", "Constraint", "Draft", "SamplingState", "choose", "prompt_logprobs", "propose"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,26 @@ class Choice:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def choose(logits_NV: Tensor, states: Sequence[SamplingState]) -> list[Choice]:
+@dataclass(frozen=True)
+class Draft:
+    """A token that somebody guesses.
+
+    Attributes:
+        probs_V: what it was drawn from, float64; None: it was not drawn.
+    """
+
+    token: int
+    probs_V: Tensor | None = None
+
+
+def choose(
+    logits_NV: Tensor, states: Sequence[SamplingState], drafts: Sequence[Draft | None] | None = None
+) -> list[Choice]:
     """The next token of each row by its own state; no row depends on another.
+
+    Args:
+        drafts: guesses at the rows' tokens. A token that is drawn is the guess as often as possible; its distribution
+            is what it is without one, and where the guess was not drawn, so is the token itself.
 
     Raises:
         ModelError: the logits are not numbers.
@@ -45,7 +63,7 @@ def choose(logits_NV: Tensor, states: Sequence[SamplingState]) -> list[Choice]:
             "the model's logits are not finite (NaN or infinite)",
             fix="load it with dtype fp32; if that does not help, the weights are damaged",
         )
-    tokens_N = _tokens(edited(logits_NV, states), states)
+    tokens_N = _tokens(edited(logits_NV, states), states, drafts or [None] * len(states))
     choices = [Choice(token) for token in tokens_N.tolist()]
     rows = [row for row, state in enumerate(states) if _wants_logprob(state)]
     if rows:
@@ -53,6 +71,20 @@ def choose(logits_NV: Tensor, states: Sequence[SamplingState]) -> list[Choice]:
         for row, choice in zip(rows, _described(logits_NV[rows], tokens_N[rows], top), strict=True):
             choices[row] = choice
     return choices
+
+
+def propose(logits_NV: Tensor, states: Sequence[SamplingState]) -> list[Draft]:
+    """A guess at the next token of each row: the likeliest, or one drawn, as its state says. Logits are numbers."""
+    logits_NV = edited(logits_NV.float(), states)
+    drafts = [Draft(token) for token in logits_NV.argmax(-1).tolist()]
+    drawn = [row for row, state in enumerate(states) if not state.sampling.greedy]
+    if drawn:
+        settings = Settings.of([states[row].sampling for row in drawn], logits_NV.device)
+        probs_NV = distribution(logits_NV[drawn], settings)
+        tokens = draw(probs_NV, _uniform([states[row] for row in drawn], logits_NV.device)).tolist()
+        for row, token, probs_V in zip(drawn, tokens, probs_NV, strict=True):
+            drafts[row] = Draft(token, probs_V)
+    return drafts
 
 
 def _wants_logprob(state: SamplingState) -> bool:
@@ -138,15 +170,27 @@ def _repeated(values: Sequence[float], sizes: Sequence[int], device: torch.devic
     return torch.tensor(values, device=device).repeat_interleave(torch.tensor(sizes, device=device))
 
 
-def _tokens(logits_NV: Tensor, states: Sequence[SamplingState]) -> Tensor:
+def _tokens(logits_NV: Tensor, states: Sequence[SamplingState], drafts: Sequence[Draft | None]) -> Tensor:
+    device = logits_NV.device
     drawn = [row for row, state in enumerate(states) if not state.sampling.greedy]
     if len(drawn) < len(states):
         tokens_N = logits_NV.argmax(-1)
     else:
-        tokens_N = torch.zeros(len(states), dtype=torch.int64, device=logits_NV.device)
-    if drawn:
-        uniform = torch.tensor([states[row].uniform() for row in drawn], dtype=torch.float64, device=logits_NV.device)
-        settings = Settings.of([states[row].sampling for row in drawn], logits_NV.device)
-        own_NV = logits_NV if len(drawn) == len(states) else logits_NV[drawn]
-        tokens_N[drawn] = sample(own_NV, settings, uniform)
+        tokens_N = torch.zeros(len(states), dtype=torch.int64, device=device)
+    guessed = {row: draft for row in drawn if (draft := drafts[row]) is not None and draft.probs_V is not None}
+    free = [row for row in drawn if row not in guessed]
+    if free:
+        settings = Settings.of([states[row].sampling for row in free], device)
+        own_NV = logits_NV if len(free) == len(states) else logits_NV[free]
+        tokens_N[free] = sample(own_NV, settings, _uniform([states[row] for row in free], device))
+    if guessed:
+        rows = list(guessed)
+        probs_NV = distribution(logits_NV[rows], Settings.of([states[row].sampling for row in rows], device))
+        for probs_V, (row, draft) in zip(probs_NV, guessed.items(), strict=True):
+            assert draft.probs_V is not None, row
+            tokens_N[row] = draw_after(probs_V, draft.token, draft.probs_V, states[row].uniform())
     return tokens_N
+
+
+def _uniform(states: Sequence[SamplingState], device: torch.device) -> Tensor:
+    return torch.tensor([state.uniform() for state in states], dtype=torch.float64, device=device)

@@ -10,17 +10,23 @@ from dataclasses import dataclass, field
 
 from oarsmith.engine.pages import PagePool
 from oarsmith.engine.request import Request
+from oarsmith.engine.sampler import Draft
 from oarsmith.errors import DataError
 from oarsmith.models.caching import CacheRules
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Chunk:
-    """Tokens [start, stop) of a request; those before ``start`` are in the cache."""
+    """Tokens [start, stop) of a request; those before ``start`` are in the cache.
+
+    ``room``: how many guesses may follow them; ``drafts``: those that do.
+    """
 
     request: Request
     start: int
     stop: int
+    room: int = 0
+    drafts: list[Draft] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -40,7 +46,8 @@ class Step:
 
     @property
     def num_tokens(self) -> int:
-        return sum(chunk.stop - chunk.start for chunk in self.chunks)
+        """With room for guesses."""
+        return sum(chunk.stop - chunk.start + chunk.room for chunk in self.chunks)
 
 
 class Scheduler:
@@ -53,6 +60,7 @@ class Scheduler:
     Args:
         max_running: most requests in the cache at the same time, each in a row of its own.
         prefixes: let requests begin with pages that are known to hold the same tokens.
+        followed: a model that guesses has keys in the same pages; what it has not read is not known to be there.
 
     Attributes:
         running: requests in the cache.
@@ -61,7 +69,14 @@ class Scheduler:
     """
 
     def __init__(
-        self, pool: PagePool, rules: CacheRules, *, max_running: int, max_step_tokens: int, prefixes: bool = True
+        self,
+        pool: PagePool,
+        rules: CacheRules,
+        *,
+        max_running: int,
+        max_step_tokens: int,
+        prefixes: bool = True,
+        followed: bool = False,
     ) -> None:
         assert max_step_tokens >= max_running >= 1, (max_step_tokens, max_running)
         self.pool = pool
@@ -69,6 +84,7 @@ class Scheduler:
         self.num_preempted = self.num_found = 0
         self._rules = rules
         self._prefixes = prefixes and rules.prefixes
+        self._followed = followed
         self._max_step_tokens = max_step_tokens
         self._rows = list(range(max_running))[::-1]
         self._waiting: list[tuple[int, int, Request]] = []
@@ -123,7 +139,7 @@ class Scheduler:
         self._rows.append(request.row)
         self.running.remove(request)
         request.table = request.row = None
-        request.num_computed = 0
+        request.num_computed = request.num_followed = 0
 
     def preempt(self, request: Request) -> None:
         """Take a running request's pages and row, and let it wait for its turn again."""
@@ -153,26 +169,34 @@ class Scheduler:
         """Void what was cached of a request that outgrew its rotation."""
         limit = self._rules.reread_after
         if limit is not None and request.prompt_size <= limit < len(request.tokens):
-            request.num_computed, request.prompt_size = 0, len(request.tokens)
+            request.num_computed, request.num_followed, request.prompt_size = 0, 0, len(request.tokens)
 
     def _continue(self, request: Request, step: Step) -> None:
         count = self._share(request, step)
         if count == 0:
             return
         assert request.table is not None
-        start = request.num_computed
-        while (copies := self.pool.grow(request.table, start, start + count)) is None:
+        start, room = request.num_computed, self._room(request)
+        while (copies := self.pool.grow(request.table, start, start + count + room)) is None:
             last = max(self.running, key=Request.order)
             step.chunks = [chunk for chunk in step.chunks if chunk.request is not last]
             self.preempt(last)
             if last is request:
                 return
         step.copies += copies
-        step.chunks.append(Chunk(request, start, start + count))
+        step.chunks.append(Chunk(request, start, start + count, room))
+
+    def _room(self, request: Request) -> int:
+        """How many guesses the request's next tokens may have after them."""
+        room, limit = request.num_guesses, self._rules.reread_after
+        if limit is not None and request.prompt_size <= limit:
+            # Behind it lies what turns every key by other frequencies.
+            room = min(room, limit - len(request.tokens))
+        return room
 
     def _share(self, request: Request, step: Step) -> int:
         """How many of the request's tokens fit into the step."""
-        left, budget = request.num_left, self._max_step_tokens - step.num_tokens
+        left, budget = request.num_to_read, self._max_step_tokens - step.num_tokens
         if left > budget and self._rules.whole_prompt:
             # However long it is, it gets a step in which it is the only prompt.
             return 0 if any(chunk.stop - chunk.start > 1 for chunk in step.chunks) else left
@@ -204,18 +228,20 @@ class Scheduler:
         count = self._share(request, step)
         # Pages for the whole prompt, and one for each of those that grow: else somebody would soon have to leave again.
         spare = self.pool.num_free - sum(other.table.grows for other in self.running if other.table is not None)
-        needed = self.pool.pages_for(len(request.tokens)) - len(table.pages)
+        needed = self.pool.pages_for(len(request.tokens) + self._room(request)) - len(table.pages)
         if count == 0 or (self.running and needed > spare):
             self.pool.close(table)
             request.num_computed = 0
             return False
-        copies = self.pool.grow(table, request.num_computed, len(request.tokens))
+        room = self._room(request)
+        copies = self.pool.grow(table, request.num_computed, len(request.tokens) + room)
         assert copies == [], (copies, request.id)
         request.table, request.row, request.waiting = table, self._rows.pop(), False
+        request.num_followed = request.num_computed
         self._num_waiting -= 1
         self.num_found += request.num_computed
         self.running.append(request)
-        step.chunks.append(Chunk(request, request.num_computed, request.num_computed + count))
+        step.chunks.append(Chunk(request, request.num_computed, request.num_computed + count, room))
         return True
 
     def _soon_known(self, request: Request, known: list[int], step: Step) -> bool:
@@ -231,8 +257,18 @@ class Scheduler:
             request = chunk.request
             assert request.table is not None, request.id
             request.num_computed = chunk.stop
-            if self._prefixes and chunk.stop // self.pool.block_size > len(request.table.keys):
-                self.pool.remember(request.table, request.tokens[: chunk.stop])
+            self._remember(request)
+
+    def took(self, request: Request, count: int) -> None:
+        """So many of the step's guesses were right: their keys and values are in the cache too."""
+        request.num_computed += count
+        self._remember(request)
+
+    def _remember(self, request: Request) -> None:
+        known = min(request.num_computed, request.num_followed) if self._followed else request.num_computed
+        assert request.table is not None, request.id
+        if self._prefixes and known // self.pool.block_size > len(request.table.keys):
+            self.pool.remember(request.table, request.tokens[:known])
 
     def fork(self, source: Request, other: Request) -> bool:
         """Let ``other``, whose prompt is that of ``source``, go on from the same pages; False: it must wait instead."""
@@ -240,6 +276,7 @@ class Scheduler:
             self._wait(other)
             return False
         other.table, other.row = self.pool.fork(source.table), self._rows.pop()
-        other.num_computed, other.prompt_size = source.num_computed, source.prompt_size
+        other.num_computed, other.num_followed = source.num_computed, source.num_followed
+        other.prompt_size = source.prompt_size
         self.running.append(other)
         return True

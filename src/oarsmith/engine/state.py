@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
@@ -10,6 +12,13 @@ from torch import Tensor
 
 from oarsmith.engine.sampling import Sampling
 from oarsmith.errors import ConfigError, OarsmithError
+
+
+def seeded_generator(name: str) -> torch.Generator:
+    """A source of randomness that follows from a name."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    # manual_seed takes 64 bits; the top one is left out because it takes them signed.
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 class Constraint(Protocol):
@@ -24,6 +33,9 @@ class Constraint(Protocol):
 
     def accept(self, token: int) -> None:
         """The token was taken."""
+
+    def fork(self) -> Constraint:
+        """Another one that goes on from here."""
 
 
 class Occurrences:
@@ -46,6 +58,12 @@ class Occurrences:
     @property
     def counts(self) -> Tensor:
         return self._counts[: len(self._place)]
+
+    def fork(self) -> Occurrences:
+        """Another one that goes on from here."""
+        other = copy.copy(self)
+        other._place, other._ids, other._counts = dict(self._place), self._ids.clone(), self._counts.clone()
+        return other
 
     def add(self, token: int) -> None:
         place = self._place.setdefault(token, len(self._place))
@@ -147,6 +165,16 @@ class SamplingState:
             self.occurrences.add(token)
         if self.grammar is not None:
             self.grammar.accept(token)
+
+    def fork(self) -> SamplingState:
+        """Another one that goes on from here, with random numbers of its own: they follow from the place."""
+        other = copy.copy(self)
+        other.answer = list(self.answer)
+        other.occurrences = None if self.occurrences is None else self.occurrences.fork()
+        other.grammar = None if self.grammar is None else self.grammar.fork()
+        name = f"fork {self._generator.initial_seed()} {len(self.answer)}"
+        other._generator = seeded_generator(name)
+        return other
 
     def uniform(self) -> float:
         """The next random number in [0, 1)."""

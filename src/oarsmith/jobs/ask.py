@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from oarsmith.config.base import JobConfig
 from oarsmith.config.bench import BenchConfig
 from oarsmith.config.eval import EvalConfig
 from oarsmith.config.groups import ModelKeys, SamplingKeys
-from oarsmith.config.inference import ChatConfig, GenerateConfig
+from oarsmith.config.inference import ChatConfig, GenerateConfig, SpeculativeKeys
 from oarsmith.engine import Completion, Engine, Sampling
 from oarsmith.errors import ConfigError
 from oarsmith.model_path import find_tokenizer
@@ -25,7 +26,14 @@ def open_engine(config: GenerateConfig | ChatConfig | EvalConfig | BenchConfig, 
         device=config.device,
         adapter=config.adapter,
         batch_size=batch_size,
+        **_speculation(config),
     )
+
+
+def _speculation(config: JobConfig) -> dict[str, Any]:
+    if not isinstance(config, SpeculativeKeys) or config.speculative is None:
+        return {}
+    return {name: getattr(config, name) for name in SpeculativeKeys.model_fields}
 
 
 def is_raw(config: SamplingKeys) -> bool:
@@ -102,9 +110,10 @@ def _file_or_text(name: str, value: Any) -> Any:
 ENDINGS = {"stop": "the model ended it", "length": "cut at the limit"}
 
 
-def speed_line(completion: Completion, seconds: float) -> str:
-    """One line about an answer: its tokens, how fast they came and why it ended."""
+def speed_line(completion: Completion, seconds: float, guesses: tuple[int, int] = (0, 0)) -> str:
+    """One line about an answer: its tokens, how fast they came, guesses and those that were right, why it ended."""
+    guessed = f"; {guesses[1]} of {guesses[0]} guesses right" if guesses[0] else ""
     return (
         f"{completion.num_prompt_tokens} prompt tokens, {completion.num_tokens} new in {seconds:.1f} s "
-        f"({completion.num_tokens / max(seconds, 1e-9):.1f} tokens/s); {ENDINGS[completion.finish_reason]}"
+        f"({completion.num_tokens / max(seconds, 1e-9):.1f} tokens/s){guessed}; {ENDINGS[completion.finish_reason]}"
     )

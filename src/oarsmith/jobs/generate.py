@@ -66,7 +66,7 @@ def _answer_one(engine: Engine, encode: Encode, config: GenerateConfig, sampling
     sys.stdout.write("\n")
     sys.stdout.flush()
     assert stream.completion is not None
-    console.print(speed_line(stream.completion, time.perf_counter() - start), style="dim")
+    console.print(speed_line(stream.completion, time.perf_counter() - start, engine.guesses), style="dim")
 
 
 def _print_several(completion: Completion, seconds: float, console: Console) -> None:

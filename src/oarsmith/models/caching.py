@@ -21,11 +21,13 @@ class CacheRules:
         reread_after: the length after which what a cache holds of a document is void, so that all of it must be read
             again. LongRoPE turns every key by another list of frequencies from there on. Other rules that follow the
             length keep the keys they have, as the code of their models does.
+        revocable: the last tokens of a sequence can be taken back: nothing is remembered of them beside their keys.
     """
 
     prefixes: bool
     whole_prompt: bool
     reread_after: int | None
+    revocable: bool
 
     @staticmethod
     def of(spec: DecoderSpec) -> CacheRules:
@@ -39,7 +41,12 @@ class CacheRules:
         rule = spec.visibility
         resets = isinstance(rule, ResetAfter) and not rule.training_only
         whole = isinstance(rule, PrefixLM)
-        return CacheRules(not (follow or remembers or resets or whole), whole, next(iter(lengths), None))
+        return CacheRules(
+            prefixes=not (follow or remembers or resets or whole),
+            whole_prompt=whole,
+            reread_after=next(iter(lengths), None),
+            revocable=not (remembers or resets),
+        )
 
 
 def _scalings(spec: DecoderSpec) -> Iterator[RopeScaling]:
