@@ -19,6 +19,7 @@ _SIGNATURES = {
     "native_step_free": "- p",
     "native_step_run": "i ppp",
     "native_step_logits": "i plpp",
+    "native_step_sample": "i plp",
     "native_step_copy_page": "- pll",
     "native_step_copy_states": "- pll",
 }

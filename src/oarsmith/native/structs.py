@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
 from oarsmith.native import program as parts
@@ -154,6 +154,35 @@ class StepRows(ctypes.Structure):
     )
 
 
+class SampleRow(ctypes.Structure):
+    _fields_ = (
+        ("logits", c_void_p),
+        ("temperature", c_double),
+        ("top_k", c_int64),
+        ("top_p", c_double),
+        ("min_p", c_double),
+        ("typical_p", c_double),
+        ("uniform", c_double),
+        ("allowed", c_void_p),
+        ("banned", c_void_p),
+        ("bias_ids", c_void_p),
+        ("bias", c_void_p),
+        ("seen", c_void_p),
+        ("seen_counts", c_void_p),
+        ("num_banned", c_int64),
+        ("num_bias", c_int64),
+        ("num_seen", c_int64),
+        ("repetition", c_double),
+        ("frequency", c_double),
+        ("presence", c_double),
+        ("num_top", c_int64),
+        ("token", c_int64),
+        ("logprob", c_double),
+        ("top_ids", c_void_p),
+        ("top_logprobs", c_void_p),
+    )
+
+
 _ALL: tuple[type[ctypes.Structure], ...] = (
     Norm,
     Attention,
@@ -163,6 +192,7 @@ _ALL: tuple[type[ctypes.Structure], ...] = (
     Rotation,
     StepSpec,
     StepRows,
+    SampleRow,
 )
 SIZES = tuple(ctypes.sizeof(struct) for struct in _ALL)
 _NO_TURN = Turn(-1, 0)

@@ -83,68 +83,96 @@ static ALWAYS_INLINE vec16 add_pair_products(const vec16& sum, const uint8_t* li
 #endif
 }
 
-// Sixteen scores for each of N queries: x[n] . key of 16 positions in a row. `keys` is a group of 16 positions.
-template <Stored S, int N>
-static ALWAYS_INLINE void score_group(const float* const* queries, const uint8_t* keys, int64_t dim, vec16* out) {
-  vec16 sum[N];
+// Scores of N queries with G groups of 16 keys that lie in a row. Two groups at once, because sums of few queries wait
+// for one another.
+template <Stored S, int N, int G>
+static ALWAYS_INLINE void score_groups(const float* const* queries, const uint8_t* keys, int64_t dim,
+                                       float* const* out) {
+  const int64_t group_bytes = 16 * dim * stored_bytes(S);
+  vec16 sum[N][G];
 #pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) sum[n] = zero16();
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 2
+    for (int g = 0; g < G; ++g) sum[n][g] = zero16();
   if constexpr (S == Stored::F32) {
-    const float* line = reinterpret_cast<const float*>(keys);
-    for (int64_t i = 0; i < dim; ++i, line += 16) {
-      const vec16 key = load16(line);
+    for (int64_t i = 0; i < dim; ++i, keys += 64) {
+      vec16 key[G];
+#pragma GCC unroll 2
+      for (int g = 0; g < G; ++g) key[g] = load16(reinterpret_cast<const float*>(keys + g * group_bytes));
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sum[n] = fma16(key, queries[n][i], sum[n]);
+      for (int n = 0; n < N; ++n)
+#pragma GCC unroll 2
+        for (int g = 0; g < G; ++g) sum[n][g] = fma16(key[g], queries[n][i], sum[n][g]);
     }
   } else {
     for (int64_t i = 0; i < dim / 2; ++i, keys += 64) {
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n)
-        sum[n] = add_pair_products(sum[n], keys, reinterpret_cast<const uint8_t*>(queries[n]) + 4 * i);
+#pragma GCC unroll 2
+        for (int g = 0; g < G; ++g)
+          sum[n][g] = add_pair_products(sum[n][g], keys + g * group_bytes,
+                                        reinterpret_cast<const uint8_t*>(queries[n]) + 4 * i);
     }
   }
 #pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) out[n] = sum[n];
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 2
+    for (int g = 0; g < G; ++g) store16(out[n] + 16 * g, sum[n][g]);
 }
 
-// sums[n] += probabilities[n] . values of `count` positions in a row, for entries [0, 16 W) of N queries.
+// sums[n] += probabilities[n] . values of `count` positions in a row, for entries [0, 16 W) of N queries. In bf16 the
+// probabilities are bf16 too, and up to an even number of positions there are some.
 template <Stored S, int N, int W>
 static ALWAYS_INLINE void add_values(const float* const* probabilities, const uint8_t* values, int64_t count,
                                      int64_t dim, float* const* sums) {
   vec16 sum[N][W];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
     for (int w = 0; w < W; ++w) sum[n][w] = load16(sums[n] + 16 * w);
-  for (int64_t i = 0; i < count; ++i) {
-    vec16 value[W];
+  if constexpr (S == Stored::F32) {
+    for (int64_t i = 0; i < count; ++i, values += 4 * dim) {
+      vec16 value[W];
 #pragma GCC unroll 4
-    for (int w = 0; w < W; ++w) {
-      if constexpr (S == Stored::F32)
-        value[w] = load16(reinterpret_cast<const float*>(values) + i * dim + 16 * w);
-      else
-        value[w] = from_bf16(reinterpret_cast<const uint16_t*>(values) + i * dim + 16 * w);
+      for (int w = 0; w < W; ++w) value[w] = load16(reinterpret_cast<const float*>(values) + 16 * w);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+        for (int w = 0; w < W; ++w) sum[n][w] = fma16(value[w], probabilities[n][i], sum[n][w]);
     }
+  } else {
+    for (int64_t i = 0; i < count; i += 2, values += 4 * dim) {
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n)
-#pragma GCC unroll 4
-      for (int w = 0; w < W; ++w) sum[n][w] = fma16(value[w], probabilities[n][i], sum[n][w]);
+        for (int w = 0; w < W; ++w)
+          sum[n][w] = add_pair_products(sum[n][w], values + 64 * w,
+                                        reinterpret_cast<const uint8_t*>(probabilities[n]) + 2 * i);
+    }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
     for (int w = 0; w < W; ++w) store16(sums[n] + 16 * w, sum[n][w]);
 }
 
-// f<N>(first) for all of [0, count) in pieces of at most MOST.
-template <int MOST, class F>
+// f(N, first) for all of [0, count), six at a time and then what is left at once.
+static constexpr int MOST_QUERIES = 6;
+
+template <class F, int N = MOST_QUERIES>
+static ALWAYS_INLINE void left_over(int64_t count, int64_t first, F& f) {
+  if (count == N)
+    f(std::integral_constant<int, N>(), first);
+  else if constexpr (N > 1)
+    left_over<F, N - 1>(count, first, f);
+}
+
+template <class F>
 static ALWAYS_INLINE void in_pieces(int64_t count, F f) {
   int64_t first = 0;
-  for (; first + MOST <= count; first += MOST) f(std::integral_constant<int, MOST>(), first);
-  const int64_t left = count - first;
-  if constexpr (MOST > 1) {
-    if (left) in_pieces<MOST / 2>(left, [&](auto size, int64_t at) { f(size, first + at); });
-  }
+  for (; first + MOST_QUERIES < count; first += MOST_QUERIES)
+    f(std::integral_constant<int, MOST_QUERIES>(), first);
+  left_over<F>(count - first, first, f);
 }
 
 template <Stored S>
@@ -203,16 +231,19 @@ class AttentionBlock {
   }
 
   void score(const uint8_t* keys, int64_t start, int64_t stop) {
-    const int64_t group_bytes = 16 * spec_.key_dim * stored_bytes(S);
-    for (int64_t at = start; at < stop; at += 16, keys += group_bytes)
-      in_pieces<4>(count_, [&](auto size, int64_t first) {
-        constexpr int N = decltype(size)::value;
-        const float* queries[N];
-        vec16 found[N];
-        for (int n = 0; n < N; ++n) queries[n] = query(first + n);
-        score_group<S, N>(queries, keys, spec_.key_dim, found);
-        for (int n = 0; n < N; ++n) store16(scores(first + n) + at - start, found[n]);
-      });
+    const int64_t group_bytes = 16 * spec_.key_dim * stored_bytes(S), groups = (stop - start + 15) / 16;
+    in_pieces(count_, [&](auto size, int64_t first) {
+      constexpr int N = decltype(size)::value;
+      const float* queries[N];
+      float* out[N];
+      for (int n = 0; n < N; ++n) queries[n] = query(first + n), out[n] = scores(first + n);
+      int64_t group = 0;
+      for (; group + 2 <= groups; group += 2) {
+        score_groups<S, N, 2>(queries, keys + group * group_bytes, spec_.key_dim, out);
+        for (int n = 0; n < N; ++n) out[n] += 32;
+      }
+      if (group < groups) score_groups<S, N, 1>(queries, keys + group * group_bytes, spec_.key_dim, out);
+    });
   }
 
   // Scores to exp(score - largest), what is not seen to 0.
@@ -230,9 +261,17 @@ class AttentionBlock {
       const float shrink = std::exp(scratch_.largest[n] - now);
       vec16 total = zero16();
       for (int64_t i = 0; i < wide; i += 16) {
-        const vec16 p = exp16(load16(x + i) - now);
+        vec16 p = exp16(load16(x + i) - now);
+        if constexpr (S == Stored::BF16) {
+          // They move together at the row's beginning. The total is of the rounded ones, which the values get.
+          uint16_t rounded[16];
+          to_bf16(p, rounded);
+          p = from_bf16(rounded);
+          std::memcpy(reinterpret_cast<uint8_t*>(x) + 2 * i, rounded, 32);
+        } else {
+          store16(x + i, p);
+        }
         total += p;
-        store16(x + i, p);
       }
       scratch_.largest[n] = now;
       scratch_.total[n] = scratch_.total[n] * shrink + sum16(total);
@@ -253,11 +292,11 @@ class AttentionBlock {
 
   void add(const uint8_t* values, int64_t count) {
     for (int64_t column = 0; column < spec_.value_dim;) {
-      const uint8_t* at = values + column * stored_bytes(S);
+      const uint8_t* at = values + 4 * column;  // fp32, or pairs of bf16
       const int64_t left = (spec_.value_dim - column) / 16;
       const auto some = [&](auto width) {
         constexpr int W = decltype(width)::value;
-        in_pieces<4>(count_, [&](auto size, int64_t first) {
+        in_pieces(count_, [&](auto size, int64_t first) {
           constexpr int N = decltype(size)::value;
           const float* p[N];
           float* sum[N];

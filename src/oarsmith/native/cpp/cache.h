@@ -1,7 +1,8 @@
 // Keys and values in pages of some positions: in a page lies layer after layer, in that kv head after kv head, the keys,
 // then the values. So memory is touched page by page, as sequences grow.
 // Keys lie in groups of 16 positions, interleaved so that a line of 64 bytes is one entry (or a pair of bf16 entries)
-// of all 16: a query's product with 16 keys is then the same loop as a matrix product. Values lie position by position.
+// of all 16: a query's product with 16 keys is then the same loop as a matrix product. Values lie position by position
+// in fp32; in bf16 two positions are interleaved entry by entry, so that sums over positions take two at a time.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -49,9 +50,10 @@ class Cache {
     std::memcpy(memory_.data() + target * page_bytes_, memory_.data() + source * page_bytes_, page_bytes_);
   }
 
-  // Keeps key and value of a position of a page.
-  void put(const CacheLayer& layer, int64_t page, int64_t head, int64_t position, const float* key,
-           const float* value) const {
+  // Keeps key and value of a position of a page. `last`: the next position does not come in this step; what is there
+  // must be a number then, because it is multiplied with 0.
+  void put(const CacheLayer& layer, int64_t page, int64_t head, int64_t position, const float* key, const float* value,
+           bool last) const {
     const int64_t group = position / 16 * 16 * layer.key_dim, place = position % 16;
     if (stored == Stored::F32) {
       float* k = reinterpret_cast<float*>(keys(layer, page, head)) + group + place;
@@ -66,8 +68,15 @@ class Cache {
       to_bf16(load16(key + i), rounded);
       for (int64_t j = 0; j < 16; j += 2) std::memcpy(k + 16 * (i + j), rounded + j, 4);
     }
-    uint16_t* v = reinterpret_cast<uint16_t*>(values(layer, page, head)) + position * layer.value_dim;
-    for (int64_t i = 0; i < layer.value_dim; i += 16) to_bf16(load16(value + i), v + i);
+    const int64_t odd = position % 2;
+    uint16_t* v = reinterpret_cast<uint16_t*>(values(layer, page, head)) + (position - odd) * layer.value_dim + odd;
+    for (int64_t i = 0; i < layer.value_dim; i += 16) {
+      uint16_t rounded[16];
+      to_bf16(load16(value + i), rounded);
+      for (int64_t j = 0; j < 16; ++j) v[2 * (i + j)] = rounded[j];
+      if (last && !odd)
+        for (int64_t j = 0; j < 16; ++j) v[2 * (i + j) + 1] = 0;
+    }
   }
 
   const Stored stored;

@@ -32,6 +32,15 @@ int native_step_logits(void* step, int64_t count, const int64_t* places, float* 
   }
 }
 
+int native_step_sample(void* step, int64_t count, SampleRow* rows) {
+  try {
+    static_cast<Step*>(step)->sample(rows, count);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
 void native_step_copy_page(void* step, int64_t source, int64_t target) {
   static_cast<Step*>(step)->cache().copy_page(source, target);
 }
@@ -43,7 +52,7 @@ void native_step_copy_states(void* step, int64_t source, int64_t target) {
 // The sizes of the structs that Python writes, in the order of program.h, to be compared with its own.
 void native_struct_sizes(int64_t* sizes) {
   const int64_t found[] = {sizeof(Norm), sizeof(Attention), sizeof(Experts), sizeof(Matrix), sizeof(Operation),
-                           sizeof(RotationSpec), sizeof(StepSpec), sizeof(StepRows)};
+                           sizeof(RotationSpec), sizeof(StepSpec), sizeof(StepRows), sizeof(SampleRow)};
   std::memcpy(sizes, found, sizeof(found));
 }
 }

@@ -110,6 +110,15 @@ void Step::logits(int64_t count, const int64_t* places, float* out) {
   }
 }
 
+void Step::sample(SampleRow* rows, int64_t count) {
+  const int64_t vocabulary = buffers_[spec_.logits].stride;
+  const auto choose = [&](int member) {
+    for (int64_t i = team_.take(); i < count; i = team_.take()) members_[member].sampler.choose(rows[i], vocabulary);
+  };
+  if (count > 1) return team_.run(choose);
+  for (int64_t i = 0; i < count; ++i) members_[0].sampler.choose(rows[i], vocabulary);
+}
+
 // Rows of a sequence, so many that their queries use what they load of the cache, and so few that all fits a core.
 void Step::find_blocks(const StepRows& rows) {
   int64_t share = 1;
@@ -283,7 +292,8 @@ void Step::place_head(const Attention& spec, float* qkv, int64_t row, int64_t he
     for (int64_t i = 0; i < spec.key_dim; ++i) x[i] *= scale;
   } else {
     const int64_t page = rows_->pages[rows_->sequences[row]][place / cache_.page_size];
-    cache_.put(cache_.layer(spec.layer), page, own, place % cache_.page_size, x, value);
+    const bool last = row + 1 == rows_->count || rows_->sequences[row + 1] != rows_->sequences[row];
+    cache_.put(cache_.layer(spec.layer), page, own, place % cache_.page_size, x, value, last);
   }
 }
 

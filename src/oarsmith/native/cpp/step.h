@@ -5,6 +5,7 @@
 #include "multiply.h"
 #include "pack.h"
 #include "program.h"
+#include "sample.h"
 #include "threads.h"
 
 class Step {
@@ -16,6 +17,9 @@ class Step {
   // Logits [places, vocabulary] of rows of the last run.
   void logits(int64_t count, const int64_t* places, float* out);
 
+  // Tokens of rows of logits of this vocabulary.
+  void sample(SampleRow* rows, int64_t count);
+
   const Cache& cache() const { return cache_; }
   // Let slot `target` go on from where `source` is.
   void copy_states(int64_t source, int64_t target);
@@ -25,6 +29,7 @@ class Step {
   struct Member {
     std::vector<float> row;
     AttentionScratch attention;
+    Sampler sampler;
   };
   // A share [first, stop) of `count` for a member.
   struct Share {
