@@ -11,7 +11,10 @@ from transformers import (
 )
 
 from oarsmith.engine import Sampling
-from oarsmith.engine.sampler import Choice, SamplingState, choose, edited, prompt_logprobs
+from oarsmith.engine.choice import Choice
+from oarsmith.engine.draws import Draws
+from oarsmith.engine.sampler import choose, edited, prompt_logprobs
+from oarsmith.engine.state import SamplingState
 from oarsmith.errors import ConfigError, ModelError, OarsmithError
 
 SIZE = 40
@@ -22,19 +25,20 @@ class Only:
     """A constraint to fixed tokens."""
 
     def __init__(self, *tokens, size=SIZE):
-        self.allowed_V = torch.zeros(size, dtype=torch.bool)
-        self.allowed_V[list(tokens)] = True
+        self.mask = bytearray(size)
+        for token in tokens:
+            self.mask[token] = 200
         self.taken = []
 
     def allowed(self):
-        return self.allowed_V
+        return self.mask
 
     def accept(self, token):
         self.taken.append(token)
 
 
 def state_of(sampling, answer=(), prompt=(), size=SIZE, seed=0, **kwargs):
-    state = SamplingState(sampling, prompt, torch.Generator().manual_seed(seed), vocab_size=size, **kwargs)
+    state = SamplingState(sampling, prompt, Draws(str(seed)), vocab_size=size, **kwargs)
     for token in answer:
         state.accept(token)
     return state
@@ -221,10 +225,10 @@ def test_prompt_logprobs():
 
 def test_greedy_takes_the_likeliest_and_no_random_number():
     logits_NV = random_logits(3)
-    generator = torch.Generator().manual_seed(3)
-    states = [SamplingState(Sampling(top_k=2, top_p=0.1), [], generator, vocab_size=SIZE) for _ in range(3)]
+    draws = Draws("3")
+    states = [SamplingState(Sampling(top_k=2, top_p=0.1), [], draws, vocab_size=SIZE) for _ in range(3)]
     assert choose(logits_NV, states) == [Choice(token) for token in logits_NV.argmax(-1).tolist()]
-    assert torch.equal(generator.get_state(), torch.Generator().manual_seed(3).get_state())
+    assert draws.count == 0
 
 
 def test_logits_that_are_not_numbers_are_refused():

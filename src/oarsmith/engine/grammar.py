@@ -11,9 +11,6 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from oarsmith.engine.sampling import Sampling
 from oarsmith.errors import ConfigError, MissingExtraError, OarsmithError
 from oarsmith.text import Tokenizer
@@ -104,10 +101,10 @@ class Grammar:
         self._name = name
         self._matcher = matcher
 
-    def allowed(self) -> Tensor:
-        mask_V = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8) != 0
+    def allowed(self) -> bytearray:
+        mask = bytearray(self._matcher.compute_logit_bias())
         self._check()
-        return mask_V
+        return mask
 
     def accept(self, token: int) -> None:
         self._matcher.consume_token(token)

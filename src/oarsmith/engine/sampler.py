@@ -5,44 +5,16 @@ Shapes: N sequences, V vocabulary, C candidates that may be drawn, D distinct to
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from oarsmith.engine.choice import Choice, Continuation, Draft
 from oarsmith.engine.filters import Settings, distribution, draw, draw_after, sample
-from oarsmith.engine.state import Constraint, SamplingState
+from oarsmith.engine.state import SamplingState
 from oarsmith.errors import ModelError
-
-__all__ = ["Choice", "Constraint", "Draft", "SamplingState", "choose", "prompt_logprobs", "propose"]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A token of an answer or a prompt.
-
-    Attributes:
-        logprob: natural logarithm of its probability in the model's own distribution, before anything that the
-            sampling does to it; None where nobody asked.
-        top: the likeliest tokens of that distribution with theirs, likeliest first, as many as were asked for.
-    """
-
-    token: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A token that somebody guesses.
-
-    Attributes:
-        probs_V: what it was drawn from, float64; None: it was not drawn.
-    """
-
-    token: int
-    probs_V: Tensor | None = None
 
 
 def choose(
@@ -87,6 +59,27 @@ def propose(logits_NV: Tensor, states: Sequence[SamplingState]) -> list[Draft]:
     return drafts
 
 
+def continuations(
+    logits_NV: Tensor, states: Sequence[SamplingState], scores: Sequence[float], count: int, top: int
+) -> list[Continuation]:
+    """The ``count`` likeliest ways to go on with one of several sequences, the likeliest first.
+
+    Args:
+        scores: log-probabilities of the sequences so far.
+        top: how many of the likeliest tokens to name beside each.
+    """
+    logprobs_NV = logits_NV.float().log_softmax(-1)
+    # Not the logits, as where one token is chosen: it is the log-probabilities that transformers bends in a search.
+    bent_NV, size = edited(logprobs_NV, states), logits_NV.shape[1]
+    totals_NV = bent_NV + torch.tensor(scores, dtype=torch.float32, device=logits_NV.device)[:, None]
+    totals, places = totals_NV.flatten().topk(min(count, totals_NV.numel()))
+    found = totals > -torch.inf
+    totals, places = totals[found], places[found]
+    choices = _described(logprobs_NV[places // size], places % size, [top] * len(places))
+    rows = zip((places // size).tolist(), totals.tolist(), choices, strict=True)
+    return [Continuation(*row) for row in rows]
+
+
 def _wants_logprob(state: SamplingState) -> bool:
     # Of several answers the likeliest are kept.
     return state.sampling.logprobs is not None or state.sampling.num_samples > state.sampling.n
@@ -116,8 +109,9 @@ def edited(logits_NV: Tensor, states: Sequence[SamplingState]) -> Tensor:
         return logits_NV
     out_NV = logits_NV.clone()
     for row in rows:
-        if (allowed_V := states[row].allowed()) is not None:
-            out_NV[row].masked_fill_(~allowed_V.to(out_NV.device), -torch.inf)
+        if (allowed := states[row].allowed()) is not None:
+            allowed_V = torch.frombuffer(allowed, dtype=torch.uint8).to(out_NV.device)
+            out_NV[row].masked_fill_(allowed_V == 0, -torch.inf)
     _ban(out_NV, rows, states)
     _add_bias(out_NV, [states[row] for row in rows], rows)
     _penalize(out_NV, [states[row] for row in rows], rows)
@@ -143,8 +137,8 @@ def _add_bias(logits_NV: Tensor, states: Sequence[SamplingState], rows: Sequence
     if not any(sizes):
         return
     at_row = _repeated(rows, sizes, logits_NV.device)
-    at_id = torch.cat([state.bias_ids for state in states]).to(logits_NV.device)
-    logits_NV[at_row, at_id] += torch.cat([state.bias for state in states]).to(logits_NV.device)
+    at_id = _joined([state.bias_ids for state in states], torch.int64, logits_NV.device)
+    logits_NV[at_row, at_id] += _joined([state.bias for state in states], torch.float32, logits_NV.device)
 
 
 def _penalize(logits_NV: Tensor, states: Sequence[SamplingState], rows: Sequence[int]) -> None:
@@ -152,18 +146,23 @@ def _penalize(logits_NV: Tensor, states: Sequence[SamplingState], rows: Sequence
     found = [
         (row, seen, state.sampling) for row, state in zip(rows, states, strict=True) if (seen := state.occurrences)
     ]
-    if not found:
+    if not any(len(seen.ids) for _, seen, _ in found):
         return
     device, sizes = logits_NV.device, [len(seen.ids) for _, seen, _ in found]
     at_row = _repeated([row for row, _, _ in found], sizes, device)
-    at_id = torch.cat([seen.ids for _, seen, _ in found]).to(device)
-    counts_D = torch.cat([seen.counts for _, seen, _ in found]).to(device)
+    at_id = _joined([seen.ids for _, seen, _ in found], torch.int64, device)
+    counts_D = _joined([seen.counts for _, seen, _ in found], torch.float32, device)
     repetition_D = _repeated([sampling.repetition_penalty for *_, sampling in found], sizes, device)
     frequency_D = _repeated([sampling.frequency_penalty for *_, sampling in found], sizes, device)
     presence_D = _repeated([sampling.presence_penalty for *_, sampling in found], sizes, device)
     logits_D = logits_NV[at_row, at_id]
     logits_D = torch.where(logits_D < 0, logits_D * repetition_D, logits_D / repetition_D)
     logits_NV[at_row, at_id] = logits_D - frequency_D * counts_D - presence_D * (counts_D > 0)
+
+
+def _joined(arrays: Sequence[array], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A copy: as long as a tensor looks at an array, that cannot grow."""
+    return torch.cat([torch.frombuffer(values, dtype=dtype) for values in arrays if values]).to(device)
 
 
 def _repeated(values: Sequence[float], sizes: Sequence[int], device: torch.device) -> Tensor:

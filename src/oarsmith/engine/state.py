@@ -1,31 +1,22 @@
-"""What the choice of a request's next token depends on, besides the logits."""
+"""What the choice of a request's next token depends on, besides the logits. No PyTorch here."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
+from array import array
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
+from oarsmith.engine.draws import Draws
 from oarsmith.engine.sampling import Sampling
 from oarsmith.errors import ConfigError, OarsmithError
-
-
-def seeded_generator(name: str) -> torch.Generator:
-    """A source of randomness that follows from a name."""
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    # manual_seed takes 64 bits; the top one is left out because it takes them signed.
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 class Constraint(Protocol):
     """What an answer must be: which tokens may come next, given those before."""
 
-    def allowed(self) -> Tensor:
-        """Whether each token may come next, bool [V] on the CPU; at least one may.
+    def allowed(self) -> bytearray:
+        """For each token a byte: 0 where it may not come next; at least one may.
 
         Raises:
             OarsmithError: the constraint became too complex to follow.
@@ -42,35 +33,27 @@ class Occurrences:
     """Distinct tokens with the number of times each occurs in the answer; those of the prompt alone have 0.
 
     Attributes:
-        ids: int64 [D], on the CPU.
-        counts: float32 [D].
+        ids: int64.
+        counts: float32, one for each id.
     """
 
     def __init__(self, tokens: Collection[int]) -> None:
         self._place = {token: place for place, token in enumerate(tokens)}
-        self._ids = torch.tensor([*self._place, *[0] * 64], dtype=torch.int64)
-        self._counts = torch.zeros(len(self._ids))
-
-    @property
-    def ids(self) -> Tensor:
-        return self._ids[: len(self._place)]
-
-    @property
-    def counts(self) -> Tensor:
-        return self._counts[: len(self._place)]
+        self.ids = array("q", self._place)
+        self.counts = array("f", bytes(4 * len(self._place)))
 
     def fork(self) -> Occurrences:
         """Another one that goes on from here."""
         other = copy.copy(self)
-        other._place, other._ids, other._counts = dict(self._place), self._ids.clone(), self._counts.clone()
+        other._place, other.ids, other.counts = dict(self._place), self.ids[:], self.counts[:]
         return other
 
     def add(self, token: int) -> None:
         place = self._place.setdefault(token, len(self._place))
-        if place == len(self._ids):
-            self._ids, self._counts = torch.cat((self._ids,) * 2), torch.cat((self._counts, self._counts * 0))
-        self._ids[place] = token
-        self._counts[place] += 1
+        if place == len(self.ids):
+            self.ids.append(token)
+            self.counts.append(0)
+        self.counts[place] += 1
 
 
 class SamplingState:
@@ -78,7 +61,7 @@ class SamplingState:
 
     Args:
         prompt: its token ids.
-        generator: where its random numbers come from; one a token, none when greedy.
+        draws: where its random numbers come from; one a token, none when greedy.
         vocab_size: columns of the logits.
         grammar: what the answer must be.
         stop_ids: tokens that end the answer; min_new_tokens keeps them out.
@@ -95,7 +78,7 @@ class SamplingState:
         self,
         sampling: Sampling,
         prompt: Sequence[int],
-        generator: torch.Generator,
+        draws: Draws,
         *,
         vocab_size: int,
         grammar: Constraint | None = None,
@@ -110,10 +93,10 @@ class SamplingState:
             self.occurrences = Occurrences(dict.fromkeys(prompt))
         elif sampling.presence_penalty or sampling.frequency_penalty:
             self.occurrences = Occurrences(())
-        self.bias_ids = torch.tensor(list(sampling.logit_bias), dtype=torch.int64)
-        self.bias = torch.tensor(list(sampling.logit_bias.values()))
+        self.bias_ids = array("q", sampling.logit_bias)
+        self.bias = array("f", sampling.logit_bias.values())
         self.answer: list[int] = []
-        self._generator = generator
+        self._draws = draws
         self._stop_ids = [index for index in stop_ids if 0 <= index < vocab_size]
         self._bad_words = [tuple(word) for word in bad_words]
         for name, tokens in (("logit_bias", sampling.logit_bias), ("bad_words", [t for w in bad_words for t in w])):
@@ -142,8 +125,8 @@ class SamplingState:
     def _follows(self, beginning: tuple[int, ...]) -> bool:
         return not beginning or tuple(self.answer[-len(beginning) :]) == beginning
 
-    def allowed(self) -> Tensor | None:
-        """What the constraint allows, bool [V]; None: everything."""
+    def allowed(self) -> bytearray | None:
+        """For each token 0 where the constraint does not allow it; None: everything."""
         if self.grammar is None or self.failure is not None:
             return None
         try:
@@ -172,10 +155,9 @@ class SamplingState:
         other.answer = list(self.answer)
         other.occurrences = None if self.occurrences is None else self.occurrences.fork()
         other.grammar = None if self.grammar is None else self.grammar.fork()
-        name = f"fork {self._generator.initial_seed()} {len(self.answer)}"
-        other._generator = seeded_generator(name)
+        other._draws = Draws(f"fork {self._draws.name} {len(self.answer)}")
         return other
 
     def uniform(self) -> float:
         """The next random number in [0, 1)."""
-        return float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        return self._draws.next()
