@@ -13,6 +13,7 @@ from oarsmith.models.spec import PrefixLM
 from oarsmith.native.arena import Arena
 from oarsmith.native.bindings import bindings
 from oarsmith.native.program import Program, Rotation
+from oarsmith.native.sample import Row, Sampled, SampleRows
 from oarsmith.native.structs import ProgramStructs, StepRows, StepSpec
 from oarsmith.native.visibility import Part, Visibility
 
@@ -111,6 +112,13 @@ class Step:
         wanted = array("q", places)
         if self._library.native_step_logits(self._handle, len(wanted), wanted.buffer_info()[0], out):
             raise _out_of_memory()
+
+    def sample(self, logits: Sequence[int], rows: Sequence[Row]) -> list[Sampled]:
+        """A token for each row. ``logits``: the address of each row's."""
+        wanted = SampleRows(logits, rows, self.program.vocab_size)
+        if self._library.native_step_sample(self._handle, len(rows), ctypes.byref(wanted.structs)):
+            raise _out_of_memory()
+        return wanted.results()
 
     def copy_page(self, source: int, target: int) -> None:
         """Make a page hold what another holds."""
