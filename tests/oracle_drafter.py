@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from oarsmith.engine import Completion
-from oarsmith.engine.sampler import Draft
-from oarsmith.engine.scheduler import Step
+from oarsmith.engine.choice import Draft
+from oarsmith.engine.step import Step
 
 
 class OracleDrafter:

@@ -11,8 +11,8 @@ import torch
 
 import oarsmith
 from oarsmith.engine import Completion, Engine, Sampling
+from oarsmith.engine.choice import Choice
 from oarsmith.engine.request import Request
-from oarsmith.engine.sampler import Choice
 from oarsmith.errors import ConfigError, DataError, ModelError
 from oarsmith.models.decoder import Decoder
 

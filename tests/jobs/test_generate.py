@@ -189,3 +189,27 @@ def test_guesses_are_counted_and_change_nothing(chain_model, capsys):
         assert 0 < right <= guessed <= most
     assert cli.main(["generate", model, "count", "--speculative", "ngram", "--ngram_min", "4"]) != 0
     assert "ngram_min 4 is more than ngram_max 3" in capsys.readouterr().err
+
+
+def test_a_beam_search_from_words_and_rows(chain_model, tmp_path, capsys):
+    model = str(chain_model("one two three"))
+    assert cli.main(["generate", model, "count", "--num_beams", "9", "--early_stopping", "true"]) == 0
+    assert capsys.readouterr().out == "one two three\n"
+    rows = [
+        {"prompt": "count", "sampling": {"num_beams": 3, "n": 2, "length_penalty": 2, "early_stopping": False}},
+        {"prompt": "count", "sampling": {"num_beams": 2, "early_stopping": "never"}},
+        {"prompt": "count"},
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    words = ["--input_file", str(tmp_path / "in.jsonl"), "--output_file", str(tmp_path / "out.jsonl")]
+    assert cli.main(["generate", model, *words, "--decode_strategy", "beam_search", "--num_beams", "4"]) == 0
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [answer["output"] for answer in answers] == ["one two three"] * 3
+    assert answers[0]["score"] >= answers[0]["others"][0]["score"] and len(answers[0]["others"]) == 1
+    assert answers[2]["score"] == pytest.approx(answers[0]["score"] * answers[0]["num_tokens"])
+    for words, message in [
+        (["--num_beams", "2", "--temperature", "1"], "a beam search does not draw"),
+        (["--num_beams", "2", "--n", "3"], "n 3 is more than num_beams 2"),
+    ]:
+        assert cli.main(["generate", model, "count", *words]) != 0
+        assert message in capsys.readouterr().err

@@ -65,6 +65,18 @@ IMPOSSIBLE: tuple[Impossible[Any], ...] = (
     ),
     Impossible(
         GenerateConfig,
+        lambda c: c.num_beams > 1 and c.decode_strategy == "sampling",
+        "a beam search does not draw, so temperature, filters and best_of would have no effect",
+        "remove them, or num_beams",
+    ),
+    Impossible(
+        GenerateConfig,
+        lambda c: 1 < c.num_beams < c.n,
+        "n {n} is more than num_beams {num_beams}",
+        "raise num_beams or lower n",
+    ),
+    Impossible(
+        GenerateConfig,
         lambda c: c.best_of is not None and c.best_of < c.n,
         "best_of {best_of} is less than n {n}",
         "raise best_of or lower n",

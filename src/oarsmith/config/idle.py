@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from .base import JobConfig
 from .checkpoints import ConvertConfig
-from .inference import SpeculativeKeys
+from .inference import GenerateConfig, SpeculativeKeys
 from .resolved import is_given
 from .train import TrainConfig
 
@@ -75,6 +75,7 @@ IDLE: tuple[Idle[Any], ...] = (
         lambda c: not {"wandb", "mlflow"} & set(c.report_to),
         "only wandb and mlflow name their runs",
     ),
+    Idle(GenerateConfig, ("length_penalty", "early_stopping"), lambda c: c.num_beams == 1, "num_beams is 1"),
     Idle(SpeculativeKeys, ("num_draft_tokens",), lambda c: c.speculative is None, "speculative is not given"),
     Idle(SpeculativeKeys, ("ngram_min", "ngram_max"), lambda c: c.speculative != "ngram", "speculative is not ngram"),
     Idle(ConvertConfig, ("gguf_type", "with_tokenizer"), lambda c: c.to != "gguf", "dst is no GGUF file"),

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from .base import Bool, Int, JobConfig
+from .base import Bool, Float, Int, JobConfig
 from .groups import ModelKeys, RuntimeKeys, SamplingKeys
 
 
@@ -56,9 +56,22 @@ class GenerateConfig(ModelKeys, AdapterKeys, SamplingKeys, SpeculativeKeys, Runt
     )
     batch_size: Int = Field(8, ge=1, description="Rows of input_file answered at the same time.")
     stream: Bool = Field(True, description="Print a single answer while it is made.")
-    n: Int = Field(1, ge=1, description="Answers to each prompt, each drawn anew.")
+    n: Int = Field(1, ge=1, description="Answers to each prompt, each drawn anew; of a beam search the n best.")
     best_of: Int | None = Field(
         None, ge=1, description="Draw this many and keep the n that the model itself finds likeliest. Not given: n."
+    )
+    num_beams: Int = Field(
+        1, ge=1, description="Beam search: keep this many beginnings, those that are likeliest as a whole. 1: none."
+    )
+    length_penalty: Float = Field(
+        1.0,
+        description="Beam search: an answer's log-probability is divided by its length to the power of it; above 0 "
+        "longer answers are preferred.",
+    )
+    early_stopping: Literal["false", "true", "never"] = Field(
+        "false",
+        description="Beam search: true ends it with the first num_beams answers, false when a better one is unlikely, "
+        "never when there can be none.",
     )
     logprobs: Int | None = Field(
         None,
@@ -70,7 +83,7 @@ class GenerateConfig(ModelKeys, AdapterKeys, SamplingKeys, SpeculativeKeys, Runt
 
     @property
     def asks_for_draws(self) -> bool:
-        return super().asks_for_draws or self.n > 1 or (self.best_of or 1) > 1
+        return super().asks_for_draws or (self.n > 1 and self.num_beams == 1) or (self.best_of or 1) > 1
 
 
 class ChatConfig(ModelKeys, AdapterKeys, SamplingKeys, SpeculativeKeys, RuntimeKeys):

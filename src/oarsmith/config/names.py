@@ -99,6 +99,10 @@ VALUE_NAMES: dict[tuple[str, str], str] = {
     ("rope_scaling_type", "dynamicntkscalingrotaryembedding"): "dynamic",
     ("rope_scaling_type", "yarnscalingrotaryembedding"): "yarn",
     ("decode_strategy", "greedy_search"): "greedy",
+    # JSON and YAML have these as truth values.
+    ("early_stopping", "true"): "true",
+    ("early_stopping", "false"): "false",
+    ("decode_strategy", "beam_search"): "greedy",
     ("speculative", "inference_with_reference"): "ngram",
     ("speculative", "prompt_lookup"): "ngram",
     ("metric_for_best_model", "eval_loss"): "loss",
@@ -116,6 +120,7 @@ VALUE_NAMES: dict[tuple[str, str], str] = {
 
 # Renames a person should hear about, because what they get is not quite what they named.
 VALUE_NOTES: dict[tuple[str, str], str] = {
+    ("decode_strategy", "beam_search"): "decode_strategy beam_search: greedy, with as many beams as num_beams says",
     ("report_to", "visualdl"): "report_to visualdl: written for TensorBoard, which VisualDL's files resemble",
 }
 

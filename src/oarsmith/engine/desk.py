@@ -78,7 +78,7 @@ class Desk:
     def _tell(self, ticket: Ticket, request: Request, last: bool) -> None:
         sampling = request.state.sampling
         # Of more answers than are wanted, nobody knows yet which will be given.
-        shown = sampling.num_samples == sampling.n
+        shown = sampling.num_samples == sampling.n and sampling.num_beams == 1
         index = ticket.requests.index(request) if shown else 0
         if shown:
             # With guesses there may be several tokens; the text and what else there is to say come with the last.

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from oarsmith.engine.backend import Backend, Part
-from oarsmith.engine.sampler import SamplingState, propose
-from oarsmith.engine.scheduler import Chunk, Step
+from oarsmith.engine.sampler import propose
+from oarsmith.engine.state import SamplingState
+from oarsmith.engine.step import Chunk, Step
 from oarsmith.errors import OarsmithError
 from oarsmith.models.spec import DecoderSpec
 

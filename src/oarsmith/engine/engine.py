@@ -140,7 +140,8 @@ class Engine:
         """
         sampling = sampling or _GREEDY
         if sampling.num_samples > 1:
-            raise ConfigError("a stream is one answer", where="n", fix="leave out n and best_of, or use generate")
+            what = "a stream is one answer, and known token by token"
+            raise ConfigError(what, where="n", fix="leave out n, best_of and num_beams, or use generate")
         ticket = self._ticket(self.encode(prompt, tools=tools), sampling, _seed(sampling), 0, read=True)
         self._open(ticket)
         return Stream(self, ticket)

@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any, cast
 
 from oarsmith.engine.bad_words import spell_bad_words
+from oarsmith.engine.beams import Beams
 from oarsmith.engine.grammar import Constraints
 from oarsmith.engine.pace import Pace
 from oarsmith.engine.reader import TextReader, without_lead
-from oarsmith.engine.request import Completion, Request, request_generator
+from oarsmith.engine.request import Completion, Request, request_draws
 from oarsmith.engine.sampling import Sampling
 from oarsmith.engine.state import SamplingState
 from oarsmith.errors import ConfigError, DataError
@@ -87,13 +88,13 @@ class Intake:
         if self._tokenizer is not None and not sampling.ignore_eos:
             stop_ids |= set(self._tokenizer.stop_ids)
         limit = min(sampling.max_new_tokens, self._spec.max_positions - len(ids))
-        bad_words = spell_bad_words(sampling, self._tokenizer)
+        bad_words, beams = spell_bad_words(sampling, self._tokenizer), sampling.num_beams > 1
         requests = []
         for answer in range(sampling.num_samples):
             state = SamplingState(
                 sampling,
                 ids,
-                request_generator(seed, index, answer),
+                request_draws(seed, index, answer),
                 vocab_size=self._spec.vocab_size,
                 grammar=self._constraints.of(sampling),
                 stop_ids=stop_ids,
@@ -105,13 +106,16 @@ class Intake:
                 limit=limit,
                 stop_ids=frozenset(stop_ids),
                 state=state,
-                reader=self._reader(ids, sampling) if read or sampling.stop else None,
+                reader=self._reader(ids, sampling) if (read and not beams) or sampling.stop else None,
                 priority=priority,
                 prompt_logprobs=None if answer else sampling.prompt_logprobs,
-                pace=None if self._num_draft_tokens is None else Pace(self._num_draft_tokens),
+                pace=None if beams or self._num_draft_tokens is None else Pace(self._num_draft_tokens),
             )
             requests.append(request)
-        requests[0].siblings = requests[1:]
+        if beams:
+            Beams(requests)
+        else:
+            requests[0].siblings = requests[1:]
         return requests
 
     def _reader(self, ids: Sequence[int], sampling: Sampling) -> TextReader:
@@ -124,7 +128,9 @@ class Intake:
         """The answers to a prompt; of more than are wanted, those that the model finds likeliest."""
         sampling = requests[0].state.sampling
         prompt_logprobs = None if sampling.prompt_logprobs is None else tuple(requests[0].prompt_choices)
-        if len(requests) > sampling.n:
+        if (beams := requests[0].beams) is not None:
+            requests = beams.results()[: sampling.n]
+        elif len(requests) > sampling.n:
             requests = sorted(requests, key=_mean_logprob, reverse=True)[: sampling.n]
         first, *others = (self._answer(request) for request in requests)
         return replace(first, prompt_logprobs=prompt_logprobs, others=tuple(others))
@@ -145,6 +151,7 @@ class Intake:
             tuple(request.prompt),
             request.finish_reason,
             logprobs=tuple(request.choices) if wanted else None,
+            score=request.score,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from oarsmith.text import StreamDecoder, Tokenizer
@@ -67,6 +68,12 @@ class TextReader:
     def stopped(self) -> bool:
         """Whether a stop text was met."""
         return self._filter.stopped
+
+    def fork(self) -> TextReader:
+        """Another one that goes on from here."""
+        other = copy.copy(self)
+        other._decoder, other._filter = self._decoder.fork(), copy.copy(self._filter)
+        return other
 
     def push(self, token: int) -> None:
         piece = self._decoder.push(token)

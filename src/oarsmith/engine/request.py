@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
+from oarsmith.engine.choice import Choice
+from oarsmith.engine.draws import Draws
 from oarsmith.engine.pace import Pace
 from oarsmith.engine.pages import PageTable
 from oarsmith.engine.reader import TextReader
-from oarsmith.engine.sampler import Choice
-from oarsmith.engine.state import SamplingState, seeded_generator
+from oarsmith.engine.state import SamplingState
 from oarsmith.errors import OarsmithError
+
+if TYPE_CHECKING:
+    from oarsmith.engine.beams import Beams
 
 FinishReason = Literal["stop", "length"]
 
@@ -29,7 +31,8 @@ class Completion:
         logprobs: of every token generated, where the sampling asks for them.
         prompt_logprobs: the same for the prompt from its second token on.
         others: further answers to the same prompt, where the sampling asks for more than one; of ``best_of`` answers
-            this is the best and they follow in order.
+            and of beams this is the best and they follow in order.
+        score: of a beam search: the answer's log-probability divided by its length to the power of the penalty.
     """
 
     text: str
@@ -39,6 +42,7 @@ class Completion:
     logprobs: tuple[Choice, ...] | None = None
     prompt_logprobs: tuple[Choice, ...] | None = None
     others: tuple[Completion, ...] = ()
+    score: float | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -50,9 +54,9 @@ class Completion:
         return len(self.ids)
 
 
-def request_generator(seed: int, index: int, answer: int = 0) -> torch.Generator:
+def request_draws(seed: int, index: int, answer: int = 0) -> Draws:
     """The source of randomness of an answer to prompt ``index``: one number a token, whatever else is in the batch."""
-    return seeded_generator(f"generate {seed} {index}" + (f" {answer}" if answer else ""))
+    return Draws(f"generate {seed} {index}" + (f" {answer}" if answer else ""))
 
 
 @dataclass(eq=False, kw_only=True)
@@ -71,12 +75,14 @@ class Request:
         prompt_logprobs: how many of the likeliest tokens are wanted beside each token of the prompt; None: nothing.
         siblings: further answers to the same prompt, which go on from its pages once the prompt is read.
         pace: how many of its tokens are guessed at a time; None: none are.
+        beams: the search that it is a seat of.
 
     Attributes:
         tokens: prompt and answer.
         choices: the tokens of the answer with what was asked about them.
         prompt_choices: the same for the prompt, from its second token on.
         error: why there will be no answer.
+        score: what a search ranks the answer by.
         num_computed, prompt_size, table, row, waiting: the scheduler's: tokens that are in the cache, how many were
             there when reading began, the pages, the row of the cache, whether it waits.
         num_followed: tokens that are in the cache of a model which guesses.
@@ -94,11 +100,13 @@ class Request:
     prompt_logprobs: int | None = None
     siblings: list[Request] = field(default_factory=list)
     pace: Pace | None = None
+    beams: Beams | None = None
     tokens: list[int] = field(init=False)
     choices: list[Choice] = field(default_factory=list)
     prompt_choices: list[Choice] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: OarsmithError | None = None
+    score: float | None = None
     num_computed: int = 0
     num_followed: int = 0
     prompt_size: int = 0
@@ -122,7 +130,14 @@ class Request:
     @property
     def done(self) -> bool:
         """Whether it is finished or failed."""
+        if self.beams is not None:
+            return self.beams.over
         return self.finish_reason is not None or self.error is not None
+
+    @property
+    def seats(self) -> list[Request]:
+        """All that come and go together."""
+        return [self] if self.beams is None else self.beams.seats
 
     @property
     def room(self) -> int:
@@ -147,10 +162,18 @@ class Request:
         """Tokens that are to be computed before the next one is chosen in the usual way.
 
         Where tokens are guessed, the last one of an answer that is read again is kept for a step with guesses: they do
-        not depend on when a request lost its pages.
+        not depend on when a request lost its pages. The last ones of a search are kept for one step.
         """
-        again = self.pace is not None and self.num_generated > 0 and self.num_left > 1
+        if self.num_shared is not None:
+            return self.num_shared - self.num_computed
+        kept = self.pace is not None or self.beams is not None
+        again = kept and self.num_generated > 0 and self.num_left > 1
         return self.num_left - again
+
+    @property
+    def num_shared(self) -> int | None:
+        """Tokens that it is to read for all of its search; None: it reads for itself."""
+        return None if self.beams is None else self.beams.num_shared
 
     @property
     def wants_all_logits(self) -> bool:

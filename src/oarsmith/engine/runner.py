@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from oarsmith.engine.backend import Backend, Part
+from oarsmith.engine.beams import Beams
+from oarsmith.engine.choice import Draft
 from oarsmith.engine.request import Request
-from oarsmith.engine.sampler import Draft, choose, prompt_logprobs
-from oarsmith.engine.scheduler import Chunk, Scheduler, Step
+from oarsmith.engine.sampler import choose, continuations, prompt_logprobs
+from oarsmith.engine.scheduler import Scheduler
 from oarsmith.engine.speculation import Drafter
-from oarsmith.errors import ModelError
+from oarsmith.engine.step import Chunk, Step
+from oarsmith.errors import ModelError, OarsmithError
 
 # Rows of logits at a time where those of a whole prompt are looked at: 50 MB of them at V = 49,152.
 PROMPT_ROWS = 256
@@ -55,6 +58,7 @@ class Runner:
         try:
             self._compute(step)
             self.scheduler.done(step)
+            self._part(step)
             advanced = self._choose(step)
             complete = True
         finally:
@@ -66,6 +70,8 @@ class Runner:
     def _recover(self) -> None:
         """After an interruption: who is done leaves and is told of in the next step, the others begin again."""
         for request in list(self.scheduler.running):
+            if request.table is None:
+                continue  # it left with others of its search
             # Siblings part once there is a token of the first; those that have none yet read the prompt themselves.
             siblings, request.siblings = (request.siblings, []) if request.num_generated else ([], request.siblings)
             self._late += [member for member in (request, *siblings) if member.done]
@@ -99,15 +105,22 @@ class Runner:
             if chunk.request.wants_all_logits:
                 self._look_back(chunk, end - size - chunk.start)
         answers: list[_Answer] = []
+        searches: dict[Beams, dict[Request, int]] = {}
         places: list[int] = []
         for chunk, end in zip(step.chunks, ends, strict=True):
-            if chunk.complete:
+            if not chunk.complete:
+                continue
+            if chunk.request.beams is not None:
+                searches.setdefault(chunk.request.beams, {})[chunk.request] = len(places)
+            else:
                 answers.append(_Answer(chunk, len(places)))
-                places += range(end - 1 - len(chunk.drafts), end)
-        if not answers:
+            places += range(end - 1 - len(chunk.drafts), end)
+        if not places:
             return []
         logits_NV = self._backend.logits(places)
         finite = logits_NV.amax(-1).isfinite().tolist()
+        for beams, rows in searches.items():
+            self._search(beams, logits_NV[[rows[seat] for seat in beams.active]])
         going, depth = answers, 0
         while going:
             self._take(going, logits_NV, finite, depth)
@@ -115,7 +128,44 @@ class Runner:
             depth += 1
         for answer in answers:
             self._settle(answer)
-        return [request for answer in answers for request in answer.group]
+        over = [beams.seats[0] for beams in searches if beams.over]
+        return [*over, *(request for answer in answers for request in answer.group)]
+
+    def _search(self, beams: Beams, logits_NV: Tensor) -> None:
+        """Let a search go on: who gave up leaves, and others take up from the pages of those that they go on from."""
+        first = beams.seats[0]
+        try:
+            if not bool(logits_NV.amax(-1).isfinite().all()):
+                raise _bad_logits(first)
+            top = first.state.sampling.logprobs or 0
+            found = continuations(logits_NV, beams.states, beams.scores, beams.num_candidates, top)
+            left, moves = beams.take(found)
+        except OarsmithError as error:
+            first.error, beams.over = error, True
+        if beams.over:
+            self.scheduler.remove(first, failed=first.error is not None)
+            return
+        for seat in left:
+            self.scheduler.vacate(seat)
+        for source, seat in moves:
+            self._fork(source, seat)
+        beams.sit()
+
+    def _part(self, step: Step) -> None:
+        """Let those of a search go on by themselves where the first has read for all."""
+        for chunk in step.chunks:
+            beams = chunk.request.beams
+            if beams is not None and beams.num_shared == chunk.stop:
+                beams.num_shared = None
+                for seat in beams.active[1:]:
+                    self._fork(chunk.request, seat)
+
+    def _fork(self, source: Request, other: Request) -> None:
+        """Let ``other`` go on from where ``source`` is, or wait for a place in the cache."""
+        if self.scheduler.fork(source, other):
+            assert source.row is not None and other.row is not None, source.id
+            for backend in self._backends:
+                backend.copy_sequence(source.row, other.row)
 
     def _take(self, answers: Sequence[_Answer], logits_NV: Tensor, finite: Sequence[bool], depth: int) -> None:
         """One token for each, from the logits after ``depth`` guesses that were right; an error where those are bad."""
@@ -146,10 +196,8 @@ class Runner:
             self.num_accepted += right
             self.scheduler.took(leader, right)
         for sibling in siblings:
-            if not sibling.done and self.scheduler.fork(leader, sibling):
-                assert leader.row is not None and sibling.row is not None, leader.id
-                for backend in self._backends:
-                    backend.copy_sequence(leader.row, sibling.row)
+            if not sibling.done:
+                self._fork(leader, sibling)
         if leader.done:
             self.scheduler.remove(leader, failed=answer.failed)
 
@@ -202,8 +250,12 @@ class _Answer:
         """There will be no answer."""
         self.failed = True
         for request in self.group:
-            request.error = ModelError(
-                "the model's logits are not finite (NaN or infinite)",
-                where=request.id,
-                fix="load it with dtype fp32; if that does not help, the weights are damaged",
-            )
+            request.error = _bad_logits(request)
+
+
+def _bad_logits(request: Request) -> ModelError:
+    return ModelError(
+        "the model's logits are not finite (NaN or infinite)",
+        where=request.id,
+        fix="load it with dtype fp32; if that does not help, the weights are damaged",
+    )

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from oarsmith.errors import ConfigError
 
@@ -47,6 +47,12 @@ class Sampling:
         seed: the draws of request number i of a call follow from (seed, i) alone; None: a new one for each call.
         n: answers to each prompt, each with draws of its own.
         best_of: generate this many and keep the n with the highest mean log-probability of their tokens; None: n.
+        num_beams: beam search: keep this many beginnings, those likeliest as a whole (after everything above but the
+            temperature and the filters, which take no part), and give the n best answers; 1: none.
+        length_penalty: an answer's log-probability is divided by its length to the power of it: above 0 longer ones
+            are preferred.
+        early_stopping: True: the search ends once it has ``num_beams`` answers; False: when it is unlikely to find
+            a better one; "never": when it cannot. As in transformers.
         logprobs: also give each token's log-probability and those of this many of the likeliest ones, in the model's
             own distribution (before everything above); None: do not.
         prompt_logprobs: the same for the tokens of the prompt.
@@ -78,6 +84,9 @@ class Sampling:
     seed: int | None = None
     n: int = 1
     best_of: int | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     json_schema: str | Mapping[str, Any] | None = None
@@ -108,7 +117,9 @@ class Sampling:
         if self.best_of is not None and self.best_of < self.n:
             what = f"best_of {self.best_of} is less than n {self.n}"
             raise ConfigError(what, where="best_of", fix=f"best_of must be at least {self.n}, or not given")
-        if self.num_samples > 1 and self.greedy:
+        if self.num_beams > 1:
+            self._check_beams()
+        elif self.num_samples > 1 and self.greedy:
             name = "n" if self.n > 1 else "best_of"
             what = f"{name} is {getattr(self, name)} and the answers are greedy: all would be the same"
             raise ConfigError(what, where=name, fix=f"{name} must be 1 unless temperature is above 0")
@@ -119,6 +130,15 @@ class Sampling:
             what = f"{self.constraints[0]} with ignore_eos: an answer that is complete could not end"
             raise ConfigError(what, where="ignore_eos", fix="leave ignore_eos out")
 
+    def _check_beams(self) -> None:
+        if not self.greedy or self.best_of is not None:
+            name = "temperature" if not self.greedy else "best_of"
+            what = f"{name} is {getattr(self, name)} and num_beams {self.num_beams}: a beam search does not draw"
+            raise ConfigError(what, where=name, fix=f"leave out {name} or num_beams")
+        if self.n > self.num_beams:
+            what = f"n {self.n} is more than num_beams {self.num_beams}"
+            raise ConfigError(what, where="n", fix=f"n must be at most {self.num_beams}")
+
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken."""
@@ -126,7 +146,9 @@ class Sampling:
 
     @property
     def num_samples(self) -> int:
-        """Answers that are generated for a prompt, of which n are kept."""
+        """Answers that are worked on at the same time for a prompt, of which n are kept."""
+        if self.num_beams > 1:
+            return self.num_beams
         return self.n if self.best_of is None else self.best_of
 
     @property
@@ -222,6 +244,9 @@ _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("seed", _optional(_whole(-(2**63))), "a whole number, or not given"),
     ("n", _whole(1), "at least 1"),
     ("best_of", _optional(_whole(1)), "at least 1, or not given"),
+    ("num_beams", _whole(1), "at least 1 (no search)"),
+    ("length_penalty", _number(-math.inf, math.inf), "a number"),
+    ("early_stopping", lambda value: value is True or value is False or value == "never", 'true, false or "never"'),
     ("logprobs", _optional(_whole(0)), "0 or above, or not given"),
     ("prompt_logprobs", _optional(_whole(0)), "0 or above, or not given"),
     ("json_schema", _schema, "a JSON schema: a mapping, or JSON text of one"),

@@ -6,48 +6,12 @@ No tensors: a step is a list of pieces of token sequences.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, field
 
 from oarsmith.engine.pages import PagePool
 from oarsmith.engine.request import Request
-from oarsmith.engine.sampler import Draft
+from oarsmith.engine.step import Chunk, Step
 from oarsmith.errors import DataError
 from oarsmith.models.caching import CacheRules
-
-
-@dataclass(eq=False)
-class Chunk:
-    """Tokens [start, stop) of a request; those before ``start`` are in the cache.
-
-    ``room``: how many guesses may follow them; ``drafts``: those that do.
-    """
-
-    request: Request
-    start: int
-    stop: int
-    room: int = 0
-    drafts: list[Draft] = field(default_factory=list)
-
-    @property
-    def complete(self) -> bool:
-        """Whether the next token follows from it."""
-        return self.stop == len(self.request.tokens)
-
-
-@dataclass
-class Step:
-    """One call of the model.
-
-    ``copies``: (source, target) of pages to be copied before it, in this order.
-    """
-
-    chunks: list[Chunk] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        """With room for guesses."""
-        return sum(chunk.stop - chunk.start + chunk.room for chunk in self.chunks)
 
 
 class Scheduler:
@@ -86,6 +50,7 @@ class Scheduler:
         self._prefixes = prefixes and rules.prefixes
         self._followed = followed
         self._max_step_tokens = max_step_tokens
+        self._max_running = max_running
         self._rows = list(range(max_running))[::-1]
         self._waiting: list[tuple[int, int, Request]] = []
         self._num_waiting = 0
@@ -105,11 +70,16 @@ class Scheduler:
         Raises:
             DataError: it would not fit into an empty cache.
         """
-        needed = self.pool.pages_for(request.room)
+        count = len(request.seats)
+        if count > self._max_running:
+            what = f"a search of {count} beams needs as many rows; the cache has {self._max_running}"
+            raise DataError(what, where=request.id, fix="lower num_beams or raise batch_size")
+        needed = count * self.pool.pages_for(request.room)
         if needed > self.pool.num_pages:
+            times = f"{count} times " if count > 1 else ""
             raise DataError(
-                f"prompt and answer of up to {request.room} tokens need {needed} pages of {self.pool.block_size} "
-                f"tokens; the cache has {self.pool.num_pages}",
+                f"{times}prompt and answer of up to {request.room} tokens need {needed} pages of "
+                f"{self.pool.block_size} tokens; the cache has {self.pool.num_pages}",
                 where=request.id,
                 fix="shorten the prompt, lower max_new_tokens, or give the engine more pages (num_pages)",
             )
@@ -125,27 +95,40 @@ class Scheduler:
         heapq.heappush(self._waiting, (-request.priority, request.arrival, request))
 
     def remove(self, request: Request, *, failed: bool = False) -> None:
-        """Forget a request that is finished or given up; its pages and its row are free at once."""
-        if request.waiting:
+        """Forget a request (with its search) that is finished or given up; its pages and rows are free at once."""
+        first = request.seats[0]
+        if first.waiting:
             # It stays in the heap until it comes to its front.
-            request.waiting = False
+            first.waiting = False
             self._num_waiting -= 1
-        elif request.table is not None:
+        else:
             self._leave(request, forget=failed)
 
     def _leave(self, request: Request, *, forget: bool = False) -> None:
+        for seat in request.seats:
+            if seat.table is not None:
+                self.vacate(seat, forget=forget)
+        if request.beams is not None:
+            self._rows += request.beams.rows
+            request.beams.rows.clear()
+
+    def vacate(self, request: Request, *, forget: bool = False) -> None:
+        """Take a running request's pages and row; a row of a search is kept for its other seats."""
         assert request.table is not None and request.row is not None, request.id
         self.pool.close(request.table, forget=forget)
-        self._rows.append(request.row)
+        self._rows_for(request).append(request.row)
         self.running.remove(request)
         request.table = request.row = None
         request.num_computed = request.num_followed = 0
 
+    def _rows_for(self, request: Request) -> list[int]:
+        return self._rows if request.beams is None else request.beams.rows
+
     def preempt(self, request: Request) -> None:
-        """Take a running request's pages and row, and let it wait for its turn again."""
+        """Take the pages and the row of a running request (of its search), and let it wait for its turn again."""
         self._leave(request)
         self.num_preempted += 1
-        self._wait(request)
+        self._wait(request if request.beams is None else request.beams.gather())
 
     def schedule(self) -> Step:
         """What to compute next; empty where nothing waits or runs."""
@@ -154,8 +137,8 @@ class Scheduler:
             self._restart(request)
         self.running.sort(key=Request.order)
         running = len(self.running)
-        # First those that need one token: an answer never waits for a prompt.
-        answering = [request for request in self.running if request.num_left == 1]
+        # First those that need one token: an answer never waits for a prompt, but for the others of a search.
+        answering = [r for r in self.running if r.num_left == 1 and (r.beams is None or r.beams.level)]
         reading = [request for request in self.running if request.num_left > 1]
         for request in (*answering, *reading):
             if request.table is not None:
@@ -175,13 +158,12 @@ class Scheduler:
         count = self._share(request, step)
         if count == 0:
             return
-        assert request.table is not None
-        start, room = request.num_computed, self._room(request)
-        while (copies := self.pool.grow(request.table, start, start + count + room)) is None:
-            last = max(self.running, key=Request.order)
-            step.chunks = [chunk for chunk in step.chunks if chunk.request is not last]
-            self.preempt(last)
-            if last is request:
+        table, start, room = request.table, request.num_computed, self._room(request)
+        assert table is not None, request.id
+        while (copies := self.pool.grow(table, start, start + count + room)) is None:
+            self.preempt(max(self.running, key=Request.order))
+            step.chunks = [chunk for chunk in step.chunks if chunk.request.table is not None]
+            if request.table is None:
                 return
         step.copies += copies
         step.chunks.append(Chunk(request, start, start + count, room))
@@ -214,10 +196,11 @@ class Scheduler:
 
     def _start(self, request: Request, step: Step) -> bool:
         """Give a request its pages and its part of the step; False: it must wait."""
-        if step.num_tokens >= self._max_step_tokens:
+        if step.num_tokens >= self._max_step_tokens or len(request.seats) > len(self._rows):
             return False
         # The last token is always computed: the next one follows from it.
-        known = request.tokens[:-1] if self._prefixes and not request.wants_all_logits else []
+        end = request.num_shared or len(request.tokens)
+        known = request.tokens[: end - 1] if self._prefixes and not request.wants_all_logits else []
         table = self.pool.open(request.room, known)
         request.num_computed = len(table.pages) * self.pool.block_size
         if self._soon_known(request, known, step):
@@ -228,7 +211,10 @@ class Scheduler:
         count = self._share(request, step)
         # Pages for the whole prompt, and one for each of those that grow: else somebody would soon have to leave again.
         spare = self.pool.num_free - sum(other.table.grows for other in self.running if other.table is not None)
-        needed = self.pool.pages_for(len(request.tokens) + self._room(request)) - len(table.pages)
+        whole = self.pool.pages_for(len(request.tokens) + self._room(request))
+        needed = whole - len(table.pages)
+        if request.beams is not None:
+            needed += (len(request.beams.active) - 1) * (whole - end // self.pool.block_size)
         if count == 0 or (self.running and needed > spare):
             self.pool.close(table)
             request.num_computed = 0
@@ -236,7 +222,9 @@ class Scheduler:
         room = self._room(request)
         copies = self.pool.grow(table, request.num_computed, len(request.tokens) + room)
         assert copies == [], (copies, request.id)
-        request.table, request.row, request.waiting = table, self._rows.pop(), False
+        if request.beams is not None:
+            request.beams.rows += [self._rows.pop() for _ in request.seats]
+        request.table, request.row, request.waiting = table, self._rows_for(request).pop(), False
         request.num_followed = request.num_computed
         self._num_waiting -= 1
         self.num_found += request.num_computed
@@ -272,10 +260,11 @@ class Scheduler:
 
     def fork(self, source: Request, other: Request) -> bool:
         """Let ``other``, whose prompt is that of ``source``, go on from the same pages; False: it must wait instead."""
-        if not self._rows or source.table is None:
+        rows = self._rows_for(other)
+        if not rows or source.table is None:
             self._wait(other)
             return False
-        other.table, other.row = self.pool.fork(source.table), self._rows.pop()
+        other.table, other.row = self.pool.fork(source.table), rows.pop()
         other.num_computed, other.num_followed = source.num_computed, source.num_followed
         other.prompt_size = source.prompt_size
         self.running.append(other)

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oarsmith.engine.backend import Backend
+from oarsmith.engine.choice import Draft
 from oarsmith.engine.request import Request
-from oarsmith.engine.sampler import Draft
-from oarsmith.engine.scheduler import Step
+from oarsmith.engine.step import Step
 
 
 class Drafter(Protocol):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from oarsmith.engine.choice import Choice
 from oarsmith.engine.request import Completion, Request
-from oarsmith.engine.sampler import Choice
 from oarsmith.errors import OarsmithError
 
 
@@ -17,7 +17,7 @@ class Output:
     Attributes:
         id: of the request, as ``add`` returned it.
         index: which of the answers to its prompt.
-        choice: the new token; None with an error, and for ``best_of``, where nothing is known before the end.
+        choice: the new token; None with an error, and for ``best_of`` and beams, where nothing is known before the end.
         text: what may be shown by now of what was not shown yet; "" where the engine has no tokenizer.
         completion: once all answers to the prompt are there: the first, with the others beside it.
         error: why there will be no completion.

@@ -16,7 +16,7 @@ from rich.console import Console
 from oarsmith.config.inference import GenerateConfig
 from oarsmith.config.resolved import Resolved
 from oarsmith.engine import Completion, Engine
-from oarsmith.engine.sampler import Choice
+from oarsmith.engine.choice import Choice
 from oarsmith.errors import ConfigError, DataError, OarsmithError
 from oarsmith.jobs.answer_settings import settings_of
 from oarsmith.jobs.ask import is_raw
@@ -211,6 +211,8 @@ def _output(completion: Completion) -> dict[str, Any]:
         "finish_reason": completion.finish_reason,
         "num_tokens": completion.num_tokens,
     }
+    if completion.score is not None:
+        found["score"] = completion.score
     if completion.logprobs is not None:
         found["logprobs"] = _logprobs(completion.logprobs)
     return found

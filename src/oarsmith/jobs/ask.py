@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from oarsmith.config.base import JobConfig
 from oarsmith.config.bench import BenchConfig
@@ -70,7 +70,8 @@ _SAME = (
     "regex",
     "choices",
 )
-_OF_GENERATE = ("n", "best_of", "logprobs", "prompt_logprobs")
+_OF_GENERATE = ("n", "best_of", "num_beams", "length_penalty", "logprobs", "prompt_logprobs")
+_EARLY: dict[str, bool | Literal["never"]] = {"true": True, "false": False, "never": "never"}
 
 
 def sampling_of(config: SamplingKeys, seed: int) -> Sampling:
@@ -84,6 +85,7 @@ def sampling_of(config: SamplingKeys, seed: int) -> Sampling:
     drawn = config.decode_strategy == "sampling"
     return Sampling(
         **same,
+        early_stopping=_EARLY[config.early_stopping] if isinstance(config, GenerateConfig) else False,
         temperature=(config.temperature or 0.0) if drawn else 0.0,
         json_schema=_file_or_text("json_schema", config.json_schema),
         grammar=_file_or_text("grammar", config.grammar),

@@ -34,7 +34,7 @@ def run(resolved: Resolved[GenerateConfig]) -> int:
 
 def _open(config: GenerateConfig) -> tuple[Engine, Encode]:
     """The engine, and how a row becomes its prompt."""
-    engine = open_engine(config, config.batch_size)
+    engine = open_engine(config, max(config.batch_size, config.num_beams))
     if not is_raw(config) and engine.tokenizer is not None and engine.tokenizer.chat_template is None:
         raise ConfigError(
             "the model has no chat template",
@@ -73,7 +73,8 @@ def _print_several(completion: Completion, seconds: float, console: Console) -> 
     """Answers on stdout, one after another, each headed on stderr."""
     answers = [completion, *completion.others]
     for number, answer in enumerate(answers, start=1):
-        console.print(f"answer {number} of {len(answers)}:", style="dim")
+        if len(answers) > 1:
+            console.print(f"answer {number} of {len(answers)}:", style="dim")
         print(answer.text, flush=True)
     num_tokens = sum(answer.num_tokens for answer in answers)
     console.print(f"{num_tokens} new tokens in {seconds:.1f} s", style="dim")

@@ -19,7 +19,7 @@ from oarsmith.jobs.prompt_rows import PromptRow
 _OF_THE_PROMPT = ("system", "raw")
 ROW_KEYS = (
     *(key for key in SamplingKeys.model_fields if key not in _OF_THE_PROMPT),
-    *("seed", "n", "best_of", "logprobs", "prompt_logprobs"),
+    *("seed", "n", "best_of", "num_beams", "length_penalty", "early_stopping", "logprobs", "prompt_logprobs"),
 )
 _MOST_KNOWN = 256
 

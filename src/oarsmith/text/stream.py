@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 from oarsmith.text.cleanup import clean_up_spaces, settled_length
@@ -27,6 +28,12 @@ class StreamDecoder:
         self._ids: list[int] = []
         self._emitted = 0  # characters of the window's text already handed on
         self._unclean = ""  # handed on by the window, held back until cleaning can no longer change it
+
+    def fork(self) -> StreamDecoder:
+        """Another one that goes on from here."""
+        other = copy.copy(self)
+        other._ids = list(self._ids)
+        return other
 
     def push(self, token_id: int) -> str:
         """Add one id; the text that became certain, often empty."""

@@ -1,0 +1,43 @@
+"""A step: what is computed of which requests. No tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from oarsmith.engine.choice import Draft
+from oarsmith.engine.request import Request
+
+
+@dataclass(eq=False)
+class Chunk:
+    """Tokens [start, stop) of a request; those before ``start`` are in the cache.
+
+    ``room``: how many guesses may follow them; ``drafts``: those that do.
+    """
+
+    request: Request
+    start: int
+    stop: int
+    room: int = 0
+    drafts: list[Draft] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the next token follows from it."""
+        return self.stop == len(self.request.tokens)
+
+
+@dataclass
+class Step:
+    """One call of the model.
+
+    ``copies``: (source, target) of pages to be copied before it, in this order.
+    """
+
+    chunks: list[Chunk] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """With room for guesses."""
+        return sum(chunk.stop - chunk.start + chunk.room for chunk in self.chunks)
