@@ -79,7 +79,7 @@ class Some:
 @pytest.mark.parametrize("spread", [0.0, 0.1, 2.0, 8.0])
 def test_tokens_and_probabilities(step: Step, spread: float) -> None:
     draw, generator = random.Random(int(spread * 10)), torch.Generator().manual_seed(3)
-    size, different, compared = step.program.vocab_size, 0, 0
+    size, different, compared = step.program.facts.vocab_size, 0, 0
     for turn in range(40):
         logits_NV = torch.randn(5, size, generator=generator) * spread
         if turn % 2:
@@ -110,7 +110,7 @@ def test_tokens_and_probabilities(step: Step, spread: float) -> None:
 
 
 def test_what_is_no_number_is_told(step: Step) -> None:
-    size = step.program.vocab_size
+    size = step.program.facts.vocab_size
     logits_NV = torch.randn(5, size)
     logits_NV[0, 17], logits_NV[1, size - 1], logits_NV[2] = math.nan, math.inf, -math.inf
     logits_NV[3, :50] = -math.inf
@@ -120,7 +120,7 @@ def test_what_is_no_number_is_told(step: Step) -> None:
 
 
 def test_all_that_is_left_may_not_be_banned(step: Step) -> None:
-    size = step.program.vocab_size
+    size = step.program.facts.vocab_size
     logits_NV = torch.randn(1, size)
     everything = array("q", [*range(size), *range(size)])
     assert take(step, logits_NV, [Row(banned=everything)])[0].token == int(logits_NV.argmax())

@@ -38,7 +38,7 @@ class Sequences:
         program, arena = lower(model, precision)
         self.step = Step(program, arena, threads=threads, num_pages=num_pages, page_size=PAGE, num_sequences=8)
         self.prompt = prompt
-        self.vocab_size = program.vocab_size
+        self.vocab_size = program.facts.vocab_size
         self.free = list(range(num_pages))[::-1]
         self.pages: dict[str, list[int]] = {}
         self.used: dict[str, int] = {}

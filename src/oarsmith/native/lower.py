@@ -10,6 +10,7 @@ from oarsmith.errors import ModelError
 from oarsmith.models.attention import Attention
 from oarsmith.models.block import Block
 from oarsmith.models.decoder import Decoder
+from oarsmith.models.facts import ModelFacts
 from oarsmith.models.lfa import FilteredAttention
 from oarsmith.models.mla import LatentAttention
 from oarsmith.models.norm import LayerNorm, RMSNorm
@@ -72,8 +73,7 @@ def lower(model: Decoder, precision: str, *, threads: int = 1) -> tuple[Program,
     _head(low, model, head_input, logits, table)
     arena = low.weights.pack()
     program = Program(
-        vocab_size=spec.vocab_size,
-        max_positions=spec.max_positions,
+        facts=ModelFacts.of(spec),
         widths=tuple(low.widths),
         stream=low.stream,
         head_input=head_input,
@@ -83,7 +83,6 @@ def lower(model: Decoder, precision: str, *, threads: int = 1) -> tuple[Program,
         rotations=tuple(low.rotations),
         cache=tuple(_cache_dims(layer.attention) for layer in spec.layers),
         states=tuple(low.states),
-        visibility=spec.visibility,
         stored="fp32" if precision == "fp32" else "bf16",
         arena_bytes=arena.size,
     )

@@ -13,6 +13,8 @@ from typing import Any
 
 from oarsmith.atomic import atomic_file
 from oarsmith.errors import CheckpointError
+from oarsmith.models.caching import CacheRules
+from oarsmith.models.facts import ModelFacts
 from oarsmith.models.spec import PrefixLM, ResetAfter
 from oarsmith.native import program as parts
 from oarsmith.native.arena import Arena
@@ -33,6 +35,8 @@ _CLASSES = {
         parts.Operation,
         parts.Rotation,
         parts.Program,
+        ModelFacts,
+        CacheRules,
         PrefixLM,
         ResetAfter,
     )

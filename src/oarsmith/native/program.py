@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from oarsmith.models.spec import PrefixLM, ResetAfter
+from oarsmith.models.facts import ModelFacts
 
 FORMATS = ("fp32", "bf16", "int8", "int4")
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu", "sigmoid", "cap")
@@ -161,13 +161,11 @@ class Program:
     Attributes:
         widths: of the buffers. ``stream`` holds the hidden states, ``head_input`` those rows of them that need logits.
         cache: kv heads, key dim and value dim of each layer. ``states``: widths of what is kept of a sequence besides.
-        visibility: the rule that decides who sees whom, beside causality.
         stored: how keys and values are kept, "fp32" or "bf16".
         arena_bytes: how much memory its weights take.
     """
 
-    vocab_size: int
-    max_positions: int
+    facts: ModelFacts
     widths: tuple[int, ...]
     stream: int
     head_input: int
@@ -177,6 +175,10 @@ class Program:
     rotations: tuple[Rotation, ...]
     cache: tuple[tuple[int, int, int], ...]
     states: tuple[int, ...] = ()
-    visibility: PrefixLM | ResetAfter | None = None
     stored: Literal["fp32", "bf16"]
     arena_bytes: int
+
+    def page_bytes(self, page_size: int) -> int:
+        """Memory of a page of the cache."""
+        numbers = sum(heads * (key + value) for heads, key, value in self.cache)
+        return numbers * page_size * (4 if self.stored == "fp32" else 2)

@@ -41,14 +41,14 @@ class Step:
         assert page_size % 16 == 0, page_size
         self.program = program
         self._arena = arena
-        self._visibility = Visibility(program.visibility)
+        self._visibility = Visibility(program.facts.visibility)
         self._library = bindings()
         self._structs = ProgramStructs(program, arena.address)
         structs = self._structs
         spec = StepSpec(
             threads=threads,
             # Where the prompt sees all of itself, all of it goes together.
-            max_rows=program.max_positions if isinstance(program.visibility, PrefixLM) else MAX_ROWS,
+            max_rows=program.facts.max_positions if isinstance(program.facts.visibility, PrefixLM) else MAX_ROWS,
             num_buffers=len(program.widths),
             widths=structs.widths,
             stream=program.stream,
@@ -115,7 +115,7 @@ class Step:
 
     def sample(self, logits: Sequence[int], rows: Sequence[Row]) -> list[Sampled]:
         """A token for each row. ``logits``: the address of each row's."""
-        wanted = SampleRows(logits, rows, self.program.vocab_size)
+        wanted = SampleRows(logits, rows, self.program.facts.vocab_size)
         if self._library.native_step_sample(self._handle, len(rows), ctypes.byref(wanted.structs)):
             raise _out_of_memory()
         return wanted.results()

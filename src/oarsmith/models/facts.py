@@ -1,0 +1,23 @@
+"""What an engine must know of a model to serve it, whatever computes it. No PyTorch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from oarsmith.models.caching import CacheRules
+from oarsmith.models.spec import DecoderSpec, PrefixLM, ResetAfter
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """``max_positions``: the context. ``visibility``: the rule that decides who sees whom, beside causality."""
+
+    vocab_size: int
+    max_positions: int
+    visibility: PrefixLM | ResetAfter | None
+    rules: CacheRules
+
+    @staticmethod
+    def of(spec: DecoderSpec) -> ModelFacts:
+        """The facts of a decoder."""
+        return ModelFacts(spec.vocab_size, spec.max_positions, spec.visibility, CacheRules.of(spec))
