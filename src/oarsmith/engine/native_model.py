@@ -1,0 +1,124 @@
+"""A model that the compiled step serves. PyTorch comes in only where weights are packed for the first time."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from oarsmith.compiling import BuildError
+from oarsmith.engine.native_backend import NativeBackend
+from oarsmith.errors import ConfigError
+from oarsmith.model_path import resolve
+from oarsmith.models.facts import ModelFacts
+from oarsmith.native.arena import Arena
+from oarsmith.native.library import level, load
+from oarsmith.native.program import Program
+from oarsmith.native.step import Step
+from oarsmith.native.store import PackedStore
+
+if TYPE_CHECKING:
+    from oarsmith.models.decoder import Decoder
+
+Compute = Literal["auto", "native", "torch"]
+WEIGHTS = ("int8", "int4")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NativeModel:
+    """A program with its weights."""
+
+    program: Program
+    arena: Arena
+
+    @property
+    def facts(self) -> ModelFacts:
+        return self.program.facts
+
+    def backend(self, num_sequences: int, num_pages: int, page_size: int) -> NativeBackend:
+        """What computes steps, with a cache of this size."""
+        step = Step(
+            self.program,
+            self.arena,
+            threads=num_threads(),
+            num_pages=num_pages,
+            page_size=page_size,
+            num_sequences=num_sequences,
+        )
+        return NativeBackend(step)
+
+
+def num_threads() -> int:
+    """Threads of a step: ``$OMP_NUM_THREADS``, else as many as the process may run on."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else len(os.sched_getaffinity(0))
+
+
+def obstacle(device: str, page_size: int) -> str | None:
+    """Why the compiled step cannot serve here; None: it can."""
+    if device not in ("auto", "cpu"):
+        return f"the device is {device}"
+    if page_size % 16:
+        return f"block_size {page_size} is no multiple of 16"
+    try:
+        load()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def open_native(
+    path: str | Path, precision: str, make_decoder: Callable[[], Decoder], store: PackedStore | None = None
+) -> NativeModel | str:
+    """The model of a path, from packed weights where they have been kept; else they are packed, and kept.
+
+    Args:
+        precision: of its weights: ``auto`` (what the files hold, or fp32 where that is fp16), ``fp32``, ``bf16``,
+            ``int8``, ``int4``.
+        make_decoder: loads the decoder that they are packed from.
+
+    Returns:
+        The model, or what keeps it from being served so.
+    """
+    store = PackedStore() if store is None else store
+    where = resolve(path)
+    # An adapter on a base: packed anew each time, so that nothing is kept for every adapter of a sweep.
+    kept = store.path(where.base, precision) if where.adapter is None else None
+    if kept is not None and (found := store.read(kept)) is not None:
+        _log.info("weights from %s", kept)
+        return NativeModel(*found)
+    from oarsmith.native.lower import lower, refusal
+
+    decoder = make_decoder()
+    if (reason := refusal(decoder.spec)) is not None:
+        return reason
+    program, arena = lower(decoder, _precision_of(decoder, precision), threads=num_threads())
+    if kept is not None and store.write(kept, program, arena):
+        _log.info("weights packed, and kept in %s", kept)
+    return NativeModel(program, arena)
+
+
+def _precision_of(decoder: Decoder, precision: str) -> str:
+    if precision != "auto":
+        return precision
+    return "bf16" if str(decoder.embedding.weight.dtype) == "torch.bfloat16" else "fp32"
+
+
+def check_weights(weights: str | None) -> None:
+    """Whether weights can be rounded so.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if weights is not None and weights not in WEIGHTS:
+        raise ConfigError(f"weights cannot be {weights!r}", where="weights", fix=f"use {' or '.join(WEIGHTS)}")
+
+
+def describe() -> str:
+    """For the log: which instructions are in use."""
+    return f"compiled step ({level()}, {num_threads()} threads)"
