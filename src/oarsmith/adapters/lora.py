@@ -67,7 +67,7 @@ class LoraLinear(Linear):
 
     def forward(self, x_TI: Tensor, counts: Sequence[int] = ()) -> Tensor:
         """``counts``: for stacked maps, how many rows of x go through each."""
-        a, b = self._stacked(x_TI.dtype)
+        a, b = self.stacked(x_TI.dtype)
         if self.spec.experts is None:
             return self._adapted(x_TI, self.base_weights()[0], self.bias, a, b)
         biases = [None] * self.spec.experts if self.bias is None else self.bias.unbind()
@@ -91,14 +91,14 @@ class LoraLinear(Linear):
             return base + functional.linear(functional.linear(dropped_TI, a_RI), b_OR)
         return _LoraProduct.apply(x_TI, weight_OI, bias_O, a_RI, b_OR)
 
-    def _stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A of all segments stacked [R, I], and B with its scale as a block-diagonal matrix [O, R]; or [E, ...]."""
         by_name = {segment.name: segment for segment in self.lora.segments}
         rows = [self.lora_A[s.name] for s in self.spec.segments if s.name in by_name]
         blocks = [
             self.lora_B[s.name] * by_name[s.name].scale
             if s.name in by_name
-            else torch.zeros(*self.weight.shape[:-2], s.size, 0, device=self.weight.device)
+            else torch.zeros(*self.weight.shape[:-2], s.size, 0, device=rows[0].device)
             for s in self.spec.segments
         ]
         if self.spec.experts is None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from oarsmith.engine.intake import Intake
-from oarsmith.engine.request import Request
+from oarsmith.engine.request import Completion, Request
+from oarsmith.engine.runner import Runner
 from oarsmith.engine.ticket import Output, Ticket
 from oarsmith.errors import ConfigError
 
@@ -14,11 +13,12 @@ class Desk:
     """Open tickets by their ids, and outputs that nobody has taken yet.
 
     Attributes:
-        tickets: those that are not finished.
+        runner: what computes; there once something is open.
     """
 
     def __init__(self, intake: Intake) -> None:
-        self.tickets: dict[str, Ticket] = {}
+        self.runner: Runner | None = None
+        self._tickets: dict[str, Ticket] = {}
         self._intake = intake
         self._ticket_of: dict[Request, Ticket] = {}
         self._outputs: list[Output] = []
@@ -27,7 +27,7 @@ class Desk:
     @property
     def busy(self) -> bool:
         """Whether anything is not finished, or was not taken yet."""
-        return bool(self.tickets or self._outputs)
+        return bool(self._tickets or self._outputs)
 
     def check(self, id: str | None) -> None:
         """Whether a ticket may have this name.
@@ -35,32 +35,53 @@ class Desk:
         Raises:
             ConfigError: one that is open has it.
         """
-        if id in self.tickets:
+        if id in self._tickets:
             raise ConfigError(f"a request with the id {id} is not finished yet", where="id", fix="use another id")
 
+    def is_open(self, id: str) -> bool:
+        """Whether a ticket is not finished."""
+        return id in self._tickets
+
     def open(self, ticket: Ticket, id: str | None = None) -> None:
-        """Give a ticket its name and its requests their places in the order."""
+        """Give a ticket its name and its requests their places in the order, and let it wait for its turn."""
         ticket.id = f"request {self._num_added}" if id is None else id
         for request in ticket.requests:
             request.arrival = self._num_added
             self._num_added += 1
             self._ticket_of[request] = ticket
-        self.tickets[ticket.id] = ticket
+        self._tickets[ticket.id] = ticket
+        assert self.runner is not None, id
+        self.runner.scheduler.add(ticket.requests[0])
 
-    def close(self, id: str) -> Ticket | None:
-        """Forget a ticket, and what was to be told of it; None: it is not open."""
-        ticket = self.tickets.pop(id, None)
-        if ticket is not None:
-            for request in ticket.requests:
-                del self._ticket_of[request]
-            self._outputs = [output for output in self._outputs if output.id != id]
-        return ticket
+    def uses(self, adapter: str) -> bool:
+        """Whether a ticket that is open goes through an adapter."""
+        return any(ticket.requests[0].adapter == adapter for ticket in self._tickets.values())
 
-    def settle(self, requests: Sequence[Request]) -> None:
-        """A step went on with these: who is finished leaves, and what is to be told is noted."""
-        advanced = [(self._ticket_of[request], request) for request in requests]
+    def abort(self, id: str) -> bool:
+        """Forget a ticket, and what was to be told of it; False: it is not open."""
+        ticket = self._tickets.pop(id, None)
+        if ticket is None:
+            return False
+        for request in ticket.requests:
+            del self._ticket_of[request]
+            if not request.done and self.runner is not None:
+                self.runner.scheduler.remove(request)
+        self._outputs = [output for output in self._outputs if output.id != id]
+        return True
+
+    def step(self) -> list[Output]:
+        """What is to be told; where there is nothing, a step is taken."""
+        if not self._outputs:
+            self.advance()
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def advance(self) -> None:
+        """One step for everybody: who is finished leaves, and what is to be told is noted."""
+        stepped = [] if self.runner is None else self.runner.step()
+        advanced = [(self._ticket_of[request], request) for request in stepped]
         for ticket, _ in advanced:
-            if ticket.done and self.tickets.pop(ticket.id, None) is not None:
+            if ticket.done and self._tickets.pop(ticket.id, None) is not None:
                 for answer in ticket.requests:
                     del self._ticket_of[answer]
                 if ticket.finished is not None:
@@ -70,10 +91,9 @@ class Desk:
             if ticket.told:
                 self._tell(ticket, request, last[ticket] is request)
 
-    def take(self) -> list[Output]:
-        """What was noted since the last call."""
-        outputs, self._outputs = self._outputs, []
-        return outputs
+    def completion(self, ticket: Ticket) -> Completion:
+        """The answers to a prompt that is done."""
+        return self._intake.completion(ticket.requests)
 
     def _tell(self, ticket: Ticket, request: Request, last: bool) -> None:
         sampling = request.state.sampling
@@ -91,6 +111,6 @@ class Desk:
         text = request.reader.take() if shown and request.reader is not None else ""
         completion = None
         if last and ticket.done and ticket.error is None:
-            completion = self._intake.completion(ticket.requests)
+            completion = self.completion(ticket)
         if shown or completion is not None or request.error is not None:
             self._outputs.append(Output(ticket.id, index, choice, text, completion, request.error))

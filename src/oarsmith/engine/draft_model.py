@@ -50,6 +50,7 @@ class ModelDrafter:
         self._own_size = spec.vocab_size
         self._vocab_size = vocab_size
 
+    @torch.inference_mode()
     def draft(self, step: Step) -> None:
         guesses, places = self._read(step)
         while guesses:
@@ -97,7 +98,7 @@ class ModelDrafter:
 
     def _propose(self, guesses: list[_Guess], places: Sequence[int]) -> None:
         """One more token for each; who has none, because its logits or its constraint fail, is left out."""
-        logits_NV = self._fitted(self._backend.logits(places))
+        logits_NV = self._fitted(self._backend.logits(places).tensor)
         finite = logits_NV.amax(-1).isfinite()
         if not bool(finite.all()):
             guesses[:] = [guess for guess, usable in zip(guesses, finite.tolist(), strict=True) if usable]

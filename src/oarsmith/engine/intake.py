@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from oarsmith.engine.bad_words import spell_bad_words
@@ -15,12 +15,35 @@ from oarsmith.engine.request import Completion, Request, request_draws
 from oarsmith.engine.sampling import Sampling
 from oarsmith.engine.state import SamplingState
 from oarsmith.errors import ConfigError, DataError
+from oarsmith.models.facts import ModelFacts
 from oarsmith.models.prefix import find_prefix
-from oarsmith.models.spec import DecoderSpec, PrefixLM
+from oarsmith.models.spec import PrefixLM
 from oarsmith.text import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text to continue as it is, token ids, or a conversation for the chat template (dicts with role and content)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """A checked prompt, and what it is asked under.
+
+    Attributes:
+        seed, index: what its random numbers follow from; ``index`` is its number among those of the same seed.
+        where: names it in errors.
+        read: whether somebody reads the text token by token.
+        adapter: the name of the one it goes through; ``salt``: what tells its keys from those under others.
+    """
+
+    ids: list[int]
+    sampling: Sampling
+    seed: int
+    index: int = 0
+    where: str | None = None
+    read: bool = False
+    priority: int = 0
+    adapter: str | None = None
+    salt: bytes = b""
 
 
 class Intake:
@@ -30,11 +53,11 @@ class Intake:
         num_draft_tokens: most tokens of an answer that are guessed at a time; None: none are.
     """
 
-    def __init__(self, spec: DecoderSpec, tokenizer: Tokenizer | None, num_draft_tokens: int | None = None) -> None:
+    def __init__(self, facts: ModelFacts, tokenizer: Tokenizer | None, num_draft_tokens: int | None = None) -> None:
         self._num_draft_tokens = num_draft_tokens
-        self._spec = spec
+        self._facts = facts
         self._tokenizer = tokenizer
-        self._constraints = Constraints(tokenizer, spec.vocab_size)
+        self._constraints = Constraints(tokenizer, facts.vocab_size)
 
     def encode(
         self, prompt: Prompt, tools: Sequence[Any] | None, where: str | None, variables: Mapping[str, Any]
@@ -43,21 +66,21 @@ class Intake:
         ids = self._ids(prompt, tools, variables)
         if not ids:
             raise DataError("the prompt is empty: not a single token", where=where, fix="write something to answer")
-        limit = self._spec.max_positions
+        limit = self._facts.max_positions
         if len(ids) >= limit:
             raise DataError(
                 f"the prompt has {len(ids)} tokens; the model's context of {limit} leaves no room for an answer",
                 where=where,
                 fix=f"shorten it to at most {limit - 1} tokens",
             )
-        low, high, size = min(ids), max(ids), self._spec.vocab_size
+        low, high, size = min(ids), max(ids), self._facts.vocab_size
         if low < 0 or high >= size:
             raise DataError(
                 f"token id {low if low < 0 else high} is outside the model's vocabulary of {size}",
                 where=where,
                 fix="use the tokenizer that belongs to this model",
             )
-        if isinstance(rule := self._spec.visibility, PrefixLM):
+        if isinstance(rule := self._facts.visibility, PrefixLM):
             find_prefix(rule, ids)
         return ids
 
@@ -74,41 +97,36 @@ class Intake:
             raise ConfigError("this engine has no tokenizer", fix="pass tokenizer=, or give prompts as token ids")
         return self._tokenizer
 
-    def requests(
-        self, ids: list[int], sampling: Sampling, seed: int, index: int, *, where: str | None, read: bool, priority: int
-    ) -> list[Request]:
-        """A request for each answer; the others are siblings of the first.
-
-        Args:
-            index: the prompt's number in its call.
-            where: names it in errors.
-            read: whether somebody reads the text token by token.
-        """
+    def requests(self, ask: Ask) -> list[Request]:
+        """A request for each answer; the others are siblings of the first, or seats of its search."""
+        ids, sampling = ask.ids, ask.sampling
         stop_ids = set(sampling.stop_ids)
         if self._tokenizer is not None and not sampling.ignore_eos:
             stop_ids |= set(self._tokenizer.stop_ids)
-        limit = min(sampling.max_new_tokens, self._spec.max_positions - len(ids))
+        limit = min(sampling.max_new_tokens, self._facts.max_positions - len(ids))
         bad_words, beams = spell_bad_words(sampling, self._tokenizer), sampling.num_beams > 1
         requests = []
         for answer in range(sampling.num_samples):
             state = SamplingState(
                 sampling,
                 ids,
-                request_draws(seed, index, answer),
-                vocab_size=self._spec.vocab_size,
+                request_draws(ask.seed, ask.index, answer),
+                vocab_size=self._facts.vocab_size,
                 grammar=self._constraints.of(sampling),
                 stop_ids=stop_ids,
                 bad_words=bad_words,
             )
             request = Request(
-                id=where or "request",
+                id=ask.where or "request",
                 prompt=ids,
                 limit=limit,
                 stop_ids=frozenset(stop_ids),
                 state=state,
-                reader=self._reader(ids, sampling) if (read and not beams) or sampling.stop else None,
-                priority=priority,
+                reader=self._reader(ids, sampling) if (ask.read and not beams) or sampling.stop else None,
+                priority=ask.priority,
                 prompt_logprobs=None if answer else sampling.prompt_logprobs,
+                adapter=ask.adapter,
+                salt=ask.salt,
                 pace=None if beams or self._num_draft_tokens is None else Pace(self._num_draft_tokens),
             )
             requests.append(request)
@@ -153,6 +171,12 @@ class Intake:
             logprobs=tuple(request.choices) if wanted else None,
             score=request.score,
         )
+
+
+def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts, where one may stand for itself."""
+    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, Mapping)))
+    return [cast(Prompt, prompts)] if one else list(cast(Sequence[Prompt], prompts))
 
 
 def _mean_logprob(request: Request) -> float:

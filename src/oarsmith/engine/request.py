@@ -76,6 +76,8 @@ class Request:
         siblings: further answers to the same prompt, which go on from its pages once the prompt is read.
         pace: how many of its tokens are guessed at a time; None: none are.
         beams: the search that it is a seat of.
+        adapter: the one it goes through.
+        salt: what beside its tokens decides about its keys.
 
     Attributes:
         tokens: prompt and answer.
@@ -101,6 +103,8 @@ class Request:
     siblings: list[Request] = field(default_factory=list)
     pace: Pace | None = None
     beams: Beams | None = None
+    adapter: str | None = None
+    salt: bytes = b""
     tokens: list[int] = field(init=False)
     choices: list[Choice] = field(default_factory=list)
     prompt_choices: list[Choice] = field(default_factory=list)

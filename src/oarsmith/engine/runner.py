@@ -1,7 +1,4 @@
-"""Computes the scheduler's steps: one token stream a step, prompts and single tokens side by side, no padding.
-
-Shapes: T tokens of a prompt, N rows that need logits, V vocabulary.
-"""
+"""Computes the scheduler's steps: one token stream a step, prompts and single tokens side by side, no padding."""
 
 from __future__ import annotations
 
@@ -9,14 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-import torch
-from torch import Tensor
-
 from oarsmith.engine.backend import Backend, Part
 from oarsmith.engine.beams import Beams
 from oarsmith.engine.choice import Draft
+from oarsmith.engine.logits import Logits
 from oarsmith.engine.request import Request
-from oarsmith.engine.sampler import choose, continuations, prompt_logprobs
 from oarsmith.engine.scheduler import Scheduler
 from oarsmith.engine.speculation import Drafter
 from oarsmith.engine.step import Chunk, Step
@@ -44,7 +38,6 @@ class Runner:
         self._backends = (backend, *(drafter.backends if drafter is not None else ()))
         self._late: list[Request] = []
 
-    @torch.inference_mode()
     def step(self) -> list[Request]:
         """Compute one step; the requests that got a token by it, or an error.
 
@@ -89,12 +82,15 @@ class Runner:
                 backend.copy_page(source, target)
         if self._drafter is not None:
             self._drafter.draft(step)
+        # Those with the same adapter side by side.
+        step.chunks.sort(key=lambda chunk: chunk.request.adapter or "")
         parts = []
         for chunk in step.chunks:
             request = chunk.request
             assert request.row is not None and request.table is not None, request.id
             tokens = [*request.tokens[chunk.start : chunk.stop], *(draft.token for draft in chunk.drafts)]
-            parts.append(Part(tokens, chunk.start, request.row, request.table.pages, request.prompt_size))
+            pages, size, adapter = request.table.pages, request.prompt_size, request.adapter
+            parts.append(Part(tokens, chunk.start, request.row, pages, size, adapter))
         self._backend.compute(parts)
 
     def _choose(self, step: Step) -> list[Request]:
@@ -117,13 +113,12 @@ class Runner:
             places += range(end - 1 - len(chunk.drafts), end)
         if not places:
             return []
-        logits_NV = self._backend.logits(places)
-        finite = logits_NV.amax(-1).isfinite().tolist()
+        logits = self._backend.logits(places)
         for beams, rows in searches.items():
-            self._search(beams, logits_NV[[rows[seat] for seat in beams.active]])
+            self._search(beams, logits, [rows[seat] for seat in beams.active])
         going, depth = answers, 0
         while going:
-            self._take(going, logits_NV, finite, depth)
+            self._take(going, logits, depth)
             going = [answer for answer in going if answer.goes_on(depth)]
             depth += 1
         for answer in answers:
@@ -131,14 +126,14 @@ class Runner:
         over = [beams.seats[0] for beams in searches if beams.over]
         return [*over, *(request for answer in answers for request in answer.group)]
 
-    def _search(self, beams: Beams, logits_NV: Tensor) -> None:
+    def _search(self, beams: Beams, logits: Logits, rows: Sequence[int]) -> None:
         """Let a search go on: who gave up leaves, and others take up from the pages of those that they go on from."""
         first = beams.seats[0]
         try:
-            if not bool(logits_NV.amax(-1).isfinite().all()):
-                raise _bad_logits(first)
             top = first.state.sampling.logprobs or 0
-            found = continuations(logits_NV, beams.states, beams.scores, beams.num_candidates, top)
+            found = logits.continuations(rows, beams.states, beams.scores, beams.num_candidates, top)
+            if found is None:
+                raise _bad_logits(first)
             left, moves = beams.take(found)
         except OarsmithError as error:
             first.error, beams.over = error, True
@@ -167,23 +162,17 @@ class Runner:
             for backend in self._backends:
                 backend.copy_sequence(source.row, other.row)
 
-    def _take(self, answers: Sequence[_Answer], logits_NV: Tensor, finite: Sequence[bool], depth: int) -> None:
+    def _take(self, answers: Sequence[_Answer], logits: Logits, depth: int) -> None:
         """One token for each, from the logits after ``depth`` guesses that were right; an error where those are bad."""
-        chosen = []
-        for answer in answers:
-            row = answer.row + depth
-            if finite[row]:
-                chosen += [(row, request, answer.guess(depth)) for request in answer.group]
+        asked = [(answer, request) for answer in answers for request in answer.group]
+        rows, guesses = [answer.row + depth for answer, _ in asked], [answer.guess(depth) for answer, _ in asked]
+        choices = logits.choose(rows, [request.state for _, request in asked], guesses)
+        for (answer, request), choice in zip(asked, choices, strict=True):
+            if choice is None:
+                answer.failed = True
+                request.error = _bad_logits(request)
             else:
-                answer.fail()
-        if not chosen:
-            return
-        rows = [row for row, *_ in chosen]
-        if rows != list(range(len(logits_NV))):
-            logits_NV = logits_NV[torch.tensor(rows, dtype=torch.int64, device=logits_NV.device)]
-        choices = choose(logits_NV, [request.state for _, request, _ in chosen], [guess for *_, guess in chosen])
-        for (_, request, _), choice in zip(chosen, choices, strict=True):
-            request.accept(choice)
+                request.accept(choice)
 
     def _settle(self, answer: _Answer) -> None:
         """Note which guesses were right, let siblings go on by themselves, and those that are done leave."""
@@ -209,9 +198,10 @@ class Runner:
         start, stop = len(request.prompt_choices), min(chunk.stop, len(request.prompt) - 1)
         for first in range(max(start, chunk.start), stop, PROMPT_ROWS):
             end = min(first + PROMPT_ROWS, stop)
-            logits_TV = self._backend.logits(range(first + offset, end + offset))
-            targets_T = torch.tensor(request.prompt[first + 1 : end + 1], device=logits_TV.device)
-            request.prompt_choices += prompt_logprobs(logits_TV, targets_T, request.prompt_logprobs)
+            logits = self._backend.logits(range(first + offset, end + offset))
+            request.prompt_choices += logits.prompt_choices(
+                request.prompt[first + 1 : end + 1], request.prompt_logprobs
+            )
 
 
 @dataclass(eq=False)
@@ -245,12 +235,6 @@ class _Answer:
             return False
         self.num_right += 1
         return not request.done
-
-    def fail(self) -> None:
-        """There will be no answer."""
-        self.failed = True
-        for request in self.group:
-            request.error = _bad_logits(request)
 
 
 def _bad_logits(request: Request) -> ModelError:

@@ -130,6 +130,12 @@ class Scheduler:
         self.num_preempted += 1
         self._wait(request if request.beams is None else request.beams.gather())
 
+    def forget(self) -> None:
+        """Let everybody begin again, with nothing in the cache that is known."""
+        while self.running:
+            self.preempt(self.running[-1])
+        self.pool.forget()
+
     def schedule(self) -> Step:
         """What to compute next; empty where nothing waits or runs."""
         step = Step()
@@ -201,7 +207,7 @@ class Scheduler:
         # The last token is always computed: the next one follows from it.
         end = request.num_shared or len(request.tokens)
         known = request.tokens[: end - 1] if self._prefixes and not request.wants_all_logits else []
-        table = self.pool.open(request.room, known)
+        table = self.pool.open(request.room, known, request.salt)
         request.num_computed = len(table.pages) * self.pool.block_size
         if self._soon_known(request, known, step):
             self.pool.close(table)
@@ -235,8 +241,9 @@ class Scheduler:
     def _soon_known(self, request: Request, known: list[int], step: Step) -> bool:
         """Whether the step computes the next page of what the request begins with, for somebody else."""
         end = request.num_computed + self.pool.block_size
+        others = [chunk for chunk in step.chunks if chunk.request.salt == request.salt]
         return end <= len(known) and any(
-            chunk.start < end <= chunk.stop and chunk.request.tokens[:end] == known[:end] for chunk in step.chunks
+            chunk.start < end <= chunk.stop and chunk.request.tokens[:end] == known[:end] for chunk in others
         )
 
     def done(self, step: Step) -> None:
@@ -256,7 +263,7 @@ class Scheduler:
         known = min(request.num_computed, request.num_followed) if self._followed else request.num_computed
         assert request.table is not None, request.id
         if self._prefixes and known // self.pool.block_size > len(request.table.keys):
-            self.pool.remember(request.table, request.tokens[:known])
+            self.pool.remember(request.table, request.tokens[:known], request.salt)
 
     def fork(self, source: Request, other: Request) -> bool:
         """Let ``other``, whose prompt is that of ``source``, go on from the same pages; False: it must wait instead."""

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from oarsmith.engine.desk import Desk
 from oarsmith.engine.request import Completion
 from oarsmith.engine.ticket import Ticket
-
-if TYPE_CHECKING:
-    from oarsmith.engine.engine import Engine
 
 
 class Stream(Iterator[str]):
@@ -22,9 +19,9 @@ class Stream(Iterator[str]):
         completion: the whole answer, once the pieces are exhausted.
     """
 
-    def __init__(self, engine: Engine, ticket: Ticket) -> None:
+    def __init__(self, desk: Desk, ticket: Ticket) -> None:
         self.completion: Completion | None = None
-        self._engine = engine
+        self._desk = desk
         self._ticket = ticket
         (self._request,) = ticket.requests
 
@@ -45,16 +42,16 @@ class Stream(Iterator[str]):
                 raise self._request.error
             if self._request.finish_reason is not None:
                 if self.completion is None:
-                    self.completion = self._engine.completion(self._ticket)
+                    self.completion = self._desk.completion(self._ticket)
                 raise StopIteration
-            if not self._engine.is_open(self._ticket.id):
+            if not self._desk.is_open(self._ticket.id):
                 raise StopIteration
-            self._engine.advance()
+            self._desk.advance()
         return piece
 
     def close(self) -> None:
         """Give up the answer, if it is not finished."""
-        self._engine.abort(self._ticket.id)
+        self._desk.abort(self._ticket.id)
 
     def __del__(self) -> None:
         self.close()

@@ -1,0 +1,210 @@
+"""Several LoRA adapters over one decoder: the rows of a call go through different ones, or through none.
+
+Shapes: T tokens, I in features, O out features, R ranks, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from oarsmith.adapters.lora import LoraLinear, lora_modules
+from oarsmith.adapters.peft_layout import WEIGHTS, adapter_rewrite, load_adapter_weights
+from oarsmith.checkpoint.fill import meta_decoder
+from oarsmith.checkpoint.safetensors_stream import check_safetensors
+from oarsmith.errors import CheckpointError, ConfigError
+from oarsmith.models import families
+from oarsmith.models.decoder import Decoder
+from oarsmith.models.linear import Linear
+from oarsmith.models.spec import DecoderSpec, linear_specs, rewrite_linears
+from oarsmith.models.spec_parts import MLA, LinearSpec
+
+Pair = tuple[Tensor, Tensor]
+"""A [R, I] and B [O, R] of a whole linear map, its scale in B; or with a leading axis of experts."""
+
+Rows = tuple[str, int, int | None]
+"""An adapter's name, and the first row of those that go through it and the row after the last; None: to the end."""
+
+
+class AdapterBank:
+    """The adapters of a decoder.
+
+    Attributes:
+        decoder: computes with them; it is the given one as long as there are none, and else shares its weights.
+        apart: an adapter's maps see other rows than a call's tokens (routed experts, keys made of a cache of latents),
+            so a call must be one adapter's alone.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.apart = False
+        self._base = decoder
+        self._maps: dict[str, Mapping[str, Pair]] = {}
+        self._versions: dict[str, int] = {}
+        self._num_added = 0
+        self._current: list[Rows] = []
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._maps)
+
+    def add(self, name: str, directory: Path) -> None:
+        """Take an adapter in PEFT's layout under a name.
+
+        Raises:
+            ConfigError: the name is taken.
+            CheckpointError: the adapter cannot be read, or does not fit the decoder.
+        """
+        if name in self._maps:
+            raise ConfigError(f"there is an adapter {name!r} already", where="adapter", fix="remove it first")
+        self._maps[name] = _read(directory, self._base)
+        self._num_added += 1
+        self._versions[name] = self._num_added
+        self._build()
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            ConfigError: there is none of this name.
+        """
+        self.version(name)
+        del self._maps[name], self._versions[name]
+        self._build()
+
+    def version(self, name: str) -> int:
+        """A number that no adapter before it had, whatever its name.
+
+        Raises:
+            ConfigError: there is none of this name.
+        """
+        if name not in self._versions:
+            known = f"known: {', '.join(self._maps)}" if self._maps else "there is none at all"
+            raise ConfigError(f"there is no adapter {name!r}", where="adapter", fix=known)
+        return self._versions[name]
+
+    @contextmanager
+    def rows(self, rows: Sequence[Rows]) -> Iterator[None]:
+        """Within it these rows of a call go through these adapters, and the others through none."""
+        self._current = list(rows)
+        try:
+            yield
+        finally:
+            self._current = []
+
+    def added(self, path: str, x_TI: Tensor, y_TO: Tensor) -> Tensor:
+        """What a map gives (in place), with what the adapters of its rows add."""
+        for name, start, stop in self._current:
+            if (pair := self._maps[name].get(path)) is not None:
+                a_RI, b_OR = pair
+                y_TO[start:stop].addmm_(x_TI[start:stop] @ a_RI.t(), b_OR.t())
+        return y_TO
+
+    def added_to_experts(self, path: str, x_TI: Tensor, y_TO: Tensor, counts: Sequence[int]) -> Tensor:
+        """The same for stacked maps, where all rows go through one adapter."""
+        for name, *_ in self._current:
+            if (pair := self._maps[name].get(path)) is not None:
+                parts = zip(x_TI.split(list(counts)), y_TO.split(list(counts)), *map(torch.unbind, pair), strict=True)
+                for x, y, a_RI, b_OR in parts:
+                    y.addmm_(x @ a_RI.t(), b_OR.t())
+        return y_TO
+
+    def _build(self) -> None:
+        """The decoder with a place for adapters on each map that one of them sits on."""
+        paths = {path for maps in self._maps.values() for path in maps}
+        specs = dict(linear_specs(self._base.spec))
+        latent = {f"layers.{i}.attention.kv_up" for i, x in enumerate(_attentions(self._base.spec)) if x}
+        self.apart = any(specs[path].experts is not None or path in latent for path in paths)
+        if not paths:
+            self.decoder = self._base
+            return
+
+        def rule(path: str, linear: LinearSpec) -> LinearSpec:
+            return replace(linear, rewrite=Banked(bank=self, path=path)) if path in paths else linear
+
+        spec = rewrite_linears(self._base.spec, rule)
+        self.decoder = meta_decoder(spec, self._base.config, self._base.embedding.weight.dtype).eval()
+        _share(self.decoder, self._base)
+
+
+def _attentions(spec: DecoderSpec) -> list[bool]:
+    """For each layer, whether its keys are made of latents."""
+    return [isinstance(layer.attention, MLA) for layer in spec.layers]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Banked:
+    """Rewrites a linear map: the map that is there (``BankedLinear.base``), and what the adapters of a bank add."""
+
+    bank: AdapterBank = field(compare=False)
+    path: str
+
+    def build(self, spec: LinearSpec) -> BankedLinear:
+        return BankedLinear(spec, self)
+
+
+class BankedLinear(Linear):
+    """A linear map under the adapters of a bank. Its weight is that of ``base``, which is another decoder's module."""
+
+    base: Linear
+
+    def __init__(self, spec: LinearSpec, banked: Banked) -> None:
+        nn.Module.__init__(self)
+        self.spec = spec
+        self._bank = banked.bank
+        self._path = banked.path
+
+    def forward(self, x_TI: Tensor, counts: Sequence[int] = ()) -> Tensor:
+        """``counts``: for stacked maps, how many rows of x go through each."""
+        if self.spec.experts is None:
+            return self._bank.added(self._path, x_TI, self.base(x_TI))
+        return self._bank.added_to_experts(self._path, x_TI, self.base(x_TI, counts), counts)
+
+
+def _share(target: nn.Module, source: nn.Module) -> None:
+    """Let a module on meta have the parts of another one: modules where nothing in them is rewritten, else their
+    parameters."""
+    for name, child in source.named_children():
+        place = target.get_submodule(name)
+        if isinstance(place, BankedLinear):
+            assert isinstance(child, Linear), name
+            place.base = child
+        elif any(isinstance(inner, BankedLinear) for inner in place.modules()):
+            _share(place, child)
+        else:
+            setattr(target, name, child)
+    for name, parameter in source.named_parameters(recurse=False):
+        setattr(target, name, parameter)
+
+
+def _read(directory: Path, decoder: Decoder) -> Mapping[str, Pair]:
+    """An adapter's matrices by the paths of their maps, where the decoder is and in its dtype."""
+    rewrite = adapter_rewrite(directory)
+    others = [name for name in check_safetensors(directory / WEIGHTS) if ".lora_" not in name]
+    if others:
+        raise CheckpointError(
+            f"tensor {others[0]}: biases of the base cannot be changed for single requests",
+            where=str(directory / WEIGHTS),
+            fix="load the model with this adapter on top (adapter=)",
+        )
+    plain = rewrite_linears(decoder.spec, lambda _, linear: replace(linear, rewrite=None))
+    spec = rewrite(families.find(decoder.config), plain)
+    model = meta_decoder(spec, decoder.config, torch.float32)
+    for _, module in lora_modules(model):
+        for table in (module.lora_A, module.lora_B):
+            for name in table:
+                table[name] = nn.Parameter(torch.empty(table[name].shape), requires_grad=False)
+    load_adapter_weights(model, directory)
+    weight = decoder.embedding.weight
+    return {path: _pair(module, weight) for path, module in lora_modules(model)}
+
+
+def _pair(module: LoraLinear, like: Tensor) -> Pair:
+    with torch.no_grad():
+        a, b = (matrix.to(like.device) for matrix in module.stacked(like.dtype))
+    return a, b
