@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
 # Before torch loads its OpenMP runtime, as the command line does: spinning threads make tests on a busy machine crawl.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+# Tests make many small models: what is packed of them is kept for this run alone, and not with the user's.
+if "OARSMITH_PACKED" not in os.environ:
+    _packed = tempfile.TemporaryDirectory(prefix="oarsmith-packed-")
+    os.environ["OARSMITH_PACKED"] = _packed.name
 
 import pytest
 import torch

@@ -1,124 +1,52 @@
-"""What an engine is made of: its model, its sizes, and the runner that follows from them."""
+"""What an engine is made of where PyTorch computes: its decoder, the one that guesses, the caches."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from oarsmith.engine.backend import Backend, DecoderBackend
+from oarsmith.adapters.bank import AdapterBank
+from oarsmith.engine.adapted import AdaptedBackend
+from oarsmith.engine.backend import Backend
+from oarsmith.engine.decoder_backend import DecoderBackend
 from oarsmith.engine.draft_model import ModelDrafter
 from oarsmith.engine.memory import default_num_pages
-from oarsmith.engine.pages import PagePool
+from oarsmith.engine.options import Sizes, Speculation
 from oarsmith.engine.runner import Runner
-from oarsmith.engine.scheduler import Scheduler
-from oarsmith.engine.speculation import Drafter, NgramDrafter
-from oarsmith.errors import ConfigError, ModelError
+from oarsmith.engine.served import Served, make_runner, native_runner, ngram_drafter
+from oarsmith.errors import ConfigError
 from oarsmith.loading import load_model
-from oarsmith.model_path import find_tokenizer, resolve
+from oarsmith.model_path import resolve
 from oarsmith.models.caching import CacheRules
 from oarsmith.models.decoder import Decoder
+from oarsmith.models.layout import KVCache
 from oarsmith.text import Tokenizer, load_tokenizer
 from oarsmith.training.precision import has_fast_bf16
 
-NGRAM = "ngram"
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """What an engine has room for; see ``Engine``. ``tokens_each``: most tokens that an answer brings to a step.
-
-    Raises:
-        ConfigError: a size below the least.
-    """
-
-    batch_size: int
-    num_pages: int | None
-    block_size: int
-    max_step_tokens: int
-    prefix_caching: bool
-    tokens_each: int
-
-    def __post_init__(self) -> None:
-        step = max(self.batch_size, 1) * self.tokens_each
-        least = {"batch_size": 1, "num_pages": 1, "block_size": 1, "max_step_tokens": step}
-        for name, limit in least.items():
-            value = getattr(self, name)
-            if value is not None and value < limit:
-                what = f"{name} is {value}"
-                if name == "max_step_tokens":
-                    what += f", and {self.batch_size} answers bring up to {self.tokens_each} tokens each to a step"
-                raise ConfigError(what, where=name, fix=f"{name} must be at least {limit}")
-
-
-def open_model(
-    model: str | Path | Decoder, tokenizer: Tokenizer | None, dtype: str, device: str, adapter: str | Path | None
-) -> tuple[Decoder, Tokenizer | None]:
-    """An engine's model and tokenizer; see ``Engine``.
-
-    Raises:
-        OarsmithError: a path that cannot be loaded, options of a path beside a decoder, a decoder in training mode.
-    """
-    if not isinstance(model, Decoder):
-        found = find_tokenizer(model, adapter) if tokenizer is None else tokenizer
-        return _load(model, dtype, device, adapter), found
-    if (dtype, device, adapter) != ("auto", "auto", None):
-        what = "dtype, device and adapter belong to a path, not to a model that is loaded already"
-        raise ConfigError(what, fix="give them to load_model")
-    if model.training:
-        raise ModelError("the model is in training mode (dropout changes answers)", fix="call model.eval()")
-    return model, tokenizer
-
-
-def _load(path: str | Path, dtype: str, device: str, adapter: str | Path | None) -> Decoder:
+def load_decoder(path: str | Path, dtype: str, device: str, adapter: str | Path | None) -> Decoder:
+    """An engine's decoder; ``auto`` is what the files hold, but float32 where the device would have to emulate that."""
     model = load_model(path, dtype=dtype, device=device, adapter=adapter)
     weight = model.embedding.weight
-    native = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and has_fast_bf16(weight.device))
-    if dtype == "auto" and weight.device.type == "cpu" and not native:
+    fast = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and has_fast_bf16(weight.device))
+    if dtype == "auto" and weight.device.type == "cpu" and not fast:
         model.float()
     return model
 
 
-@dataclass(frozen=True, kw_only=True)
-class Speculation:
-    """Who guesses tokens, and how many at a time; see ``Engine``.
+def open_draft_model(by: str | Path | Decoder, model: Decoder, tokenizer: Tokenizer | None) -> Decoder:
+    """The model that guesses.
 
     Raises:
-        ConfigError: no tokens, or likenesses of no length.
+        OarsmithError: it cannot be loaded, its tokens are others, or it cannot take tokens back.
     """
-
-    by: str | Path | Decoder | None
-    num_draft_tokens: int
-    ngram_min: int
-    ngram_max: int
-
-    def __post_init__(self) -> None:
-        least = {"num_draft_tokens": 1, "ngram_min": 1, "ngram_max": max(self.ngram_min, 1)}
-        for name, limit in least.items():
-            value = getattr(self, name)
-            if value < limit:
-                raise ConfigError(f"{name} is {value}", where=name, fix=f"{name} must be at least {limit}")
-
-
-def open_draft_model(speculation: Speculation, model: Decoder, tokenizer: Tokenizer | None) -> Decoder | None:
-    """The model that guesses, if one does.
-
-    Raises:
-        OarsmithError: it cannot be loaded, its tokens are others, or one of the two models cannot take tokens back.
-    """
-    if speculation.by is None:
-        return None
-    if not CacheRules.of(model.spec).revocable:
-        what = "this model remembers more of a token than its keys, so guesses could not be taken back"
-        raise ConfigError(what, where="speculative", fix="leave speculative out")
-    if speculation.by == NGRAM:
-        return None
-    if isinstance(speculation.by, Decoder):
-        draft, own = speculation.by, None
+    if isinstance(by, Decoder):
+        draft, own = by, None
     else:
-        draft = load_model(speculation.by, dtype=model.embedding.weight.dtype, device=model.device)
-        where = resolve(speculation.by)
+        draft = load_model(by, dtype=model.embedding.weight.dtype, device=model.device)
+        where = resolve(by)
         own = load_tokenizer(where.base) if (where.base / "tokenizer_config.json").is_file() else None
     rules = CacheRules.of(draft.spec)
     if draft.training or not rules.revocable or rules.reread_after is not None:
@@ -135,33 +63,32 @@ def open_draft_model(speculation: Speculation, model: Decoder, tokenizer: Tokeni
 
 
 @torch.inference_mode()
-def build_runner(model: Decoder, sizes: Sizes, speculation: Speculation, draft: Decoder | None) -> Runner:
-    """The cache and what fills it."""
-    models = [model] if draft is None else [model, draft]
+def build_runner(
+    served: Served, bank: AdapterBank | None, sizes: Sizes, speculation: Speculation, draft: Decoder | None
+) -> Runner:
+    """The cache and what fills it. ``bank``: of adapters that requests may choose; PyTorch computes them."""
+    native = served.native if bank is None else None
+    if native is not None and draft is None:
+        return native_runner(native, sizes, speculation)
     num_pages = sizes.num_pages
     if num_pages is None:
+        models = [served.decoder] if draft is None else [served.decoder, draft]
         num_pages = default_num_pages(models, sizes.batch_size, sizes.block_size)
-    backend, *others = [_backend(each, sizes, num_pages) for each in models]
-    drafter: Drafter | None = None
+
+    def cache(model: Decoder) -> KVCache:
+        return model.new_cache(sizes.batch_size, sizes.block_size, num_pages)
+
+    backend: Backend
+    if native is not None:
+        backend = native.backend(sizes.batch_size, num_pages, sizes.block_size)
+    elif bank is not None:
+        backend = AdaptedBackend(bank, cache(served.decoder))
+    else:
+        backend = DecoderBackend(served.decoder, cache(served.decoder))
+    drafter, rules = ngram_drafter(speculation), served.facts.rules
     if draft is not None:
-        drafter = ModelDrafter(others[0], draft.spec, model.spec.vocab_size)
-    elif speculation.by is not None:
-        drafter = NgramDrafter(speculation.ngram_min, speculation.ngram_max)
-    rules = CacheRules.of(model.spec)
-    if draft is not None:
+        drafter = ModelDrafter(DecoderBackend(draft, cache(draft)), draft.spec, served.facts.vocab_size)
         also = CacheRules.of(draft.spec)
         whole = rules.whole_prompt or also.whole_prompt
         rules = replace(rules, prefixes=rules.prefixes and also.prefixes, whole_prompt=whole)
-    scheduler = Scheduler(
-        PagePool(num_pages, sizes.block_size),
-        rules,
-        max_running=sizes.batch_size,
-        max_step_tokens=sizes.max_step_tokens,
-        prefixes=sizes.prefix_caching,
-        followed=draft is not None,
-    )
-    return Runner(backend, scheduler, drafter)
-
-
-def _backend(model: Decoder, sizes: Sizes, num_pages: int) -> Backend:
-    return DecoderBackend(model, model.new_cache(sizes.batch_size, sizes.block_size, num_pages))
+    return make_runner(backend, rules, num_pages, sizes, drafter)

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import secrets
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
-from oarsmith.engine.build import Sizes, Speculation, build_runner, open_draft_model, open_model
 from oarsmith.engine.desk import Desk
-from oarsmith.engine.intake import Intake, Prompt
+from oarsmith.engine.drain import drain
+from oarsmith.engine.intake import Ask, Intake, Prompt, as_batch
+from oarsmith.engine.native_model import Compute
+from oarsmith.engine.options import NGRAM, Sizes, Speculation
 from oarsmith.engine.request import Completion
 from oarsmith.engine.runner import Runner
 from oarsmith.engine.sampling import Sampling
+from oarsmith.engine.served import ModelOptions, native_runner, serve
 from oarsmith.engine.stream import Stream
 from oarsmith.engine.ticket import Output, Ticket
-from oarsmith.errors import ConfigError, OarsmithError
-from oarsmith.models.decoder import Decoder
+from oarsmith.errors import ConfigError
+from oarsmith.model_path import adapter_directory, find_tokenizer
 from oarsmith.text import Tokenizer
+
+if TYPE_CHECKING:
+    from oarsmith.adapters.bank import AdapterBank
+    from oarsmith.models.decoder import Decoder
 
 _GREEDY = Sampling()
 
@@ -37,6 +44,9 @@ class Engine:
         dtype: for a path; ``auto`` is what the files hold, but float32 where the device would have to emulate that.
         device: for a path; ``auto`` is the GPU where there is one.
         adapter: for a path: a LoRA adapter to put on top.
+        weights: for a path: round them to ``int8`` or ``int4``, in groups of 32, each with its own scale.
+        compute: for a path: ``native``: the compiled step, which CPUs have; ``torch``: PyTorch; ``auto``: the compiled
+            step where it can serve. Packed weights are kept for the next start.
         batch_size: most requests that are worked on at the same time; others wait.
         num_pages: pages of the key/value cache; not given: as many as ``batch_size`` requests can fill, but at most
             half of the memory that is free. Where requests need more, the last of them are computed again later.
@@ -49,6 +59,7 @@ class Engine:
             text last ended as it does now; or a smaller model with the same vocabulary. Answers are distributed as
             without; greedy ones, and with ``ngram`` all, are the same.
         num_draft_tokens: most tokens that are guessed at a time.
+        adapters: LoRA adapters by the names under which requests may choose them; ``add_adapter`` takes more.
         ngram_min, ngram_max: for ``ngram``: how many tokens at the end must stand alike, and up to how many count.
 
     Raises:
@@ -63,6 +74,8 @@ class Engine:
         dtype: str = "auto",
         device: str = "auto",
         adapter: str | Path | None = None,
+        weights: str | None = None,
+        compute: Compute = "auto",
         batch_size: int = 8,
         num_pages: int | None = None,
         block_size: int = 64,
@@ -72,6 +85,7 @@ class Engine:
         num_draft_tokens: int = 4,
         ngram_min: int = 1,
         ngram_max: int = 3,
+        adapters: Mapping[str, str | Path] | None = None,
     ) -> None:
         self._speculation = Speculation(
             by=speculative, num_draft_tokens=num_draft_tokens, ngram_min=ngram_min, ngram_max=ngram_max
@@ -84,67 +98,108 @@ class Engine:
             prefix_caching=prefix_caching,
             tokens_each=1 if speculative is None else 1 + num_draft_tokens,
         )
-        self.model, self.tokenizer = open_model(model, tokenizer, dtype, device, adapter)
+        options = ModelOptions(dtype=dtype, device=device, adapter=adapter, weights=weights, compute=compute)
+        if tokenizer is None and isinstance(model, (str, Path)):
+            tokenizer = find_tokenizer(model, adapter)
+        self.tokenizer = tokenizer
+        self._served = serve(model, options, block_size)
         self.batch_size = batch_size
-        self._draft_model = open_draft_model(self._speculation, self.model, self.tokenizer)
-        self._intake = Intake(self.model.spec, self.tokenizer, None if speculative is None else num_draft_tokens)
+        self._draft_model = self._open_draft_model()
+        self._intake = Intake(self._served.facts, self.tokenizer, None if speculative is None else num_draft_tokens)
         self._desk = Desk(self._intake)
+        self._bank: AdapterBank | None = None
+        if adapters is not None:
+            self._bank = self._new_bank()
+            for name, path in adapters.items():
+                self.add_adapter(name, path)
+
+    @property
+    def model(self) -> Decoder:
+        """The decoder. Where the compiled step serves, it is loaded when this is first asked for."""
+        return self._served.decoder
 
     @cached_property
     def runner(self) -> Runner:
         """The cache and what fills it; made when the first prompt comes."""
-        return build_runner(self.model, self._sizes, self._speculation, self._draft_model)
+        if self._served.native is not None and self._bank is None and self._draft_model is None:
+            return native_runner(self._served.native, self._sizes, self._speculation)
+        from oarsmith.engine.build import build_runner
+
+        return build_runner(self._served, self._bank, self._sizes, self._speculation, self._draft_model)
+
+    def _open_draft_model(self) -> Decoder | None:
+        if self._speculation.by is None:
+            return None
+        if not self._served.facts.rules.revocable:
+            what = "this model remembers more of a token than its keys, so guesses could not be taken back"
+            raise ConfigError(what, where="speculative", fix="leave speculative out")
+        if self._speculation.by == NGRAM:
+            return None
+        from oarsmith.engine.build import open_draft_model
+
+        return open_draft_model(self._speculation.by, self.model, self.tokenizer)
+
+    def _new_bank(self) -> AdapterBank:
+        from oarsmith.adapters.bank import AdapterBank
+
+        return AdapterBank(self.model)
 
     @property
     def context_length(self) -> int:
         """Most tokens of prompt and answer together."""
-        return self.model.spec.max_positions
+        return self._served.facts.max_positions
 
     @property
     def guesses(self) -> tuple[int, int]:
         """Tokens that were guessed so far (``speculative``), and how many of them were right."""
         return self.runner.num_drafted, self.runner.num_accepted
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | None = None) -> list[Completion]:
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | None = None, *, adapter: str | None = None
+    ) -> list[Completion]:
         """Answers in the order of the prompts.
 
         Args:
             prompts: one prompt or a list of them.
             sampling: not given: greedy, 256 tokens.
+            adapter: the name of the one they go through; not given: none.
 
         Raises:
-            OarsmithError: a prompt that is empty, longer than the context or outside the vocabulary.
+            OarsmithError: a prompt that is empty, longer than the context or outside the vocabulary; no such adapter.
         """
-        batch = [cast(Prompt, prompts)] if _is_one(prompts) else list(cast(Sequence[Prompt], prompts))
-        found = dict(self.as_completed(batch, sampling))
+        batch = as_batch(prompts)
+        found = dict(self.as_completed(batch, sampling, adapter=adapter))
         return [found[index] for index in range(len(batch))]
 
     def as_completed(
-        self, prompts: Sequence[Prompt], sampling: Sampling | None = None
+        self, prompts: Sequence[Prompt], sampling: Sampling | None = None, *, adapter: str | None = None
     ) -> Iterator[tuple[int, Completion]]:
         """(index of the prompt, its answer), each as soon as it is finished. All prompts are checked first."""
-        sampling = sampling or _GREEDY
         batch = [self.encode(prompt, where=f"prompt {index}") for index, prompt in enumerate(prompts)]
-        seed, finished = _seed(sampling), deque[Ticket]()
-        tickets = [
-            self._ticket(ids, sampling, seed, index, where=f"prompt {index}", finished=finished.append)
-            for index, ids in enumerate(batch)
-        ]
-        return self._drain(tickets, finished)
+        first = self._ask([], sampling, adapter)
+        asks = [replace(first, ids=ids, index=index, where=f"prompt {index}") for index, ids in enumerate(batch)]
+        return drain(self._desk, [self._ticket(ask) for ask in asks])
 
-    def stream(self, prompt: Prompt, sampling: Sampling | None = None, *, tools: Sequence[Any] | None = None) -> Stream:
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        *,
+        tools: Sequence[Any] | None = None,
+        adapter: str | None = None,
+    ) -> Stream:
         """The answer's text in pieces: whole characters, and never a part of a stop text.
 
         Raises:
             OarsmithError: as `generate`; or the engine has no tokenizer.
         """
-        sampling = sampling or _GREEDY
-        if sampling.num_samples > 1:
+        ask = self._ask(self.encode(prompt, tools=tools), sampling, adapter)
+        if ask.sampling.num_samples > 1:
             what = "a stream is one answer, and known token by token"
             raise ConfigError(what, where="n", fix="leave out n, best_of and num_beams, or use generate")
-        ticket = self._ticket(self.encode(prompt, tools=tools), sampling, _seed(sampling), 0, read=True)
-        self._open(ticket)
-        return Stream(self, ticket)
+        ticket = self._ticket(replace(ask, read=True))
+        self._desk.open(ticket)
+        return Stream(self._desk, ticket)
 
     def chat(
         self,
@@ -152,9 +207,10 @@ class Engine:
         sampling: Sampling | None = None,
         *,
         tools: Sequence[Any] | None = None,
+        adapter: str | None = None,
     ) -> Completion:
         """The answer to a conversation that ends with a user's (or a tool's) message."""
-        return self.generate(self.encode(messages, tools=tools), sampling)[0]
+        return self.generate(self.encode(messages, tools=tools), sampling, adapter=adapter)[0]
 
     def encode(
         self, prompt: Prompt, *, tools: Sequence[Any] | None = None, where: str | None = None, **variables: Any
@@ -179,6 +235,7 @@ class Engine:
         priority: int = 0,
         id: str | None = None,
         index: int = 0,
+        adapter: str | None = None,
     ) -> str:
         """Let a prompt wait for its turn; ``step`` tells what becomes of it.
 
@@ -187,6 +244,7 @@ class Engine:
             id: names it; not given: a new name.
             index: its number among those that share a seed: what is drawn for it is what ``generate`` draws for that
                 place in a list.
+            adapter: as `generate`.
 
         Returns:
             Its id.
@@ -194,35 +252,21 @@ class Engine:
         Raises:
             OarsmithError: as `generate`; or the id is in use.
         """
-        sampling = sampling or _GREEDY
         self._desk.check(id)
-        ids, read = self.encode(prompt, where=id), self.tokenizer is not None
-        ticket = self._ticket(ids, sampling, _seed(sampling), index, where=id, read=read, priority=priority)
+        ask = self._ask(self.encode(prompt, where=id), sampling, adapter)
+        read = self.tokenizer is not None
+        ticket = self._ticket(replace(ask, index=index, where=id, read=read, priority=priority))
         ticket.told = True
-        self._open(ticket, id)
+        self._desk.open(ticket, id)
         return ticket.id
 
     def step(self) -> list[Output]:
         """What one step, or those taken for others in the meantime, brought for the prompts that were added."""
-        outputs = self._desk.take()
-        if not outputs:
-            self.advance()
-            outputs = self._desk.take()
-        return outputs
+        return self._desk.step()
 
     def abort(self, id: str) -> bool:
         """Give up a request at once, and free its pages; False: it is not there, or not any more."""
-        ticket = self._desk.close(id)
-        if ticket is None:
-            return False
-        for request in ticket.requests:
-            if not request.done:
-                self.runner.scheduler.remove(request)
-        return True
-
-    def is_open(self, id: str) -> bool:
-        """Whether a request is not finished."""
-        return id in self._desk.tickets
+        return self._desk.abort(id)
 
     @property
     def busy(self) -> bool:
@@ -231,67 +275,49 @@ class Engine:
 
     def forget(self) -> None:
         """Compute everything anew from now on: the model's weights are others."""
-        scheduler = self.runner.scheduler
-        for request in list(scheduler.running):
-            scheduler.preempt(request)
-        scheduler.pool.forget()
+        self.runner.scheduler.forget()
 
-    def advance(self) -> None:
-        """One step for everybody."""
-        self._desk.settle(self.runner.step())
+    def add_adapter(self, name: str, path: str | Path) -> None:
+        """Take a LoRA adapter (PEFT's layout, or a run folder that holds one) that requests may name.
 
-    def _open(self, ticket: Ticket, id: str | None = None) -> None:
-        self._desk.open(ticket, id)
-        self.runner.scheduler.add(ticket.requests[0])
+        Raises:
+            OarsmithError: the name is taken, or the adapter cannot be read or does not fit the model.
+        """
+        if self._bank is None:
+            if self.busy:
+                what = "the first adapter came while requests are open"
+                raise ConfigError(what, where="adapters", fix="make the engine with adapters={}, or wait for them")
+            self._bank = self._new_bank()
+            # Another one computes from now on.
+            self.__dict__.pop("runner", None)
+        self._bank.add(name, adapter_directory(Path(path)))
 
-    def _ticket(
-        self,
-        ids: list[int],
-        sampling: Sampling,
-        seed: int,
-        index: int,
-        *,
-        where: str | None = None,
-        read: bool = False,
-        priority: int = 0,
-        finished: Callable[[Ticket], None] | None = None,
-    ) -> Ticket:
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            ConfigError: there is none of this name, or a request that is not finished goes through it.
+        """
+        if self._desk.uses(name):
+            raise ConfigError(f"a request goes through the adapter {name!r}", where="adapter", fix="wait for its end")
+        if self._salt(name) and self._bank is not None:
+            self._bank.remove(name)
+
+    def _ask(self, ids: list[int], sampling: Sampling | None, adapter: str | None) -> Ask:
+        sampling = sampling or _GREEDY
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        return Ask(ids=ids, sampling=sampling, seed=seed, adapter=adapter, salt=self._salt(adapter))
+
+    def _salt(self, adapter: str | None) -> bytes:
+        """What tells the keys under an adapter from others, also from those under earlier ones of its name."""
+        if adapter is None:
+            return b""
+        if self._bank is None:
+            raise ConfigError(f"there is no adapter {adapter!r}", where="adapter", fix="add it first (add_adapter)")
+        return f"{adapter} {self._bank.version(adapter)}".encode()
+
+    def _ticket(self, ask: Ask) -> Ticket:
         """A prompt with its answers, not yet open."""
-        requests = self._intake.requests(ids, sampling, seed, index, where=where, read=read, priority=priority)
+        requests, self._desk.runner = self._intake.requests(ask), self.runner
         self.runner.scheduler.check(requests[0])
-        return Ticket("", requests, finished)
-
-    def _drain(self, tickets: list[Ticket], finished: deque[Ticket]) -> Iterator[tuple[int, Completion]]:
-        places = {ticket: index for index, ticket in enumerate(tickets)}
-        failed: list[OarsmithError] = []
-        num_left = len(tickets)
-        try:
-            for ticket in tickets:
-                self._open(ticket)
-            while num_left:
-                self.advance()
-                while finished:
-                    ticket = finished.popleft()
-                    num_left -= 1
-                    if ticket.error is None:
-                        yield places[ticket], self.completion(ticket)
-                    else:
-                        failed.append(ticket.error)
-        finally:
-            for ticket in tickets:
-                self.abort(ticket.id)
-        if failed:
-            # Only now: the others have their answers.
-            raise failed[0]
-
-    def completion(self, ticket: Ticket) -> Completion:
-        """The answers to a prompt that is done."""
-        return self._intake.completion(ticket.requests)
-
-
-def _seed(sampling: Sampling) -> int:
-    return secrets.randbits(63) if sampling.seed is None else sampling.seed
-
-
-def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, Mapping)))
+        return Ticket("", requests)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
+from oarsmith.engine.free_memory import free_memory
 from oarsmith.models.count import cache_bytes
 from oarsmith.models.decoder import Decoder
-
-_MEMORY = Path("/proc/meminfo")
-# What a system is taken to have free that does not tell.
-_UNKNOWN = 4 << 30
 
 
 def default_num_pages(models: Sequence[Decoder], num_sequences: int, block_size: int) -> int:
@@ -22,7 +18,7 @@ def default_num_pages(models: Sequence[Decoder], num_sequences: int, block_size:
         models: a page holds keys of each; the first one's context counts.
     """
     needed = num_sequences * -(-models[0].spec.max_positions // block_size)
-    return max(min(needed, free_memory(models[0].device) // 2 // page_bytes(models, block_size)), 1)
+    return max(min(needed, _free_memory(models[0].device) // 2 // page_bytes(models, block_size)), 1)
 
 
 def page_bytes(models: Sequence[Decoder], block_size: int) -> int:
@@ -34,12 +30,9 @@ def page_bytes(models: Sequence[Decoder], block_size: int) -> int:
     )
 
 
-def free_memory(device: torch.device) -> int:
+def _free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated there."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    if not _MEMORY.exists():
-        return _UNKNOWN
-    fields = dict(line.split(":", 1) for line in _MEMORY.read_text(encoding="ascii").splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    return free_memory()

@@ -73,7 +73,12 @@ def obstacle(device: str, page_size: int) -> str | None:
 
 
 def open_native(
-    path: str | Path, precision: str, make_decoder: Callable[[], Decoder], store: PackedStore | None = None
+    path: str | Path,
+    precision: str,
+    make_decoder: Callable[[], Decoder],
+    *,
+    adapter: str | Path | None = None,
+    store: PackedStore | None = None,
 ) -> NativeModel | str:
     """The model of a path, from packed weights where they have been kept; else they are packed, and kept.
 
@@ -86,7 +91,7 @@ def open_native(
         The model, or what keeps it from being served so.
     """
     store = PackedStore() if store is None else store
-    where = resolve(path)
+    where = resolve(path, adapter)
     # An adapter on a base: packed anew each time, so that nothing is kept for every adapter of a sweep.
     kept = store.path(where.base, precision) if where.adapter is None else None
     if kept is not None and (found := store.read(kept)) is not None:

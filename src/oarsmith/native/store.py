@@ -31,10 +31,13 @@ _ABANDONED_SECONDS = 86_400
 
 
 class PackedStore:
-    """A directory of packed weights; ``$OARSMITH_CACHE`` says where (default ``~/.cache/oarsmith``)."""
+    """A directory of packed weights: ``$OARSMITH_PACKED``, or ``packed`` beside the compiled libraries."""
 
     def __init__(self, directory: Path | None = None) -> None:
-        self.directory = cache_directory() / "packed" if directory is None else directory
+        if directory is None:
+            wanted = os.environ.get("OARSMITH_PACKED")
+            directory = Path(wanted) if wanted else cache_directory() / "packed"
+        self.directory = directory
 
     def path(self, model: Path, precision: str) -> Path:
         """Where the packed weights of a model directory belong: another one after any of its files has changed."""

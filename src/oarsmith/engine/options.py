@@ -1,0 +1,63 @@
+"""What an engine is told about its size and its guesses. No PyTorch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from oarsmith.errors import ConfigError
+
+if TYPE_CHECKING:
+    from oarsmith.models.decoder import Decoder
+
+
+NGRAM = "ngram"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What an engine has room for; see ``Engine``. ``tokens_each``: most tokens that an answer brings to a step.
+
+    Raises:
+        ConfigError: a size below the least.
+    """
+
+    batch_size: int
+    num_pages: int | None
+    block_size: int
+    max_step_tokens: int
+    prefix_caching: bool
+    tokens_each: int
+
+    def __post_init__(self) -> None:
+        step = max(self.batch_size, 1) * self.tokens_each
+        least = {"batch_size": 1, "num_pages": 1, "block_size": 1, "max_step_tokens": step}
+        for name, limit in least.items():
+            value = getattr(self, name)
+            if value is not None and value < limit:
+                what = f"{name} is {value}"
+                if name == "max_step_tokens":
+                    what += f", and {self.batch_size} answers bring up to {self.tokens_each} tokens each to a step"
+                raise ConfigError(what, where=name, fix=f"{name} must be at least {limit}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speculation:
+    """Who guesses tokens, and how many at a time; see ``Engine``.
+
+    Raises:
+        ConfigError: no tokens, or likenesses of no length.
+    """
+
+    by: str | Path | Decoder | None
+    num_draft_tokens: int
+    ngram_min: int
+    ngram_max: int
+
+    def __post_init__(self) -> None:
+        least = {"num_draft_tokens": 1, "ngram_min": 1, "ngram_max": max(self.ngram_min, 1)}
+        for name, limit in least.items():
+            value = getattr(self, name)
+            if value < limit:
+                raise ConfigError(f"{name} is {value}", where=name, fix=f"{name} must be at least {limit}")

@@ -1,0 +1,153 @@
+"""The model that an engine serves, and what computes its steps. PyTorch comes in only where it must."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from oarsmith.engine.backend import Backend
+from oarsmith.engine.free_memory import free_memory
+from oarsmith.engine.native_model import Compute, NativeModel, check_weights, describe, obstacle, open_native
+from oarsmith.engine.options import Sizes, Speculation
+from oarsmith.engine.pages import PagePool
+from oarsmith.engine.runner import Runner
+from oarsmith.engine.scheduler import Scheduler
+from oarsmith.engine.speculation import Drafter, NgramDrafter
+from oarsmith.errors import ConfigError, ModelError
+from oarsmith.models.caching import CacheRules
+from oarsmith.models.facts import ModelFacts
+
+if TYPE_CHECKING:
+    from oarsmith.models.decoder import Decoder
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How a path is opened; see ``Engine``."""
+
+    dtype: str = "auto"
+    device: str = "auto"
+    adapter: str | Path | None = None
+    weights: str | None = None
+    compute: Compute = "auto"
+
+    def __post_init__(self) -> None:
+        check_weights(self.weights)
+        if self.compute not in ("auto", "native", "torch"):
+            what = f"compute cannot be {self.compute!r}"
+            raise ConfigError(what, where="compute", fix="use auto, native or torch")
+
+
+@dataclass
+class Served:
+    """A model that is open, for the compiled step or as a decoder; the other one can still be made of a path."""
+
+    facts: ModelFacts
+    native: NativeModel | None = None
+    make: Callable[[], Decoder] = field(repr=False, kw_only=True)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The decoder; loaded when it is first asked for."""
+        return self.make()
+
+
+def serve(model: str | Path | Decoder, options: ModelOptions, page_size: int) -> Served:
+    """Open a model.
+
+    Raises:
+        OarsmithError: a path that cannot be loaded, options of a path beside a decoder, a decoder in training mode;
+            or ``compute`` is native and that is not possible.
+    """
+    if not isinstance(model, (str, Path)):
+        if options != ModelOptions():
+            what = "dtype, device, adapter, weights and compute belong to a path, not to a model that is loaded already"
+            raise ConfigError(what, fix="give the engine the path, or load_model what it takes")
+        if model.training:
+            raise ModelError("the model is in training mode (dropout changes answers)", fix="call model.eval()")
+        return Served(ModelFacts.of(model.spec), make=lambda: model)
+
+    def plain() -> Decoder:
+        from oarsmith.engine.build import load_decoder
+
+        return load_decoder(model, options.dtype, options.device, options.adapter)
+
+    def rounded() -> Decoder:
+        decoder = plain()
+        if options.weights is not None:
+            from oarsmith.engine.rounding import round_weights
+
+            round_weights(decoder, options.weights)
+        return decoder
+
+    reason: str | None = "PyTorch was chosen"
+    if options.compute != "torch":
+        found = _native(model, options, page_size, plain)
+        if isinstance(found, NativeModel):
+            _log.info("%s", describe())
+            return Served(found.facts, found, make=rounded)
+        if options.compute == "native":
+            raise ConfigError(f"the compiled step cannot serve this: {found}", where="compute", fix="use compute auto")
+        reason = found
+    _log.info("steps computed by PyTorch: %s", reason)
+    decoder = rounded()
+    return Served(ModelFacts.of(decoder.spec), make=lambda: decoder)
+
+
+def _native(
+    path: str | Path, options: ModelOptions, page_size: int, make_decoder: Callable[[], Decoder]
+) -> NativeModel | str:
+    reason = obstacle(options.device, page_size)
+    if reason is None and options.device == "auto" and _has_gpu():
+        reason = "there is a GPU"
+    if reason is not None:
+        return reason
+    dtype = {"float32": "fp32", "bfloat16": "bf16"}.get(options.dtype, options.dtype)
+    if options.weights is None and dtype not in ("auto", "fp32", "bf16"):
+        return f"its weights are {dtype}"
+    precision = options.weights or dtype
+    return open_native(path, precision, make_decoder, adapter=options.adapter)
+
+
+def _has_gpu() -> bool:
+    """Without importing PyTorch where there cannot be one."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def native_runner(native: NativeModel, sizes: Sizes, speculation: Speculation) -> Runner:
+    """A runner of the compiled step."""
+    num_pages = sizes.num_pages
+    if num_pages is None:
+        needed = sizes.batch_size * -(-native.facts.max_positions // sizes.block_size)
+        page = native.program.page_bytes(sizes.block_size)
+        num_pages = max(min(needed, free_memory() // 2 // page), 1)
+    backend = native.backend(sizes.batch_size, num_pages, sizes.block_size)
+    return make_runner(backend, native.facts.rules, num_pages, sizes, ngram_drafter(speculation))
+
+
+def ngram_drafter(speculation: Speculation) -> Drafter | None:
+    """Who guesses by looking back, if that is wished."""
+    return None if speculation.by is None else NgramDrafter(speculation.ngram_min, speculation.ngram_max)
+
+
+def make_runner(backend: Backend, rules: CacheRules, num_pages: int, sizes: Sizes, drafter: Drafter | None) -> Runner:
+    """A runner with its scheduler and pages."""
+    scheduler = Scheduler(
+        PagePool(num_pages, sizes.block_size),
+        rules,
+        max_running=sizes.batch_size,
+        max_step_tokens=sizes.max_step_tokens,
+        prefixes=sizes.prefix_caching,
+        followed=drafter is not None and bool(drafter.backends),
+    )
+    return Runner(backend, scheduler, drafter)
