@@ -40,6 +40,11 @@ struct Matrix {
   const uint8_t* block(int64_t b) const { return blocks + b * block_bytes(format, columns); }
 };
 
+// Products ask for the lines this many bytes before they read them. Rows of a matrix begin too often for what CPUs do by
+// themselves: with it 4-bit weights come up to 1.5 times as fast (Emerald Rapids; 4 KB to 16 KB are alike).
+static constexpr int64_t AHEAD = 8192;
+static ALWAYS_INLINE void fetch_ahead(const uint8_t* line) { __builtin_prefetch(line + AHEAD); }
+
 // Where a group of a block begins: its 16 scales, and its lines.
 static ALWAYS_INLINE int64_t int8_scales(int64_t group) { return group / 2 * 17 * LINE + group % 2 * 32; }
 static ALWAYS_INLINE int64_t int8_lines(int64_t group) { return group / 2 * 17 * LINE + LINE + group % 2 * 8 * LINE; }

@@ -1,78 +1,188 @@
-// The products of one pair of blocks with a few rows, in plain vectors.
+// The products of a few blocks with a few rows of inputs, all sums in registers.
 #pragma once
 #include "inputs.h"
 
-static constexpr int64_t TILE_ROWS = 4;
-
-// The next column of 16 rows, from the 32-bit words of a line: the c-th of its `4 / size` columns.
-static ALWAYS_INLINE vec16 bf16_column(const ivec16& line, int c) {
-  return bits16<float>(by_part<ivec16>([c](auto u) { return c ? u & ~0xffff : u << 16; }, line));
-}
-static ALWAYS_INLINE vec16 int8_column(const ivec16& line, int c) {
-  return convert16<float>(by_part<ivec16>([c](auto u) { return ((u >> (8 * c)) & 255) - 128; }, line));
-}
-static ALWAYS_INLINE vec16 int4_column(const ivec16& line, int c) {
-  return convert16<float>(by_part<ivec16>([c](auto u) { return (u >> (8 * (c % 4) + c / 4 * 4)) & 15; }, line));
-}
 static ALWAYS_INLINE ivec16 load_line(const uint8_t* line) { return load16(reinterpret_cast<const int32_t*>(line)); }
 static ALWAYS_INLINE vec16 load_halves(const uint8_t* x) { return from_fp16(reinterpret_cast<const uint16_t*>(x)); }
 
-// Calls each(column, weights) for the 32 columns of a group of a block.
-template <Format FORMAT, class Each>
-static ALWAYS_INLINE void group_columns(const uint8_t* block, int64_t group, Each&& each) {
-  if constexpr (FORMAT == F32) {
-    for (int c = 0; c < 32; ++c) each(c, load16(reinterpret_cast<const float*>(block + (group * 32 + c) * LINE)));
-  } else if constexpr (FORMAT == BF16) {
-    for (int i = 0; i < 16; ++i) {
-      const ivec16 line = load_line(block + (group * 16 + i) * LINE);
-      for (int c = 0; c < 2; ++c) each(2 * i + c, bf16_column(line, c));
-    }
-  } else if constexpr (FORMAT == INT8) {
-    const vec16 scale = load_halves(block + int8_scales(group));
-    for (int i = 0; i < 8; ++i) {
-      const ivec16 line = load_line(block + int8_lines(group) + i * LINE);
-      for (int c = 0; c < 4; ++c) each(4 * i + c, int8_column(line, c) * scale);
-    }
-  } else {
-    const vec16 scale = load_halves(block + int4_scales(group)), low = load_halves(block + int4_lows(group));
-    for (int i = 0; i < 4; ++i) {
-      const ivec16 line = load_line(block + int4_lines(group) + i * LINE);
-      for (int c = 0; c < 8; ++c) each(8 * i + c, fma16(int4_column(line, c), scale, low));
-    }
-  }
-}
-
-template <Format FORMAT, int R>
-static void plain_products(const Matrix& matrix, const Inputs& inputs, int64_t pair, int64_t row, vec16 (*sums)[2]) {
-  for (int half = 0; half < 2; ++half) {
-    const uint8_t* block = matrix.block(2 * pair + half);
-    vec16 sum[R] = {};
-    for (int64_t g = 0; g < matrix.groups(); ++g)
-      group_columns<FORMAT>(block, g, [&](int c, const vec16& weights) {
-        for (int r = 0; r < R; ++r) sum[r] = fma16(weights, inputs.floats(row + r)[32 * g + c], sum[r]);
-      });
-    for (int r = 0; r < R; ++r) sums[r][half] = sum[r];
-  }
-}
-
+// Column c of the few columns of a line, before it is scaled.
 template <Format FORMAT>
-static void some_products(const Matrix& matrix, const Inputs& inputs, int64_t pair, int64_t row, int64_t count,
-                          vec16 (*sums)[2]) {
-  switch (count) {
-    case 1: return plain_products<FORMAT, 1>(matrix, inputs, pair, row, sums);
-    case 2: return plain_products<FORMAT, 2>(matrix, inputs, pair, row, sums);
-    case 3: return plain_products<FORMAT, 3>(matrix, inputs, pair, row, sums);
-    default: return plain_products<FORMAT, 4>(matrix, inputs, pair, row, sums);
+static ALWAYS_INLINE vec16 column(const ivec16& line, int c) {
+  if constexpr (FORMAT == F32)
+    return bits16<float>(line);
+  else if constexpr (FORMAT == BF16)
+    return bits16<float>(by_part<ivec16>([c](auto u) { return c ? u & ~0xffff : u << 16; }, line));
+  else if constexpr (FORMAT == INT8)
+    return convert16<float>(by_part<ivec16>([c](auto u) { return ((u >> (8 * c)) & 255) - 128; }, line));
+  else
+    return convert16<float>(by_part<ivec16>([c](auto u) { return (u >> (8 * (c % 4) + c / 4 * 4)) & 15; }, line));
+}
+
+// R rows of a stripe of R, and B blocks.
+template <Format FORMAT, int R, int B>
+struct Registers {
+  const uint8_t* blocks[B];
+  const uint8_t* inputs;
+  int64_t groups;
+  vec16 sums[R][B];
+
+  template <class T>
+  ALWAYS_INLINE T input(int64_t offset) const {
+    T out;
+    std::memcpy(&out, inputs + offset, sizeof(T));
+    return out;
+  }
+
+  // fp32 inputs with weights of fp32 or bf16.
+  ALWAYS_INLINE void add_floats(int64_t g) {
+    constexpr int COLUMNS = FORMAT == F32 ? 1 : 2, LINES = 32 / COLUMNS;
+#pragma GCC unroll 4
+    for (int i = 0; i < LINES; ++i) {
+      ivec16 lines[B];
+      for (int b = 0; b < B; ++b) lines[b] = load_line(blocks[b] + (g * LINES + i) * LINE);
+#pragma GCC unroll 2
+      for (int c = 0; c < COLUMNS; ++c)
+        for (int r = 0; r < R; ++r) {
+          const vec16 x = all16(input<float>((g * R + r) * 128 + 4 * (i * COLUMNS + c)));
+          for (int b = 0; b < B; ++b) sums[r][b] = fma16(column<FORMAT>(lines[b], c), x, sums[r][b]);
+        }
+    }
+  }
+
+  // fp32 inputs with weights of 8 or 4 bits, where there are no products of bytes.
+  ALWAYS_INLINE void add_scaled_floats(int64_t g) {
+    constexpr int COLUMNS = FORMAT == INT8 ? 4 : 8, LINES = 32 / COLUMNS;
+    for (int b = 0; b < B; ++b) {
+      const vec16 scale = scales(b, g), low = lows(b, g);
+      for (int i = 0; i < LINES; ++i) {
+        const ivec16 line = load_line(lines_of(b, g) + i * LINE);
+        for (int c = 0; c < COLUMNS; ++c) {
+          const vec16 weights = fma16(column<FORMAT>(line, c), scale, low);
+          for (int r = 0; r < R; ++r)
+            sums[r][b] = fma16(weights, input<float>((g * R + r) * 128 + 4 * (i * COLUMNS + c)), sums[r][b]);
+        }
+      }
+    }
+  }
+
+  ALWAYS_INLINE void add_halves(int64_t g) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; ++i) {
+      ivec16 lines[B];
+      for (int b = 0; b < B; ++b) lines[b] = load_line(blocks[b] + (g * 16 + i) * LINE);
+      for (int r = 0; r < R; ++r) {
+        const int32_t x = input<int32_t>((g * R + r) * 64 + 4 * i);
+        for (int b = 0; b < B; ++b) sums[r][b] = dot_halves(sums[r][b], lines[b], x);
+      }
+    }
+  }
+
+  ALWAYS_INLINE void add_bytes(int64_t g) {
+    constexpr int64_t BYTES = 32 + sizeof(GroupOfInputs);
+    GroupOfInputs about[R];
+    for (int r = 0; r < R; ++r) about[r] = input<GroupOfInputs>(g * R * BYTES + R * 32 + r * sizeof(GroupOfInputs));
+    DotsOfBytes<FORMAT> dots[R][B];
+    for (int r = 0; r < R; ++r)
+      for (int b = 0; b < B; ++b) dots[r][b].begin(FORMAT == INT8 ? about[r].correction : 0);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      ivec16 lines[B];
+      for (int b = 0; b < B; ++b) lines[b] = bytes(lines_of(b, g), i);
+      for (int r = 0; r < R; ++r) {
+        const int32_t x = input<int32_t>(g * R * BYTES + r * 32 + 4 * i);
+        for (int b = 0; b < B; ++b) dots[r][b].add(lines[b], x);
+      }
+    }
+    for (int b = 0; b < B; ++b) {
+      const vec16 scale = scales(b, g), low = lows(b, g);
+      for (int r = 0; r < R; ++r) {
+        sums[r][b] = fma16(dots[r][b].total() * scale, about[r].scale, sums[r][b]);
+        if constexpr (FORMAT == INT4) sums[r][b] = fma16(low, about[r].sum, sums[r][b]);
+      }
+    }
+  }
+
+  ALWAYS_INLINE void fetch_group_ahead(int64_t g) const {
+    constexpr int64_t LINES = FORMAT == F32 ? 32 : FORMAT == BF16 ? 16 : FORMAT == INT8 ? 8 : 5;
+    for (int b = 0; b < B; ++b) {
+      const uint8_t* first = FORMAT == INT8 ? lines_of(b, g) : blocks[b] + g * LINES * LINE;
+#pragma GCC unroll 32
+      for (int64_t i = 0; i < LINES; ++i) fetch_ahead(first + i * LINE);
+      if (FORMAT == INT8) fetch_ahead(blocks[b] + int8_scales(g));
+    }
+  }
+
+  ALWAYS_INLINE void add_all() {
+    for (int r = 0; r < R; ++r)
+      for (int b = 0; b < B; ++b) sums[r][b] = zero16();
+    for (int64_t g = 0; g < groups; ++g) {
+      fetch_group_ahead(g);
+      if constexpr (FORMAT == BF16 && DOTS_OF_HALVES)
+        add_halves(g);
+      else if constexpr (FORMAT == F32 || FORMAT == BF16)
+        add_floats(g);
+      else if constexpr (DOTS_OF_BYTES)
+        add_bytes(g);
+      else
+        add_scaled_floats(g);
+    }
+  }
+
+ private:
+  ALWAYS_INLINE const uint8_t* lines_of(int b, int64_t g) const {
+    return blocks[b] + (FORMAT == INT8 ? int8_lines(g) : int4_lines(g));
+  }
+  // The i-th four columns of the eight of a group.
+  static ALWAYS_INLINE ivec16 bytes(const uint8_t* lines, int i) {
+    if constexpr (FORMAT == INT8) return load_line(lines + i * LINE);
+    const ivec16 both = load_line(lines + i / 2 * LINE);
+    return by_part<ivec16>([i](auto x) { return (i % 2 ? x >> 4 : x) & 0x0f0f0f0f; }, both);
+  }
+  ALWAYS_INLINE vec16 scales(int b, int64_t g) const {
+    return load_halves(blocks[b] + (FORMAT == INT8 ? int8_scales(g) : int4_scales(g)));
+  }
+  ALWAYS_INLINE vec16 lows(int b, int64_t g) const {
+    return FORMAT == INT4 ? load_halves(blocks[b] + int4_lows(g)) : zero16();
+  }
+};
+
+// With few rows two blocks share what is read of the inputs; with many, sums of bytes (which are two, whole and scaled)
+// have room for one block only.
+constexpr int blocks_at_once(Format format, int rows) {
+#ifdef HAS_AVX512
+  return (format == INT8 || format == INT4) && rows > 4 ? 1 : 2;
+#else
+  (void)format, (void)rows;
+  return 1;
+#endif
+}
+
+// sums[R, 32] = the outputs of a pair of blocks for the rows of a stripe of R.
+template <Format FORMAT, int R>
+static void products(const Matrix& matrix, const uint8_t* stripe, int64_t pair, float* sums) {
+  constexpr int B = blocks_at_once(FORMAT, R);
+  for (int half = 0; half < 2; half += B) {
+    Registers<FORMAT, R, B> registers;
+    for (int b = 0; b < B; ++b) registers.blocks[b] = matrix.block(2 * pair + half + b);
+    registers.inputs = stripe;
+    registers.groups = matrix.groups();
+    registers.add_all();
+    for (int r = 0; r < R; ++r)
+      for (int b = 0; b < B; ++b) store16(sums + r * PAIR + (half + b) * BLOCK, registers.sums[r][b]);
   }
 }
 
-// sums[r][half] = the 16 outputs of block 2 * pair + half for the row row + r; count <= TILE_ROWS.
-static void products(const Matrix& matrix, const Inputs& inputs, int64_t pair, int64_t row, int64_t count,
-                     vec16 (*sums)[2]) {
-  switch (matrix.format) {
-    case F32: return some_products<F32>(matrix, inputs, pair, row, count, sums);
-    case BF16: return some_products<BF16>(matrix, inputs, pair, row, count, sums);
-    case INT8: return some_products<INT8>(matrix, inputs, pair, row, count, sums);
-    case INT4: return some_products<INT4>(matrix, inputs, pair, row, count, sums);
+// The products of stripes of this height.
+template <Format FORMAT>
+static auto products_for(int64_t height) {
+  constexpr int MOST = most_rows_in_registers(FORMAT);
+  switch (height) {
+    case 1: return products<FORMAT, 1>;
+    case 2: return products<FORMAT, 2>;
+    case 3: return products<FORMAT, std::min(3, MOST)>;
+    case 4: return products<FORMAT, std::min(4, MOST)>;
+    case 6: return products<FORMAT, std::min(6, MOST)>;
+    case 8: return products<FORMAT, std::min(8, MOST)>;
+    default: return products<FORMAT, MOST>;
   }
 }

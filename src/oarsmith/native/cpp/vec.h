@@ -103,11 +103,14 @@ static ALWAYS_INLINE Sixteen<T>& operator-=(Sixteen<T>& a, const B& b) { return 
 template <class T, class B>
 static ALWAYS_INLINE Sixteen<T>& operator*=(Sixteen<T>& a, const B& b) { return a = a * b; }
 
-static ALWAYS_INLINE ivec16 operator<(const vec16& a, const vec16& b) {
+template <class T>
+static ALWAYS_INLINE ivec16 operator<(const Sixteen<T>& a, const Sixteen<T>& b) {
   return by_part<ivec16>([](auto x, auto y) { return x < y; }, a, b);
 }
-static ALWAYS_INLINE ivec16 operator>(const vec16& a, const vec16& b) { return b < a; }
-static ALWAYS_INLINE ivec16 operator==(const vec16& a, const vec16& b) {
+template <class T>
+static ALWAYS_INLINE ivec16 operator>(const Sixteen<T>& a, const Sixteen<T>& b) { return b < a; }
+template <class T>
+static ALWAYS_INLINE ivec16 operator==(const Sixteen<T>& a, const Sixteen<T>& b) {
   return by_part<ivec16>([](auto x, auto y) { return x == y; }, a, b);
 }
 // yes where the condition holds, no elsewhere.

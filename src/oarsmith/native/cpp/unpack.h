@@ -1,0 +1,75 @@
+// Blocks of 8 or 4 bits as blocks of bf16, for the products of tiles.
+#pragma once
+#include "instructions.h"
+
+#ifdef HAS_TILES
+
+// The nearest bf16 of two vectors, as pairs.
+static ALWAYS_INLINE __m512i pairs_of(__m512 first, __m512 second) {
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  const __m512i upper = _mm512_set4_epi32(0x0f0e0f0e, 0x0b0a0b0a, 0x07060706, 0x03020302);
+  const __m512i a = _mm512_add_epi32((__m512i)first, half), b = _mm512_add_epi32((__m512i)second, half);
+  return _mm512_mask_shuffle_epi8(b, 0x3333333333333333, a, upper);
+}
+
+// A group of a block in bf16, a quarter at a time. A byte at the right place makes of 1.0 a number between 1 and 2 that is
+// linear in it; so one fused product gives the weight.
+template <Format FORMAT>
+class Unpacking {
+ public:
+  ALWAYS_INLINE void begin(const uint8_t* block, int64_t group, uint8_t* out) {
+    lines_ = block + (FORMAT == INT8 ? int8_lines(group) : int4_lines(group));
+    out_ = out;
+    const auto load = [&](int64_t place) {
+      return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(block + place)));
+    };
+    if constexpr (FORMAT == INT8) {
+      const __m512 scale = load(int8_scales(group));
+      factor_ = _mm512_mul_ps(scale, _mm512_set1_ps(STEPS));
+      offset_ = _mm512_mul_ps(scale, _mm512_set1_ps(-STEPS - 128.0f));  // exact: a scale has 11 bits
+    } else {
+      factor_ = _mm512_mul_ps(load(int4_scales(group)), _mm512_set1_ps(STEPS));
+      offset_ = _mm512_sub_ps(load(int4_lows(group)), factor_);
+    }
+  }
+
+  ALWAYS_INLINE void quarter(int i) const {
+    if (i == 0) fetch_ahead(lines_ - LINE);  // scales
+    if constexpr (FORMAT == INT8) {
+      fetch_ahead(lines_ + 2 * i * LINE);
+      fetch_ahead(lines_ + (2 * i + 1) * LINE);
+      four_columns(line(2 * i), 2 * i);
+      four_columns(line(2 * i + 1), 2 * i + 1);
+    } else {
+      fetch_ahead(lines_ + i * LINE);
+      // With the highest bit of its byte the number stays above 1.
+      const __m512i lower = _mm512_set1_epi8(0x0f), highest = _mm512_set1_epi8(-128), both = line(i);
+      four_columns(_mm512_or_si512(_mm512_and_si512(both, lower), highest), 2 * i);
+      four_columns(_mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(both, 4), lower), highest), 2 * i + 1);
+    }
+  }
+
+ private:
+  static constexpr int PLACE = FORMAT == INT8 ? 1 : 2;  // of the byte in the float: from bit 8 or 16 of its 23 on
+  static constexpr float STEPS = FORMAT == INT8 ? 32768.0f : 128.0f;
+
+  ALWAYS_INLINE __m512i line(int i) const { return _mm512_load_si512(lines_ + i * LINE); }
+  // Of the four bytes in each word, the c-th.
+  ALWAYS_INLINE __m512 weights(__m512i bytes, int c) const {
+    const __m512i place = _mm512_set4_epi32(0x0c0c0c0c + 0x01010101 * c, 0x08080808 + 0x01010101 * c,
+                                            0x04040404 + 0x01010101 * c, 0x01010101 * c);
+    const __m512i one = _mm512_castps_si512(_mm512_set1_ps(1.0f));
+    const __m512i number = _mm512_mask_shuffle_epi8(one, 0x1111111111111111ull << PLACE, bytes, place);
+    return _mm512_fmadd_ps((__m512)number, factor_, offset_);
+  }
+  ALWAYS_INLINE void four_columns(__m512i bytes, int i) const {
+    _mm512_store_si512(out_ + 2 * i * LINE, pairs_of(weights(bytes, 0), weights(bytes, 1)));
+    _mm512_store_si512(out_ + (2 * i + 1) * LINE, pairs_of(weights(bytes, 2), weights(bytes, 3)));
+  }
+
+  const uint8_t* lines_;
+  uint8_t* out_;
+  __m512 factor_, offset_;
+};
+
+#endif
