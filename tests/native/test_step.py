@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,11 +34,18 @@ class Sequences:
     """Token sequences in a step's cache, with the logits after every token that came."""
 
     def __init__(
-        self, model: Decoder, precision: str = "fp32", *, threads: int = 2, num_pages: int = 32, prompt: int = 1
+        self,
+        model: Decoder,
+        precision: str = "fp32",
+        *,
+        threads: int = 2,
+        num_pages: int = 32,
+        prompt: int = 1,
+        page_size: int = PAGE,
     ) -> None:
         program, arena = lower(model, precision)
-        self.step = Step(program, arena, threads=threads, num_pages=num_pages, page_size=PAGE, num_sequences=8)
-        self.prompt = prompt
+        self.step = Step(program, arena, threads=threads, num_pages=num_pages, page_size=page_size, num_sequences=8)
+        self.prompt, self.page_size = prompt, page_size
         self.vocab_size = program.facts.vocab_size
         self.free = list(range(num_pages))[::-1]
         self.pages: dict[str, list[int]] = {}
@@ -49,7 +57,7 @@ class Sequences:
         parts = []
         for name, own in ids.items():
             start, pages = self.used.get(name, 0), self.pages.setdefault(name, [])
-            while len(pages) * PAGE < start + len(own):
+            while len(pages) * self.page_size < start + len(own):
                 pages.append(self.free.pop())
             row = self.rows.setdefault(name, len(self.rows))
             parts.append(Part(list(own), start, row, pages, self.prompt))
@@ -152,3 +160,18 @@ def test_rounded_weights(precision: str, most: float, tmp_path: Path) -> None:
     expected, sequences = model(torch.tensor([ids]))[0], Sequences(model, precision)
     found = torch.cat([sequences.bring(a=ids[:30])["a"], *(sequences.bring(a=[token])["a"] for token in ids[30:])])
     assert float((found - expected).norm() / expected.norm()) < most
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@torch.no_grad()
+def test_many_queries_at_once(window: int | None, tmp_path: Path) -> None:
+    """Blocks of queries go through tiles where there are such; single ones do not."""
+    config = {**ROWS["mistral"].config, "head_dim": 64, "sliding_window": window, "max_position_embeddings": 512}
+    bench = Bench("mistral", replace(ROWS["mistral"], config=config), tmp_path)
+    model, ids = bench.model(), bench.document(400, 2)
+    expected = model(torch.tensor([ids]))[0]
+    for precision, most in (("fp32", 1e-5), ("bf16", 0.03)):
+        sequences = Sequences(model, precision, page_size=64)
+        parts = [sequences.bring(a=ids[start:stop])["a"] for start, stop in ((0, 130), (130, 133), (133, 399))]
+        found = torch.cat([*parts, sequences.bring(a=ids[399:])["a"]])
+        assert float((found - expected).norm() / expected.norm()) < most

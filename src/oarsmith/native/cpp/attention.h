@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "attention_tiles.h"
 #include "cache.h"
 #include "rows.h"
 
@@ -58,6 +59,7 @@ struct RowBlock {
 class AttentionScratch {
  public:
   void reserve(int64_t queries, int64_t dim) {
+    queries = (queries + QUERIES_OF_TILES - 1) / QUERIES_OF_TILES * QUERIES_OF_TILES;
     scores.resize(queries * CHUNK);
     sums.resize(queries * dim);
     query.resize(queries * dim);
@@ -65,6 +67,7 @@ class AttentionScratch {
     total.resize(queries);
   }
   std::vector<float> scores, sums, query, largest, total;
+  std::vector<uint8_t> values;
 };
 
 // sum + the products of a pair of bf16 entries with the same entries of 16 keys (a line of the cache).
@@ -188,19 +191,54 @@ class AttentionBlock {
     int64_t first = low(block.first), last = high(block.first);
     for (int64_t row = block.first + 1; row < block.stop; ++row)
       first = std::min(first, low(row)), last = std::max(last, high(row));
-    first = first / 16 * 16;
-    for (int64_t start = first, stop; start <= last; start = stop) {
-      // A chunk ends with a page: what lies in one page lies in a row.
-      stop = std::min({start + CHUNK, (start / cache_.page_size + 1) * cache_.page_size, last + 1});
-      const int64_t page = block.pages[start / cache_.page_size], offset = start % cache_.page_size;
-      score(cache_.keys(layer_, page, kv) + offset * spec_.key_dim * stored_bytes(S), start, stop);
-      weigh(start, stop);
-      add(cache_.values(layer_, page, kv) + offset * spec_.value_dim * stored_bytes(S), stop - start);
+    // Groups of 16 keys, and blocks of 32 values, begin at multiples of their size.
+    first = first / 32 * 32;
+    const bool tiles = for_tiles();
+#ifdef HAS_TILES
+    if (tiles) {
+      const Tiles configured;
+      through_chunks(first, last, kv, true);
+      return finish(out);
     }
+#endif
+    through_chunks(first, last, kv, tiles);
     finish(out);
   }
 
  private:
+  bool for_tiles() const {
+#ifdef HAS_TILES
+    return S == Stored::BF16 && count_ >= FEWEST_QUERIES_FOR_TILES && spec_.key_dim % 32 == 0 &&
+           cache_.page_size % 32 == 0 && tiles_allowed();
+#else
+    return false;
+#endif
+  }
+
+  void through_chunks(int64_t first, int64_t last, int64_t kv, bool tiles) {
+    for (int64_t start = first, stop; start <= last; start = stop) {
+      stop = std::min(start + CHUNK, last + 1);
+      in_pages(start, stop, [&](int64_t from, int64_t to, int64_t page, int64_t offset) {
+        const uint8_t* keys = cache_.keys(layer_, page, kv) + offset * spec_.key_dim * stored_bytes(S);
+        score(keys, from - start, to - from, tiles);
+      });
+      weigh(start, stop);
+      in_pages(start, stop, [&](int64_t from, int64_t to, int64_t page, int64_t offset) {
+        const uint8_t* values = cache_.values(layer_, page, kv) + offset * spec_.value_dim * stored_bytes(S);
+        add(values, from - start, to - from, tiles);
+      });
+    }
+  }
+
+  // Each part of [start, stop) that lies in one page.
+  template <class F>
+  void in_pages(int64_t start, int64_t stop, F f) const {
+    for (int64_t from = start, to; from < stop; from = to) {
+      to = std::min((from / cache_.page_size + 1) * cache_.page_size, stop);
+      f(from, to, block_->pages[from / cache_.page_size], from % cache_.page_size);
+    }
+  }
+
   int64_t row_of(int64_t query) const { return block_->first + query / share_; }
   int64_t head_of(int64_t query) const { return head_ + query % share_; }
   // The first and the last place that a row sees.
@@ -230,13 +268,22 @@ class AttentionBlock {
     }
   }
 
-  void score(const uint8_t* keys, int64_t start, int64_t stop) {
-    const int64_t group_bytes = 16 * spec_.key_dim * stored_bytes(S), groups = (stop - start + 15) / 16;
+  // Scores with `count` keys from place `at` of the chunk on.
+  void score(const uint8_t* keys, int64_t at, int64_t count, bool tiles) {
+    const int64_t group_bytes = 16 * spec_.key_dim * stored_bytes(S), groups = (count + 15) / 16;
+#ifdef HAS_TILES
+    if (tiles) {
+      for (int64_t n = 0; n < count_; n += QUERIES_OF_TILES)
+        score_tiles(reinterpret_cast<const uint8_t*>(query(n)), 4 * spec_.key_dim, keys, groups, spec_.key_dim,
+                    scores(n) + at, 4 * CHUNK);
+      return;
+    }
+#endif
     in_pieces(count_, [&](auto size, int64_t first) {
       constexpr int N = decltype(size)::value;
       const float* queries[N];
       float* out[N];
-      for (int n = 0; n < N; ++n) queries[n] = query(first + n), out[n] = scores(first + n);
+      for (int n = 0; n < N; ++n) queries[n] = query(first + n), out[n] = scores(first + n) + at;
       int64_t group = 0;
       for (; group + 2 <= groups; group += 2) {
         score_groups<S, N, 2>(queries, keys + group * group_bytes, spec_.key_dim, out);
@@ -249,7 +296,7 @@ class AttentionBlock {
   // Scores to exp(score - largest), what is not seen to 0.
   void weigh(int64_t start, int64_t stop) {
     for (int64_t n = 0; n < count_; ++n) {
-      const int64_t row = row_of(n), wide = (stop - start + 15) / 16 * 16;
+      const int64_t row = row_of(n), wide = (stop - start + 31) / 32 * 32;
       const int64_t from = low(row) - start, to = std::min(stop, high(row) + 1) - start;
       float* x = scores(n);
       bend(x, n, start, std::min(wide, to), wide);
@@ -290,26 +337,52 @@ class AttentionBlock {
     for (int64_t i = 0; i < to; ++i) x[i] += bias[start + i] - own;
   }
 
-  void add(const uint8_t* values, int64_t count) {
+  // The values of `count` places from `at` of the chunk on.
+  void add(const uint8_t* values, int64_t at, int64_t count, bool tiles) {
+    const int64_t row_bytes = spec_.value_dim * stored_bytes(S);
+#ifdef HAS_TILES
+    if (tiles) {
+      const int64_t blocks = count / 32, left = count % 32;
+      add_tiles(values, at, blocks);
+      if (left == 0) return;
+      // What lies behind the last place has probability 0, but may be no number.
+      std::vector<uint8_t>& padded = scratch_.values;
+      padded.assign(32 * row_bytes, 0);
+      std::memcpy(padded.data(), values + blocks * 32 * row_bytes, (left + 1) / 2 * 2 * row_bytes);
+      return add_tiles(padded.data(), at + 32 * blocks, 1);
+    }
+#endif
     for (int64_t column = 0; column < spec_.value_dim;) {
-      const uint8_t* at = values + 4 * column;  // fp32, or pairs of bf16
-      const int64_t left = (spec_.value_dim - column) / 16;
       const auto some = [&](auto width) {
         constexpr int W = decltype(width)::value;
         in_pieces(count_, [&](auto size, int64_t first) {
           constexpr int N = decltype(size)::value;
           const float* p[N];
           float* sum[N];
-          for (int n = 0; n < N; ++n) p[n] = scores(first + n), sum[n] = sums(first + n) + column;
-          add_values<S, N, W>(p, at, count, spec_.value_dim, sum);
+          for (int n = 0; n < N; ++n) p[n] = probabilities(first + n, at), sum[n] = sums(first + n) + column;
+          // Four bytes an entry: fp32, or pairs of bf16.
+          add_values<S, N, W>(p, values + 4 * column, count, spec_.value_dim, sum);
         });
         column += 16 * W;
       };
-      if (left >= 4)
+      if (spec_.value_dim - column >= 64)
         some(std::integral_constant<int, 4>());
       else
         some(std::integral_constant<int, 1>());
     }
+  }
+
+#ifdef HAS_TILES
+  void add_tiles(const uint8_t* values, int64_t at, int64_t blocks) {
+    for (int64_t n = 0; n < count_ && blocks; n += QUERIES_OF_TILES)
+      add_value_tiles(reinterpret_cast<const uint8_t*>(probabilities(n, at)), 4 * CHUNK, values, blocks,
+                      spec_.value_dim, sums(n));
+  }
+#endif
+
+  // From place `at` of the chunk on; in bf16 they stand at the beginning of the row of scores.
+  const float* probabilities(int64_t query, int64_t at) const {
+    return scores(query) + (S == Stored::BF16 ? at / 2 : at);
   }
 
   void finish(const Buffer& out) {
