@@ -8,12 +8,12 @@ from pydantic import BeforeValidator, Field
 
 from .base import Int, _to_words
 from .groups import ModelKeys, RuntimeKeys
-from .inference import AdapterKeys
+from .inference import AdapterKeys, ModeKeys, SpeculativeKeys, WeightKeys
 
 Peers = Annotated[tuple[Literal["transformers", "llama.cpp", "openvino-genai"], ...], BeforeValidator(_to_words)]
 
 
-class BenchConfig(ModelKeys, AdapterKeys, RuntimeKeys):
+class BenchConfig(ModelKeys, AdapterKeys, WeightKeys, ModeKeys, SpeculativeKeys, RuntimeKeys):
     """All keys of ``oarsmith bench``."""
 
     title: ClassVar[str] = "Measurement"

@@ -11,11 +11,12 @@ from typing import Any
 from oarsmith.errors import ConfigError
 
 from .base import JobConfig
+from .bench import BenchConfig
 from .checkpoints import ConvertConfig
 from .eval import EvalConfig
 from .groups import DataKeys, SamplingKeys
 from .impossible import Impossible
-from .inference import GenerateConfig, SpeculativeKeys
+from .inference import GenerateConfig, ModeKeys, SpeculativeKeys, WeightKeys
 from .preprocess_combinations import PREPROCESS
 from .training_combinations import TRAINING
 
@@ -98,6 +99,30 @@ IMPOSSIBLE: tuple[Impossible[Any], ...] = (
         lambda c: (c.input_file is None) != (c.output_file is None),
         "input_file and output_file belong together",
         "give both",
+    ),
+    Impossible(
+        ModeKeys,
+        lambda c: c.mode == "static" and (c.dtype, c.device, c.adapter, c.speculative) != ("auto", "auto", None, None),
+        "a compiled package is what it is; dtype, device, adapter and speculative would have no effect",
+        "export the model with them (an adapter merged first), or remove them",
+    ),
+    Impossible(
+        WeightKeys,
+        lambda c: c.weights != "none" and isinstance(c, ModeKeys) and c.mode == "static",
+        "a compiled package has the weights it was made with",
+        "remove weights",
+    ),
+    Impossible(
+        GenerateConfig,
+        lambda c: c.mode == "static" and c.prompt_logprobs is not None,
+        "a compiled package gives no log-probabilities of prompts",
+        "remove prompt_logprobs, or use the model itself",
+    ),
+    Impossible(
+        BenchConfig,
+        lambda c: c.mode == "static" and bool(c.compare),
+        "other engines do not read a compiled package",
+        "measure the package alone, and the model with compare",
     ),
     Impossible(
         SamplingKeys,

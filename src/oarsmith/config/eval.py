@@ -8,10 +8,10 @@ from pydantic import Field
 
 from .base import Bool, Float, Int, Strings
 from .groups import ModelKeys, RuntimeKeys
-from .inference import AdapterKeys
+from .inference import AdapterKeys, WeightKeys
 
 
-class EvalConfig(ModelKeys, AdapterKeys, RuntimeKeys):
+class EvalConfig(ModelKeys, AdapterKeys, WeightKeys, RuntimeKeys):
     """All keys of ``oarsmith eval``."""
 
     title: ClassVar[str] = "Evaluation"

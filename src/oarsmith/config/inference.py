@@ -16,6 +16,16 @@ class AdapterKeys(JobConfig):
     adapter: str | None = Field(None, description="A LoRA adapter (PEFT layout) or a run folder that holds one.")
 
 
+class WeightKeys(JobConfig):
+    title: ClassVar[str] = "Weights"
+
+    weights: Literal["none", "int8", "int4"] = Field(
+        "none",
+        description="Round the weights when the model is loaded, in groups of 32 with a scale each: int8 changes "
+        "answers hardly ever and halves what is read for each token, int4 quarters it. none: as the files hold them.",
+    )
+
+
 class SpeculativeKeys(JobConfig):
     title: ClassVar[str] = "Speculative decoding"
 
@@ -30,7 +40,15 @@ class SpeculativeKeys(JobConfig):
     ngram_max: Int = Field(3, ge=1, description="Tokens up to which a longer likeness is preferred, for ngram.")
 
 
-class GenerateConfig(ModelKeys, AdapterKeys, SamplingKeys, SpeculativeKeys, RuntimeKeys):
+class ModeKeys(JobConfig):
+    title: ClassVar[str] = "Mode"
+
+    mode: Literal["dynamic", "static"] = Field(
+        "dynamic", description="static: model_name_or_path is a package that 'oarsmith export' compiled."
+    )
+
+
+class GenerateConfig(ModelKeys, AdapterKeys, WeightKeys, ModeKeys, SamplingKeys, SpeculativeKeys, RuntimeKeys):
     """All keys of ``oarsmith generate``: answer one prompt, or a file of prompts into a file."""
 
     title: ClassVar[str] = "Input and output"
@@ -86,7 +104,7 @@ class GenerateConfig(ModelKeys, AdapterKeys, SamplingKeys, SpeculativeKeys, Runt
         return super().asks_for_draws or (self.n > 1 and self.num_beams == 1) or (self.best_of or 1) > 1
 
 
-class ChatConfig(ModelKeys, AdapterKeys, SamplingKeys, SpeculativeKeys, RuntimeKeys):
+class ChatConfig(ModelKeys, AdapterKeys, WeightKeys, ModeKeys, SamplingKeys, SpeculativeKeys, RuntimeKeys):
     """All keys of ``oarsmith chat``: a conversation in the terminal."""
 
     title: ClassVar[str] = "Conversation"

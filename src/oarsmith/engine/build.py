@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -88,7 +87,5 @@ def build_runner(
     drafter, rules = ngram_drafter(speculation), served.facts.rules
     if draft is not None:
         drafter = ModelDrafter(DecoderBackend(draft, cache(draft)), draft.spec, served.facts.vocab_size)
-        also = CacheRules.of(draft.spec)
-        whole = rules.whole_prompt or also.whole_prompt
-        rules = replace(rules, prefixes=rules.prefixes and also.prefixes, whole_prompt=whole)
+        rules = rules.joined(CacheRules.of(draft.spec))
     return make_runner(backend, rules, num_pages, sizes, drafter)

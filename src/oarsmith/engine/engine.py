@@ -47,6 +47,7 @@ class Engine:
         weights: for a path: round them to ``int8`` or ``int4``, in groups of 32, each with its own scale.
         compute: for a path: ``native``: the compiled step, which CPUs have; ``torch``: PyTorch; ``auto``: the compiled
             step where it can serve. Packed weights are kept for the next start.
+        num_threads: for a path: of the compiled step; not given: as many as the process may run on.
         batch_size: most requests that are worked on at the same time; others wait.
         num_pages: pages of the key/value cache; not given: as many as ``batch_size`` requests can fill, but at most
             half of the memory that is free. Where requests need more, the last of them are computed again later.
@@ -76,6 +77,7 @@ class Engine:
         adapter: str | Path | None = None,
         weights: str | None = None,
         compute: Compute = "auto",
+        num_threads: int | None = None,
         batch_size: int = 8,
         num_pages: int | None = None,
         block_size: int = 64,
@@ -98,7 +100,9 @@ class Engine:
             prefix_caching=prefix_caching,
             tokens_each=1 if speculative is None else 1 + num_draft_tokens,
         )
-        options = ModelOptions(dtype=dtype, device=device, adapter=adapter, weights=weights, compute=compute)
+        options = ModelOptions(
+            dtype=dtype, device=device, adapter=adapter, weights=weights, compute=compute, num_threads=num_threads
+        )
         if tokenizer is None and isinstance(model, (str, Path)):
             tokenizer = find_tokenizer(model, adapter)
         self.tokenizer = tokenizer

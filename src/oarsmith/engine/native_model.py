@@ -35,6 +35,7 @@ class NativeModel:
 
     program: Program
     arena: Arena
+    threads: int
 
     @property
     def facts(self) -> ModelFacts:
@@ -45,7 +46,7 @@ class NativeModel:
         step = Step(
             self.program,
             self.arena,
-            threads=num_threads(),
+            threads=self.threads,
             num_pages=num_pages,
             page_size=page_size,
             num_sequences=num_sequences,
@@ -59,10 +60,12 @@ def num_threads() -> int:
     return int(wanted) if wanted.isdigit() and int(wanted) > 0 else len(os.sched_getaffinity(0))
 
 
-def obstacle(device: str, page_size: int) -> str | None:
+def obstacle(device: str, page_size: int = 64) -> str | None:
     """Why the compiled step cannot serve here; None: it can."""
     if device not in ("auto", "cpu"):
         return f"the device is {device}"
+    if device == "auto" and _has_gpu():
+        return "there is a GPU"
     if page_size % 16:
         return f"block_size {page_size} is no multiple of 16"
     try:
@@ -72,12 +75,22 @@ def obstacle(device: str, page_size: int) -> str | None:
     return None
 
 
+def _has_gpu() -> bool:
+    """Without importing PyTorch where there cannot be one."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def open_native(
     path: str | Path,
     precision: str,
     make_decoder: Callable[[], Decoder],
     *,
     adapter: str | Path | None = None,
+    threads: int,
     store: PackedStore | None = None,
 ) -> NativeModel | str:
     """The model of a path, from packed weights where they have been kept; else they are packed, and kept.
@@ -96,16 +109,16 @@ def open_native(
     kept = store.path(where.base, precision) if where.adapter is None else None
     if kept is not None and (found := store.read(kept)) is not None:
         _log.info("weights from %s", kept)
-        return NativeModel(*found)
+        return NativeModel(*found, threads)
     from oarsmith.native.lower import lower, refusal
 
     decoder = make_decoder()
     if (reason := refusal(decoder.spec)) is not None:
         return reason
-    program, arena = lower(decoder, _precision_of(decoder, precision), threads=num_threads())
+    program, arena = lower(decoder, _precision_of(decoder, precision), threads=threads)
     if kept is not None and store.write(kept, program, arena):
         _log.info("weights packed, and kept in %s", kept)
-    return NativeModel(program, arena)
+    return NativeModel(program, arena, threads)
 
 
 def _precision_of(decoder: Decoder, precision: str) -> str:
@@ -124,6 +137,6 @@ def check_weights(weights: str | None) -> None:
         raise ConfigError(f"weights cannot be {weights!r}", where="weights", fix=f"use {' or '.join(WEIGHTS)}")
 
 
-def describe() -> str:
+def describe(model: NativeModel) -> str:
     """For the log: which instructions are in use."""
-    return f"compiled step ({level()}, {num_threads()} threads)"
+    return f"compiled step ({level()}, {model.threads} threads)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from oarsmith.engine.backend import Backend, Part
 from oarsmith.engine.beams import Beams
@@ -12,9 +13,11 @@ from oarsmith.engine.choice import Draft
 from oarsmith.engine.logits import Logits
 from oarsmith.engine.request import Request
 from oarsmith.engine.scheduler import Scheduler
-from oarsmith.engine.speculation import Drafter
 from oarsmith.engine.step import Chunk, Step
 from oarsmith.errors import ModelError, OarsmithError
+
+if TYPE_CHECKING:
+    from oarsmith.engine.speculation import Drafter
 
 # Rows of logits at a time where those of a whole prompt are looked at: 50 MB of them at V = 49,152.
 PROMPT_ROWS = 256

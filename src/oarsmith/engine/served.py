@@ -11,17 +11,25 @@ from typing import TYPE_CHECKING
 
 from oarsmith.engine.backend import Backend
 from oarsmith.engine.free_memory import free_memory
-from oarsmith.engine.native_model import Compute, NativeModel, check_weights, describe, obstacle, open_native
+from oarsmith.engine.native_model import (
+    Compute,
+    NativeModel,
+    check_weights,
+    describe,
+    num_threads,
+    obstacle,
+    open_native,
+)
 from oarsmith.engine.options import Sizes, Speculation
 from oarsmith.engine.pages import PagePool
 from oarsmith.engine.runner import Runner
 from oarsmith.engine.scheduler import Scheduler
-from oarsmith.engine.speculation import Drafter, NgramDrafter
 from oarsmith.errors import ConfigError, ModelError
 from oarsmith.models.caching import CacheRules
 from oarsmith.models.facts import ModelFacts
 
 if TYPE_CHECKING:
+    from oarsmith.engine.speculation import Drafter
     from oarsmith.models.decoder import Decoder
 
 _log = logging.getLogger(__name__)
@@ -36,6 +44,7 @@ class ModelOptions:
     adapter: str | Path | None = None
     weights: str | None = None
     compute: Compute = "auto"
+    num_threads: int | None = None
 
     def __post_init__(self) -> None:
         check_weights(self.weights)
@@ -90,7 +99,7 @@ def serve(model: str | Path | Decoder, options: ModelOptions, page_size: int) ->
     if options.compute != "torch":
         found = _native(model, options, page_size, plain)
         if isinstance(found, NativeModel):
-            _log.info("%s", describe())
+            _log.info("%s", describe(found))
             return Served(found.facts, found, make=rounded)
         if options.compute == "native":
             raise ConfigError(f"the compiled step cannot serve this: {found}", where="compute", fix="use compute auto")
@@ -104,24 +113,14 @@ def _native(
     path: str | Path, options: ModelOptions, page_size: int, make_decoder: Callable[[], Decoder]
 ) -> NativeModel | str:
     reason = obstacle(options.device, page_size)
-    if reason is None and options.device == "auto" and _has_gpu():
-        reason = "there is a GPU"
     if reason is not None:
         return reason
     dtype = {"float32": "fp32", "bfloat16": "bf16"}.get(options.dtype, options.dtype)
     if options.weights is None and dtype not in ("auto", "fp32", "bf16"):
         return f"its weights are {dtype}"
     precision = options.weights or dtype
-    return open_native(path, precision, make_decoder, adapter=options.adapter)
-
-
-def _has_gpu() -> bool:
-    """Without importing PyTorch where there cannot be one."""
-    if not any(Path("/dev").glob("nvidia[0-9]*")):
-        return False
-    import torch
-
-    return torch.cuda.is_available()
+    threads = options.num_threads or num_threads()
+    return open_native(path, precision, make_decoder, adapter=options.adapter, threads=threads)
 
 
 def native_runner(native: NativeModel, sizes: Sizes, speculation: Speculation) -> Runner:
@@ -137,7 +136,11 @@ def native_runner(native: NativeModel, sizes: Sizes, speculation: Speculation) -
 
 def ngram_drafter(speculation: Speculation) -> Drafter | None:
     """Who guesses by looking back, if that is wished."""
-    return None if speculation.by is None else NgramDrafter(speculation.ngram_min, speculation.ngram_max)
+    if speculation.by is None:
+        return None
+    from oarsmith.engine.speculation import NgramDrafter
+
+    return NgramDrafter(speculation.ngram_min, speculation.ngram_max)
 
 
 def make_runner(backend: Backend, rules: CacheRules, num_pages: int, sizes: Sizes, drafter: Drafter | None) -> Runner:

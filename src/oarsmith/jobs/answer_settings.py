@@ -13,7 +13,7 @@ from oarsmith.model_path import resolve
 
 # Of a large file, as many pieces of so many bytes are looked at: training changes all of them.
 _PIECES, _PIECE = 64, 4096
-_SHOWN = ("model_name_or_path", "adapter", "tokenizer_name_or_path", "chat_template", "dtype", "system", "raw")
+_SHOWN = ("model_name_or_path", "mode", "adapter", "tokenizer_name_or_path", "chat_template", "dtype", "system", "raw")
 
 
 def settings_of(config: GenerateConfig, sampling: Sampling) -> dict[str, Any]:

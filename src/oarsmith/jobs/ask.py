@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,8 +11,10 @@ from oarsmith.config.base import JobConfig
 from oarsmith.config.bench import BenchConfig
 from oarsmith.config.eval import EvalConfig
 from oarsmith.config.groups import ModelKeys, SamplingKeys
-from oarsmith.config.inference import ChatConfig, GenerateConfig, SpeculativeKeys
+from oarsmith.config.inference import ChatConfig, GenerateConfig, ModeKeys, SpeculativeKeys
 from oarsmith.engine import Completion, Engine, Sampling
+from oarsmith.engine.native_model import obstacle
+from oarsmith.engine.options import NGRAM
 from oarsmith.errors import ConfigError
 from oarsmith.model_path import find_tokenizer
 from oarsmith.text import Tokenizer
@@ -19,15 +23,37 @@ from oarsmith.text.choose import with_named_template
 
 def open_engine(config: GenerateConfig | ChatConfig | EvalConfig | BenchConfig, batch_size: int = 1) -> Engine:
     """The model with its tokenizer, and the chat template that the configuration names."""
+    if isinstance(config, ModeKeys) and config.mode == "static":
+        from oarsmith.engine.static import StaticEngine
+
+        return StaticEngine(config.model_name_or_path, _tokenizer(config), batch_size=batch_size)
+    if Path(config.model_name_or_path, "model.pt2").is_file():
+        raise ConfigError("this is a compiled package", where=config.model_name_or_path, fix="add --mode static")
     return Engine(
         config.model_name_or_path,
         _tokenizer(config),
         dtype=config.dtype,
         device=config.device,
         adapter=config.adapter,
+        weights=None if config.weights == "none" else config.weights,
+        compute=config.kernels,
+        num_threads=config.num_threads,
         batch_size=batch_size,
         **_speculation(config),
     )
+
+
+@contextmanager
+def answering(config: GenerateConfig | ChatConfig) -> Iterator[None]:
+    """What PyTorch is to be told before it computes; where the compiled step will, it is not even imported."""
+    static = config.mode == "static" or config.speculative not in (None, NGRAM)
+    if not static and config.kernels != "torch" and obstacle(config.device) is None:
+        yield
+        return
+    from oarsmith.jobs.runtime import runtime
+
+    with runtime(config):
+        yield
 
 
 def _speculation(config: JobConfig) -> dict[str, Any]:

@@ -16,8 +16,7 @@ from oarsmith.config.inference import ChatConfig
 from oarsmith.config.resolved import Resolved
 from oarsmith.engine import Engine, Sampling
 from oarsmith.errors import ConfigError, OarsmithError
-from oarsmith.jobs.ask import is_raw, open_engine, sampling_of, speed_line
-from oarsmith.jobs.runtime import runtime
+from oarsmith.jobs.ask import answering, is_raw, open_engine, sampling_of, speed_line
 
 HELP = """/reset         forget the conversation
 /system TEXT   set the system message (without TEXT: remove it)
@@ -34,7 +33,7 @@ def run(resolved: Resolved[ChatConfig]) -> int:
             where="raw" if config.raw else "chat_template",
             fix="remove it here, or use 'oarsmith generate --raw' to continue a text",
         )
-    with runtime(config):
+    with answering(config):
         engine = open_engine(config)
         if engine.tokenizer is not None and engine.tokenizer.chat_template is None:
             raise ConfigError(

@@ -13,9 +13,8 @@ from oarsmith.config.resolved import Resolved
 from oarsmith.engine import Completion, Engine, Sampling
 from oarsmith.errors import ConfigError
 from oarsmith.jobs.answer_file import Encode, answer_file
-from oarsmith.jobs.ask import is_raw, open_engine, sampling_of, speed_line
+from oarsmith.jobs.ask import answering, is_raw, open_engine, sampling_of, speed_line
 from oarsmith.jobs.prompt_rows import PromptRow
-from oarsmith.jobs.runtime import runtime
 
 
 def run(resolved: Resolved[GenerateConfig]) -> int:
@@ -24,7 +23,7 @@ def run(resolved: Resolved[GenerateConfig]) -> int:
     console = Console(stderr=True, highlight=False)
     # First: what is wrong in it needs no model.
     sampling = sampling_of(config, config.seed)
-    with runtime(config):
+    with answering(config):
         if config.prompt is None:
             answer_file(resolved, console, partial(_open, config))
         else:

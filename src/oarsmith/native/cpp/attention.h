@@ -235,7 +235,9 @@ class AttentionBlock {
   void in_pages(int64_t start, int64_t stop, F f) const {
     for (int64_t from = start, to; from < stop; from = to) {
       to = std::min((from / cache_.page_size + 1) * cache_.page_size, stop);
-      f(from, to, block_->pages[from / cache_.page_size], from % cache_.page_size);
+      const int64_t page = block_->pages[from / cache_.page_size];
+      // A page wholly behind the window has been given away.
+      if (page >= 0) f(from, to, page, from % cache_.page_size);
     }
   }
 
