@@ -11,7 +11,7 @@ def account(engine: Engine) -> None:
     """Every page is free or in the table of a request that runs."""
     scheduler = engine.runner.scheduler
     pool = scheduler.pool
-    held = Counter(page for request in scheduler.running for page in request.table.pages)
+    held = Counter(page for request in scheduler.running for page in request.table.pages if page >= 0)
     assert pool._owners == [held[page] for page in range(pool.num_pages)]
     assert pool.num_free == pool.num_pages - len(held)
     rows = [request.row for request in scheduler.running]

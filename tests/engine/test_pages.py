@@ -9,9 +9,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from oarsmith.engine.pages import PagePool, PageTable
+from oarsmith.engine.pages import GONE, PagePool, PageTable
 
 SIZE = 4
+WINDOW = 6
 
 
 class Model:
@@ -156,3 +157,86 @@ def test_a_prefix_is_all_tokens_up_to_its_end(ids: list[int]) -> None:
         known += 1
     assert len(pool.open(len(ids), ids).pages) == known
     assert not pool.open(len(ids), ids, b"adapter").pages
+
+
+class Windows(RuleBasedStateMachine):
+    """Sequences whose tokens see the last few alone; ``content`` is what a real cache would hold."""
+
+    sequences = Bundle("sequences")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = PagePool(10, SIZE)
+        self.content: list[list[object]] = [[None] * SIZE for _ in range(10)]
+        self.open: list[Model] = []
+
+    @rule(target=sequences, ids=st.lists(st.integers(0, 1), min_size=1, max_size=30))
+    def begin(self, ids: list[int]) -> Model:
+        table = self.pool.open(len(ids), ids[:-1], window=WINDOW)
+        model = Model(table, ids[: len(table.pages) * SIZE], b"")
+        self.open.append(model)
+        return model
+
+    @rule(model=sequences, ids=st.lists(st.integers(0, 1), min_size=1, max_size=9))
+    def extend(self, model: Model, ids: list[int]) -> None:
+        start, stop = len(model.ids), len(model.ids) + len(ids)
+        copies = self.pool.grow(model.table, start, stop)
+        if copies is None:
+            return
+        for source, target in copies:
+            self.content[target] = list(self.content[source])
+        for index in range(start, stop):
+            model.ids.append(ids[index - start])
+            self.content[model.table.pages[index // SIZE]][index % SIZE] = tuple(model.ids)
+        self.pool.remember(model.table, model.ids)
+        self.pool.trim(model.table, stop, WINDOW)
+        assert len(model.table.pages) - model.table.num_gone <= 1 + -(-(WINDOW - 1) // SIZE)
+
+    @rule(target=sequences, model=sequences)
+    def fork(self, model: Model) -> Model:
+        other = Model(self.pool.fork(model.table), list(model.ids), b"")
+        self.open.append(other)
+        return other
+
+    @rule(model=consumes(sequences))
+    def end(self, model: Model) -> None:
+        self.open.remove(model)
+        self.pool.close(model.table)
+
+    @invariant()
+    def what_is_seen_is_there(self) -> None:
+        held = Counter(page for model in self.open for page in model.table.pages if page != GONE)
+        assert self.pool._owners == [held[page] for page in range(10)]
+        assert self.pool.num_free == 10 - len(held)
+        for model in self.open:
+            for index in range(max(len(model.ids) - WINDOW + 1, 0), len(model.ids)):
+                page = model.table.pages[index // SIZE]
+                assert self.content[page][index % SIZE] == tuple(model.ids[: index + 1])
+
+
+TestWindows = Windows.TestCase
+TestWindows.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+
+
+def test_the_beginning_may_be_gone() -> None:
+    """Where nobody sees it, a prefix is found without it."""
+    pool, ids = PagePool(6, SIZE), list(range(20))
+    table = pool.open(20)
+    for start in range(0, 20, SIZE):
+        assert pool.grow(table, start, start + SIZE) == []
+        pool.remember(table, ids[: start + SIZE])
+        pool.trim(table, start + SIZE, WINDOW)
+    assert table.pages[:3] == [GONE] * 3 and table.num_gone == 3
+    pool.close(table)
+    other = pool.open(12)
+    assert pool.grow(other, 0, 12) == [], "takes what was idle for longest"
+    again = pool.open(24, [*ids, 1], window=WINDOW)
+    assert again.pages[:3] == [GONE] * 3 and len(again.pages) == 5
+    assert pool.open(24, [*ids, 1]).pages == []
+
+
+def test_what_tables_would_free() -> None:
+    pool = PagePool(6, SIZE)
+    one = filled(pool, [1] * 12)
+    two, other = pool.fork(one), filled(pool, [2] * 8)
+    assert [pool.num_freed(tables) for tables in ([one], [one, two], [other], [one, two, other])] == [0, 3, 2, 5]

@@ -323,3 +323,101 @@ def test_every_request_has_a_sampling_of_its_own(chain_model: Callable[..., Path
     assert two not in [list(found["without"].ids[at : at + len(two)]) for at in range(6)]
     assert found["least"].text == "one two three " and found["least"].num_tokens >= 5
     assert found["held"].text in ("yes", "no")
+
+
+def test_a_higher_priority_takes_the_place_of_lower_ones(model: Decoder) -> None:
+    """Rows or pages: the last of the lowest make way, as many as must, and go on afterwards."""
+    sampling = Sampling(max_new_tokens=16)
+    for options in ({"batch_size": 2}, {"num_pages": 8, "block_size": 4}):
+        engine = Engine(model, prefix_caching=False, **options)
+        expected = {id: engine.generate(prompt, sampling)[0].ids for id, prompt in LEVELS.items()}
+        scheduler = engine.runner.scheduler
+        for id in ("low 1", "low 2"):
+            engine.add(LEVELS[id], sampling, id=id)
+            engine.step()
+        engine.add(LEVELS["high"], sampling, priority=1, id="high")
+        outputs = engine.step()
+        assert {request.id for request in scheduler.running} == {"low 1", "high"}
+        assert "high" in {output.id for output in outputs}, "it was read at once"
+        found = finish(engine)
+        assert {id: found[id].ids for id in LEVELS} == expected
+        assert scheduler.num_preempted > 0
+
+
+LEVELS = {"low 1": [5, 17, 88, 3], "low 2": [9, 4], "high": list(range(20, 33))}
+
+
+def test_nobody_makes_way_in_vain(model: Decoder) -> None:
+    """Not for one that would not fit in any case, and not for one of the same priority."""
+    engine = Engine(model, num_pages=12, block_size=4, batch_size=3)
+    engine.add(list(range(1, 24)), Sampling(max_new_tokens=8), priority=2, id="highest")
+    engine.add([1, 2], Sampling(max_new_tokens=8), id="low")
+    engine.step()
+    engine.add(list(range(101, 130)), Sampling(max_new_tokens=8), priority=1, id="high")
+    engine.add([7, 8], Sampling(max_new_tokens=8), id="as low")
+    for _ in range(3):
+        engine.step()
+        assert {request.id for request in engine.runner.scheduler.running} == {"highest", "low"}
+    assert engine.runner.scheduler.num_preempted == 0
+    finish(engine)
+
+
+def test_a_search_makes_way_as_a_whole(model: Decoder) -> None:
+    engine = Engine(model, batch_size=4)
+    search, sampling = Sampling(max_new_tokens=12, num_beams=4), Sampling(max_new_tokens=4)
+    expected = engine.generate([9, 4], search)[0].ids, engine.generate([5], sampling)[0].ids
+    engine.add([9, 4], search, id="search")
+    for _ in range(4):
+        engine.step()
+    engine.add([5], sampling, priority=1, id="high")
+    engine.step()
+    assert [request.id for request in engine.runner.scheduler.running] == ["high"]
+    account(engine)
+    found = finish(engine)
+    assert (found["search"].ids, found["high"].ids) == expected
+
+
+def test_a_higher_priority_is_read_before_a_long_prompt(model: Decoder) -> None:
+    engine = Engine(model, batch_size=3, max_step_tokens=4)
+    engine.add(list(range(1, 41)), Sampling(max_new_tokens=2), id="long")
+    engine.step()
+    engine.add(list(range(50, 58)), Sampling(max_new_tokens=1), id="equal")
+    engine.add(list(range(60, 68)), Sampling(max_new_tokens=1), priority=1, id="high")
+    assert [[output.id for output in engine.step()] for _ in range(2)] == [[], ["high"]]
+    ended = [output.id for _ in range(20) for output in engine.step() if output.completion is not None]
+    assert ended == ["long", "equal"]
+
+
+def test_pages_behind_a_window_are_given_back(tiny_model: Tiny) -> None:
+    """A window of 7 tokens: long texts live in a few pages, in a cache that could not hold one of them."""
+    model = oarsmith.load_model(tiny_model("mistral"), dtype="fp32", device="cpu")
+    prompts = [*PROMPTS, list(range(1, 50))]
+    expected = Engine(model, prefix_caching=False).generate(prompts, DRAWN)
+    engine = Engine(model, num_pages=10, block_size=4, batch_size=2, max_step_tokens=8)
+    assert engine.generate(prompts, DRAWN) == expected
+    account(engine)
+    scheduler = engine.runner.scheduler
+    for sampling in (GREEDY, Sampling(max_new_tokens=20, num_beams=2), Sampling(max_new_tokens=20, n=2, temperature=1)):
+        engine.add(prompts[-1][:40], sampling)
+        most = 0
+        while engine.busy:
+            engine.step()
+            account(engine)
+            tables = [request.table for request in scheduler.running]
+            most = max([most, *(len(table.pages) - table.num_gone for table in tables)])
+        assert most <= 4, "the window, and what a step brings"
+
+
+def test_a_prefix_is_found_without_what_nobody_sees(tiny_model: Tiny) -> None:
+    model = oarsmith.load_model(tiny_model("mistral"), dtype="fp32", device="cpu")
+    prompt = list(range(1, 42))
+    engine = Engine(model, num_pages=14, block_size=4, batch_size=1, max_step_tokens=8)
+    (first,) = engine.generate(prompt, GREEDY)
+    (other,) = engine.generate([9, 9, 9], Sampling(max_new_tokens=8))
+    scheduler = engine.runner.scheduler
+    pool = scheduler.pool
+    # Its first pages are the ones that were given up.
+    assert pool.open(60, prompt).pages == []
+    found = scheduler.num_found
+    assert engine.generate(prompt, GREEDY) == [first] and scheduler.num_found - found == 40
+    assert other.num_tokens == 8

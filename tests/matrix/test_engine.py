@@ -88,7 +88,8 @@ def test_distributions(row: str, tmp_path: Path) -> None:
     for completion in tight.generate(prompts, everything):
         check(model, completion)
     scheduler = tight.runner.scheduler
-    assert scheduler.num_preempted > 0
+    # Where every layer has a window, pages behind it are given back in time.
+    assert scheduler.num_preempted > 0 or rules.window is not None
     assert scheduler.pool.num_free == 18
 
     # Tokens that are guessed, rightly but for every fourth: those leave nothing behind.

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+GONE = -1
+"""In the place of a page that was given back because nothing sees it any more."""
 
 
 @dataclass(eq=False)
@@ -17,12 +20,14 @@ class PageTable:
     """The pages of one sequence, in the order of its tokens.
 
     ``room``: the most pages it will need. ``keys``: what its first full pages hold, as far as that was told
-    (``PagePool.remember``). ``hoped``: pages it hopes to grow into.
+    (``PagePool.remember``). ``num_gone``: pages at its beginning that were given back (``PagePool.trim``). ``hoped``:
+    pages it hopes to grow into.
     """
 
     room: int
     pages: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
+    num_gone: int = 0
     hoped: range = range(0)
 
     @property
@@ -60,26 +65,45 @@ class PagePool:
         """Pages that hold so many tokens."""
         return -(-num_tokens // self.block_size)
 
-    def open(self, num_tokens: int, ids: Sequence[int] = (), salt: bytes = b"") -> PageTable:
+    def open(self, num_tokens: int, ids: Sequence[int] = (), salt: bytes = b"", window: int | None = None) -> PageTable:
         """A table for a sequence of at most ``num_tokens``; it begins with pages known to hold the first of ``ids``.
 
         Args:
             salt: what beside the ids decides about keys and values.
+            window: the most tokens that a token sees, itself included: what it cannot see need not be there.
         """
-        table = PageTable(self.pages_for(num_tokens))
-        for key in self._keys(ids, salt, b"", 0):
-            if (page := self._page_of.get(key)) is None:
+        table, keys = PageTable(self.pages_for(num_tokens)), self._keys(ids, salt, b"", 0)
+        found = run = 0
+        for count, key in enumerate(keys, start=1):
+            run = run + 1 if key in self._page_of else 0
+            if run >= count - self._num_unseen(count * self.block_size, window):
+                found = count
+            elif window is None:
                 break
+        table.num_gone = self._num_unseen(found * self.block_size, window)
+        table.keys = keys[:found]
+        table.pages = [GONE] * table.num_gone + [self._page_of[key] for key in keys[table.num_gone : found]]
+        for page in table.pages[table.num_gone :]:
             self._hold(page)
-            table.pages.append(page)
-            table.keys.append(key)
         return table
+
+    def trim(self, table: PageTable, num_tokens: int, window: int) -> None:
+        """Give back the pages that no token after the first ``num_tokens`` sees."""
+        unseen = self._num_unseen(num_tokens, window)
+        for at in range(table.num_gone, unseen):
+            self._drop(table.pages[at])
+            table.pages[at] = GONE
+        table.num_gone = max(table.num_gone, unseen)
+
+    def _num_unseen(self, num_tokens: int, window: int | None) -> int:
+        """Pages that hold nothing the next token sees."""
+        return 0 if window is None else max(num_tokens - window + 1, 0) // self.block_size
 
     def fork(self, table: PageTable) -> PageTable:
         """Another table with the same pages."""
-        for page in table.pages:
+        for page in table.pages[table.num_gone :]:
             self._hold(page)
-        return PageTable(table.room, list(table.pages), list(table.keys))
+        return PageTable(table.room, list(table.pages), list(table.keys), table.num_gone)
 
     def grow(self, table: PageTable, start: int, stop: int) -> list[tuple[int, int]] | None:
         """Make tokens [start, stop) of a table writable.
@@ -89,6 +113,7 @@ class PagePool:
             and nothing was changed.
         """
         first, last = start // self.block_size, self.pages_for(stop)
+        assert first >= table.num_gone, (first, table.num_gone)
         shared = [at for at in range(first, min(last, len(table.pages))) if self._owners[table.pages[at]] > 1]
         if len(shared) + max(last - len(table.pages), 0) > self.num_free:
             return None
@@ -116,13 +141,19 @@ class PagePool:
         for page in table.hoped:
             self._claimed[page] = self._filled[page]
         # The last pages become idle first, and are given up first: without its beginning a prefix is of no use.
-        for page in reversed(table.pages):
+        for page in reversed(table.pages[table.num_gone :]):
             if forget and page in self._key_of:
                 del self._page_of[self._key_of.pop(page)]
             self._drop(page)
         table.pages.clear()
         table.keys.clear()
+        table.num_gone = 0
         table.hoped = range(0)
+
+    def num_freed(self, tables: Sequence[PageTable]) -> int:
+        """Pages that could be had if these tables gave theirs back."""
+        held = Counter(page for table in tables for page in table.pages[table.num_gone :])
+        return sum(self._owners[page] == count for page, count in held.items())
 
     def forget(self) -> None:
         """Empty all idle pages, and let nothing that is held be found."""

@@ -5,9 +5,10 @@ No tensors: a step is a list of pieces of token sequences.
 
 from __future__ import annotations
 
-import heapq
+from collections.abc import Sequence
 
-from oarsmith.engine.pages import PagePool
+from oarsmith.engine.line import Line
+from oarsmith.engine.pages import PagePool, PageTable
 from oarsmith.engine.request import Request
 from oarsmith.engine.step import Chunk, Step
 from oarsmith.errors import DataError
@@ -27,6 +28,7 @@ class Scheduler:
         followed: a model that guesses has keys in the same pages; what it has not read is not known to be there.
 
     Attributes:
+        line: requests that wait.
         running: requests in the cache.
         num_preempted: how often one of them lost its pages.
         num_found: tokens that were in the cache when a request began.
@@ -52,17 +54,7 @@ class Scheduler:
         self._max_step_tokens = max_step_tokens
         self._max_running = max_running
         self._rows = list(range(max_running))[::-1]
-        self._waiting: list[tuple[int, int, Request]] = []
-        self._num_waiting = 0
-
-    @property
-    def num_waiting(self) -> int:
-        return self._num_waiting
-
-    @property
-    def busy(self) -> bool:
-        """Whether any request is not finished."""
-        return bool(self.running or self._num_waiting)
+        self.line = Line()
 
     def check(self, request: Request) -> None:
         """Whether a request can be served at all.
@@ -70,37 +62,35 @@ class Scheduler:
         Raises:
             DataError: it would not fit into an empty cache.
         """
-        count = len(request.seats)
-        if count > self._max_running:
-            what = f"a search of {count} beams needs as many rows; the cache has {self._max_running}"
+        count, pool = len(request.seats), self.pool
+        if count > (rows := self._max_running):
+            what = f"a search of {count} beams needs as many rows; the cache has {rows}"
             raise DataError(what, where=request.id, fix="lower num_beams or raise batch_size")
-        needed = count * self.pool.pages_for(request.room)
-        if needed > self.pool.num_pages:
-            times = f"{count} times " if count > 1 else ""
-            raise DataError(
-                f"{times}prompt and answer of up to {request.room} tokens need {needed} pages of "
-                f"{self.pool.block_size} tokens; the cache has {self.pool.num_pages}",
-                where=request.id,
-                fix="shorten the prompt, lower max_new_tokens, or give the engine more pages (num_pages)",
-            )
+        needed = count * self._most_pages(request)
+        if needed > pool.num_pages:
+            what = f"prompt and answer of up to {request.room} tokens need {needed} pages of {pool.block_size} tokens"
+            what = f"{count} times {what}" if count > 1 else what
+            fix = "shorten the prompt, lower max_new_tokens, or give the engine more pages (num_pages, cache_bytes)"
+            raise DataError(f"{what}; the cache has {pool.num_pages}", where=request.id, fix=fix)
+
+    def _most_pages(self, request: Request) -> int:
+        """The most pages that it will hold at a time."""
+        whole = self.pool.pages_for(request.room)
+        if self._rules.window is None:
+            return whole
+        # What a step brings, and what that sees; neither begins with a page.
+        return min(whole, self.pool.pages_for(self._rules.window + self._max_step_tokens) + 1)
 
     def add(self, request: Request) -> None:
         """Let a request wait for its turn."""
         self.check(request)
-        self._wait(request)
-
-    def _wait(self, request: Request) -> None:
-        request.waiting = True
-        self._num_waiting += 1
-        heapq.heappush(self._waiting, (-request.priority, request.arrival, request))
+        self.line.join(request)
 
     def remove(self, request: Request, *, failed: bool = False) -> None:
         """Forget a request (with its search) that is finished or given up; its pages and rows are free at once."""
         first = request.seats[0]
         if first.waiting:
-            # It stays in the heap until it comes to its front.
-            first.waiting = False
-            self._num_waiting -= 1
+            self.line.leave(first)
         else:
             self._leave(request, forget=failed)
 
@@ -128,7 +118,7 @@ class Scheduler:
         """Take the pages and the row of a running request (of its search), and let it wait for its turn again."""
         self._leave(request)
         self.num_preempted += 1
-        self._wait(request if request.beams is None else request.beams.gather())
+        self.line.join(request if request.beams is None else request.beams.gather())
 
     def forget(self) -> None:
         """Let everybody begin again, with nothing in the cache that is known."""
@@ -139,26 +129,60 @@ class Scheduler:
     def schedule(self) -> Step:
         """What to compute next; empty where nothing waits or runs."""
         step = Step()
+        self._make_way()
         for request in self.running:
             self._restart(request)
         self.running.sort(key=Request.order)
-        running = len(self.running)
+        lost = self.num_preempted
         # First those that need one token: an answer never waits for a prompt, but for the others of a search.
         answering = [r for r in self.running if r.num_left == 1 and (r.beams is None or r.beams.level)]
         reading = [request for request in self.running if request.num_left > 1]
-        for request in (*answering, *reading):
+        for request in answering:
             if request.table is not None:
                 self._continue(request, step)
-        if len(self.running) == running:
-            # Who has just lost its pages is not to take those of the next one.
+        # Who has just lost its pages is not to take those of the next one.
+        for request in reading:
+            if self.num_preempted == lost:
+                self._admit(step, above=request.priority)
+            if request.table is not None:
+                self._continue(request, step)
+        if self.num_preempted == lost:
             self._admit(step)
         return step
+
+    def _make_way(self) -> None:
+        """Let the first that waits have the place of running ones of lower priority, where it has none otherwise."""
+        while (first := self.line.first) is not None:
+            lower = [request for request in self.running if request.priority < first.priority]
+            if not lower or self._fits(first, []) or not self._fits(first, lower):
+                return
+            self.preempt(max(lower, key=Request.order))
+
+    def _fits(self, request: Request, gone: list[Request]) -> bool:
+        """Whether there are rows and pages for a request that waits, if these were not there any more."""
+        beams = {other.beams for other in gone if other.beams is not None}
+        if len(request.seats) > len(self._rows) + len(gone) + sum(len(each.rows) for each in beams):
+            return False
+        table = self._open(request)
+        full = self._needed(request, table) > self._spare(gone)
+        self._close(request, table)
+        return not full or len(gone) == len(self.running)
+
+    def _spare(self, gone: Sequence[Request] = ()) -> int:
+        """Pages that can be had, if these were not there any more, but for one for each of the others that grows: else
+        somebody would soon have to leave again."""
+        growing = sum(other.table.grows for other in self.running if other.table is not None and other not in gone)
+        freed = self.pool.num_freed([other.table for other in gone if other.table is not None])
+        return self.pool.num_free + freed - growing
 
     def _restart(self, request: Request) -> None:
         """Void what was cached of a request that outgrew its rotation."""
         limit = self._rules.reread_after
         if limit is not None and request.prompt_size <= limit < len(request.tokens):
             request.num_computed, request.num_followed, request.prompt_size = 0, 0, len(request.tokens)
+            if request.table is not None and request.table.num_gone:
+                self.pool.close(request.table)
+                request.table = self.pool.open(request.room)
 
     def _continue(self, request: Request, step: Step) -> None:
         count = self._share(request, step)
@@ -190,61 +214,65 @@ class Scheduler:
             return 0 if any(chunk.stop - chunk.start > 1 for chunk in step.chunks) else left
         return min(left, budget)
 
-    def _admit(self, step: Step) -> None:
-        while self._waiting and self._rows:
-            request = self._waiting[0][2]
-            if not request.waiting:
-                heapq.heappop(self._waiting)
-            elif not self._start(request, step):
+    def _admit(self, step: Step, above: int | None = None) -> None:
+        """Start those that wait, in their order; ``above``: those with a higher priority only."""
+        while (request := self.line.first) is not None and (above is None or request.priority > above):
+            if not self._start(request, step):
                 return
-            else:
-                heapq.heappop(self._waiting)
+
+    def _open(self, request: Request) -> PageTable:
+        """A table for a request that waits, with what is known of its beginning."""
+        # The last token is always computed: the next one follows from it.
+        end = request.num_shared or len(request.tokens)
+        known = request.tokens[: end - 1] if self._prefixes and not request.wants_all_logits else []
+        table = self.pool.open(request.room, known, request.salt, self._rules.window)
+        request.num_computed = len(table.pages) * self.pool.block_size
+        request.prompt_size = len(request.tokens if self._rules.reread_after is not None else request.prompt)
+        return table
+
+    def _close(self, request: Request, table: PageTable) -> None:
+        """It has to wait after all."""
+        self.pool.close(table)
+        request.num_computed = 0
+
+    def _needed(self, request: Request, table: PageTable) -> int:
+        """Pages for a whole prompt; of what a window lets go of, for the part that it holds at a time."""
+        whole = self.pool.pages_for(len(request.tokens) + self._room(request))
+        needed = min(whole, self._most_pages(request)) - (len(table.pages) - table.num_gone)
+        if request.beams is not None:
+            end = request.num_shared or len(request.tokens)
+            needed += (len(request.beams.active) - 1) * (whole - end // self.pool.block_size)
+        return needed
 
     def _start(self, request: Request, step: Step) -> bool:
         """Give a request its pages and its part of the step; False: it must wait."""
         if step.num_tokens >= self._max_step_tokens or len(request.seats) > len(self._rows):
             return False
-        # The last token is always computed: the next one follows from it.
-        end = request.num_shared or len(request.tokens)
-        known = request.tokens[: end - 1] if self._prefixes and not request.wants_all_logits else []
-        table = self.pool.open(request.room, known, request.salt)
-        request.num_computed = len(table.pages) * self.pool.block_size
-        if self._soon_known(request, known, step):
-            self.pool.close(table)
-            request.num_computed = 0
+        table = self._open(request)
+        count, room = self._share(request, step), self._room(request)
+        full = bool(self.running) and self._needed(request, table) > self._spare()
+        if count == 0 or full or self._soon_known(request, step):
+            self._close(request, table)
             return False
-        request.prompt_size = len(request.tokens if self._rules.reread_after is not None else request.prompt)
-        count = self._share(request, step)
-        # Pages for the whole prompt, and one for each of those that grow: else somebody would soon have to leave again.
-        spare = self.pool.num_free - sum(other.table.grows for other in self.running if other.table is not None)
-        whole = self.pool.pages_for(len(request.tokens) + self._room(request))
-        needed = whole - len(table.pages)
-        if request.beams is not None:
-            needed += (len(request.beams.active) - 1) * (whole - end // self.pool.block_size)
-        if count == 0 or (self.running and needed > spare):
-            self.pool.close(table)
-            request.num_computed = 0
-            return False
-        room = self._room(request)
-        copies = self.pool.grow(table, request.num_computed, len(request.tokens) + room)
+        end = len(request.tokens) if self._rules.window is None else request.num_computed + count
+        copies = self.pool.grow(table, request.num_computed, end + room)
         assert copies == [], (copies, request.id)
         if request.beams is not None:
             request.beams.rows += [self._rows.pop() for _ in request.seats]
-        request.table, request.row, request.waiting = table, self._rows_for(request).pop(), False
+        self.line.leave(request)
+        request.table, request.row = table, self._rows_for(request).pop()
         request.num_followed = request.num_computed
-        self._num_waiting -= 1
         self.num_found += request.num_computed
         self.running.append(request)
         step.chunks.append(Chunk(request, request.num_computed, request.num_computed + count, room))
         return True
 
-    def _soon_known(self, request: Request, known: list[int], step: Step) -> bool:
+    def _soon_known(self, request: Request, step: Step) -> bool:
         """Whether the step computes the next page of what the request begins with, for somebody else."""
         end = request.num_computed + self.pool.block_size
-        others = [chunk for chunk in step.chunks if chunk.request.salt == request.salt]
-        return end <= len(known) and any(
-            chunk.start < end <= chunk.stop and chunk.request.tokens[:end] == known[:end] for chunk in others
-        )
+        if not self._prefixes or request.wants_all_logits or end >= (request.num_shared or len(request.tokens)):
+            return False
+        return step.brings(request, end)
 
     def done(self, step: Step) -> None:
         """The step was computed: its keys and values are in the cache."""
@@ -264,12 +292,14 @@ class Scheduler:
         assert request.table is not None, request.id
         if self._prefixes and known // self.pool.block_size > len(request.table.keys):
             self.pool.remember(request.table, request.tokens[:known], request.salt)
+        if self._rules.window is not None:
+            self.pool.trim(request.table, known, self._rules.window)
 
     def fork(self, source: Request, other: Request) -> bool:
         """Let ``other``, whose prompt is that of ``source``, go on from the same pages; False: it must wait instead."""
         rows = self._rows_for(other)
         if not rows or source.table is None:
-            self._wait(other)
+            self.line.join(other)
             return False
         other.table, other.row = self.pool.fork(source.table), rows.pop()
         other.num_computed, other.num_followed = source.num_computed, source.num_followed

@@ -41,3 +41,9 @@ class Step:
     def num_tokens(self) -> int:
         """With room for guesses."""
         return sum(chunk.stop - chunk.start + chunk.room for chunk in self.chunks)
+
+    def brings(self, request: Request, end: int) -> bool:
+        """Whether it computes the request's token before ``end`` for somebody else who begins alike."""
+        others = [chunk for chunk in self.chunks if chunk.request.salt == request.salt]
+        tokens = request.tokens[:end]
+        return any(chunk.start < end <= chunk.stop and chunk.request.tokens[:end] == tokens for chunk in others)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from oarsmith.models.spec import DecoderSpec, PrefixLM, ResetAfter
-from oarsmith.models.spec_parts import LFA
+from oarsmith.models.spec_parts import GQA, LFA
 from oarsmith.models.spec_position import Alibi, DynamicScaling, LongScaling, RopeScaling, SteppedScaling, TwoRowRope
 
 
@@ -21,6 +21,8 @@ class CacheRules:
         reread_after: the length after which what a cache holds of a document is void, so that all of it must be read
             again. LongRoPE turns every key by another list of frequencies from there on. Other rules that follow the
             length keep the keys they have, as the code of their models does.
+        window: the most tokens that a query sees, itself included, in any layer; what lies before them is not needed
+            any more. None: all that came.
         revocable: the last tokens of a sequence can be taken back: nothing is remembered of them beside their keys.
     """
 
@@ -28,6 +30,18 @@ class CacheRules:
     whole_prompt: bool
     reread_after: int | None
     revocable: bool
+    window: int | None = None
+
+    def joined(self, other: CacheRules) -> CacheRules:
+        """Where another model has keys in the same pages; this one's rule for reading again holds for both."""
+        windows = (self.window, other.window)
+        return replace(
+            self,
+            prefixes=self.prefixes and other.prefixes,
+            whole_prompt=self.whole_prompt or other.whole_prompt,
+            revocable=self.revocable and other.revocable,
+            window=None if None in windows else max(window for window in windows if window is not None),
+        )
 
     @staticmethod
     def of(spec: DecoderSpec) -> CacheRules:
@@ -46,7 +60,14 @@ class CacheRules:
             whole_prompt=whole,
             reread_after=next(iter(lengths), None),
             revocable=not (remembers or resets),
+            window=_window(spec),
         )
+
+
+def _window(spec: DecoderSpec) -> int | None:
+    windows = [layer.attention.window if isinstance(layer.attention, GQA) else None for layer in spec.layers]
+    known = [window for window in windows if window is not None]
+    return max(known) if known and len(known) == len(windows) else None
 
 
 def _scalings(spec: DecoderSpec) -> Iterator[RopeScaling]:

@@ -117,7 +117,7 @@ class KVCache:
     as long as none of them writes to it.
 
     Attributes:
-        pages: the pages of each sequence, in the order of its tokens.
+        pages: the pages of each sequence, in the order of its tokens; -1 for those that no token sees any more.
         used: tokens of each sequence so far; set one to 0 to give its row to another.
         marks: what the visibility rule remembers of each sequence (see ``visibility.py``).
     """
@@ -195,18 +195,23 @@ class KVCache:
         ranges: list[tuple[int, int, int]] = []
         key, size = 0, self.block_size
         for piece in pieces:
-            end = piece.old + piece.stop - piece.start
-            spans.append(Span(piece.start, piece.stop, key, key + end))
-            for start in range(0, end, size):
+            # Pages that nobody sees any more are gone (-1): keys are counted from the first that is there.
+            end, gone = piece.old + piece.stop - piece.start, self._num_gone(piece.sequence) * size
+            spans.append(Span(piece.start, piece.stop, key, key + end - gone))
+            key -= gone
+            for start in range(gone, end, size):
                 slot, stop = self.pages[piece.sequence][start // size] * size, min(start + size, end)
-                first, last, before = ranges[-1] if start else (0, 0, 0)
-                if start and before + last - first == slot:  # pages side by side are one range
+                first, last, before = ranges[-1] if start > gone else (0, 0, 0)
+                if start > gone and before + last - first == slot:  # pages side by side are one range
                     ranges[-1] = (first, key + stop, before)
                 else:
                     ranges.append((key + start, key + stop, slot))
             key += end
         self._ranges = tuple(ranges)
         return spans, self._ranges
+
+    def _num_gone(self, sequence: int) -> int:
+        return next((at for at, page in enumerate(self.pages[sequence]) if page >= 0), 0)
 
     def _slots_of(self, piece: Piece) -> Iterator[int]:
         """Where the tokens of a piece go."""
