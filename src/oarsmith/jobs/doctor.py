@@ -126,9 +126,15 @@ def cpu_flags() -> set[str] | None:
 def _kernels() -> list[Finding]:
     from oarsmith.kernels.select import describe, library
 
-    if library() is not None:
-        return [Finding("ok", f"fast operations: {describe()}")]
-    return [Finding("warn", f"fast operations: {describe()}", "training works, slower; install a C++ compiler (g++)")]
+    from oarsmith.engine.native_model import obstacle
+    from oarsmith.native.library import level
+
+    fix = "all works, slower; install a C++ compiler (g++)"
+    text = f"fast operations: {describe()}"
+    found = [Finding("ok", text) if library() is not None else Finding("warn", text, fix)]
+    if (reason := obstacle("cpu")) is None:
+        return [*found, Finding("ok", f"compiled step of the engine: for {level()}")]
+    return [*found, Finding("warn", f"compiled step of the engine: {reason}", fix)]
 
 
 def _memory() -> list[Finding]:
