@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,10 +12,10 @@ from oarsmith.engine.adapted import AdaptedBackend
 from oarsmith.engine.backend import Backend
 from oarsmith.engine.decoder_backend import DecoderBackend
 from oarsmith.engine.draft_model import ModelDrafter
-from oarsmith.engine.memory import default_num_pages
+from oarsmith.engine.memory import free_memory_of, page_bytes
 from oarsmith.engine.options import Sizes, Speculation
 from oarsmith.engine.runner import Runner
-from oarsmith.engine.served import Served, make_runner, native_runner, ngram_drafter
+from oarsmith.engine.running import make_runner, native_runner, ngram_drafter
 from oarsmith.errors import ConfigError
 from oarsmith.loading import load_model
 from oarsmith.model_path import resolve
@@ -23,6 +24,9 @@ from oarsmith.models.decoder import Decoder
 from oarsmith.models.layout import KVCache
 from oarsmith.text import Tokenizer, load_tokenizer
 from oarsmith.training.precision import has_fast_bf16
+
+if TYPE_CHECKING:
+    from oarsmith.engine.served import Served
 
 
 def load_decoder(path: str | Path, dtype: str, device: str, adapter: str | Path | None) -> Decoder:
@@ -69,10 +73,9 @@ def build_runner(
     native = served.native if bank is None else None
     if native is not None and draft is None:
         return native_runner(native, sizes, speculation)
-    num_pages = sizes.num_pages
-    if num_pages is None:
-        models = [served.decoder] if draft is None else [served.decoder, draft]
-        num_pages = default_num_pages(models, sizes.batch_size, sizes.block_size)
+    models = [served.decoder] if draft is None else [served.decoder, draft]
+    page, free = page_bytes(models, sizes.block_size), free_memory_of(served.decoder.device)
+    num_pages = sizes.pages(served.facts.max_positions, page, free)
 
     def cache(model: Decoder) -> KVCache:
         return model.new_cache(sizes.batch_size, sizes.block_size, num_pages)

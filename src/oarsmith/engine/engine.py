@@ -9,19 +9,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oarsmith.engine.adapters import Adapters
 from oarsmith.engine.desk import Desk
 from oarsmith.engine.drain import drain
 from oarsmith.engine.intake import Ask, Intake, Prompt, as_batch
 from oarsmith.engine.native_model import Compute
-from oarsmith.engine.options import NGRAM, Sizes, Speculation
+from oarsmith.engine.options import Sizes, Speculation
 from oarsmith.engine.request import Completion
 from oarsmith.engine.runner import Runner
+from oarsmith.engine.running import native_runner
 from oarsmith.engine.sampling import Sampling
-from oarsmith.engine.served import ModelOptions, native_runner, serve
+from oarsmith.engine.served import ModelOptions, open_guesser, serve
 from oarsmith.engine.stream import Stream
 from oarsmith.engine.ticket import Output, Ticket
 from oarsmith.errors import ConfigError
-from oarsmith.model_path import adapter_directory, find_tokenizer
+from oarsmith.model_path import find_tokenizer
 from oarsmith.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -42,8 +44,7 @@ class Engine:
         model: a model directory, an adapter directory, a run folder, or a loaded decoder in eval mode.
         tokenizer: not given: the one that lies with a path. An engine without one takes token ids only.
         dtype: for a path; ``auto`` is what the files hold, but float32 where the device would have to emulate that.
-        device: for a path; ``auto`` is the GPU where there is one.
-        adapter: for a path: a LoRA adapter to put on top.
+        device, adapter: for a path; ``auto`` is the GPU where there is one; a LoRA adapter to put on top.
         weights: for a path: round them to ``int8`` or ``int4``, in groups of 32, each with its own scale.
         compute: for a path: ``native``: the compiled step, which CPUs have; ``torch``: PyTorch; ``auto``: the compiled
             step where it can serve. Packed weights are kept for the next start.
@@ -51,9 +52,9 @@ class Engine:
         batch_size: most requests that are worked on at the same time; others wait.
         num_pages: pages of the key/value cache; not given: as many as ``batch_size`` requests can fill, but at most
             half of the memory that is free. Where requests need more, the last of them are computed again later.
+        cache_bytes: memory of the cache, in place of ``num_pages``.
         block_size: tokens of a page.
-        max_step_tokens: most tokens that are computed at once: longer prompts come in pieces, between which others
-            go on.
+        max_step_tokens: most tokens computed at once: longer prompts come in pieces, between which others go on.
         prefix_caching: prompts that begin alike share pages, also with those answered before. Families whose keys do
             not follow from the tokens before them alone never do.
         speculative: who guesses tokens that the model then checks several at a time: ``ngram``: what followed when the
@@ -80,6 +81,7 @@ class Engine:
         num_threads: int | None = None,
         batch_size: int = 8,
         num_pages: int | None = None,
+        cache_bytes: int | None = None,
         block_size: int = 64,
         max_step_tokens: int = 2048,
         prefix_caching: bool = True,
@@ -95,6 +97,7 @@ class Engine:
         self._sizes = Sizes(
             batch_size=batch_size,
             num_pages=num_pages,
+            cache_bytes=cache_bytes,
             block_size=block_size,
             max_step_tokens=max_step_tokens,
             prefix_caching=prefix_caching,
@@ -108,12 +111,12 @@ class Engine:
         self.tokenizer = tokenizer
         self._served = serve(model, options, block_size)
         self.batch_size = batch_size
-        self._draft_model = self._open_draft_model()
+        self._draft_model = open_guesser(self._served, self._speculation, self.tokenizer)
         self._intake = Intake(self._served.facts, self.tokenizer, None if speculative is None else num_draft_tokens)
         self._desk = Desk(self._intake)
-        self._bank: AdapterBank | None = None
+        self._adapters = Adapters(self._desk)
         if adapters is not None:
-            self._bank = self._new_bank()
+            self._adapters.bank = self._new_bank()
             for name, path in adapters.items():
                 self.add_adapter(name, path)
 
@@ -125,23 +128,11 @@ class Engine:
     @cached_property
     def runner(self) -> Runner:
         """The cache and what fills it; made when the first prompt comes."""
-        if self._served.native is not None and self._bank is None and self._draft_model is None:
+        if self._served.native is not None and self._adapters.bank is None and self._draft_model is None:
             return native_runner(self._served.native, self._sizes, self._speculation)
         from oarsmith.engine.build import build_runner
 
-        return build_runner(self._served, self._bank, self._sizes, self._speculation, self._draft_model)
-
-    def _open_draft_model(self) -> Decoder | None:
-        if self._speculation.by is None:
-            return None
-        if not self._served.facts.rules.revocable:
-            what = "this model remembers more of a token than its keys, so guesses could not be taken back"
-            raise ConfigError(what, where="speculative", fix="leave speculative out")
-        if self._speculation.by == NGRAM:
-            return None
-        from oarsmith.engine.build import open_draft_model
-
-        return open_draft_model(self._speculation.by, self.model, self.tokenizer)
+        return build_runner(self._served, self._adapters.bank, self._sizes, self._speculation, self._draft_model)
 
     def _new_bank(self) -> AdapterBank:
         from oarsmith.adapters.bank import AdapterBank
@@ -287,14 +278,8 @@ class Engine:
         Raises:
             OarsmithError: the name is taken, or the adapter cannot be read or does not fit the model.
         """
-        if self._bank is None:
-            if self.busy:
-                what = "the first adapter came while requests are open"
-                raise ConfigError(what, where="adapters", fix="make the engine with adapters={}, or wait for them")
-            self._bank = self._new_bank()
-            # Another one computes from now on.
+        if self._adapters.add(name, path, self._new_bank):
             self.__dict__.pop("runner", None)
-        self._bank.add(name, adapter_directory(Path(path)))
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter.
@@ -302,23 +287,12 @@ class Engine:
         Raises:
             ConfigError: there is none of this name, or a request that is not finished goes through it.
         """
-        if self._desk.uses(name):
-            raise ConfigError(f"a request goes through the adapter {name!r}", where="adapter", fix="wait for its end")
-        if self._salt(name) and self._bank is not None:
-            self._bank.remove(name)
+        self._adapters.remove(name)
 
     def _ask(self, ids: list[int], sampling: Sampling | None, adapter: str | None) -> Ask:
         sampling = sampling or _GREEDY
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        return Ask(ids=ids, sampling=sampling, seed=seed, adapter=adapter, salt=self._salt(adapter))
-
-    def _salt(self, adapter: str | None) -> bytes:
-        """What tells the keys under an adapter from others, also from those under earlier ones of its name."""
-        if adapter is None:
-            return b""
-        if self._bank is None:
-            raise ConfigError(f"there is no adapter {adapter!r}", where="adapter", fix="add it first (add_adapter)")
-        return f"{adapter} {self._bank.version(adapter)}".encode()
+        return Ask(ids=ids, sampling=sampling, seed=seed, adapter=adapter, salt=self._adapters.salt(adapter))
 
     def _ticket(self, ask: Ask) -> Ticket:
         """A prompt with its answers, not yet open."""

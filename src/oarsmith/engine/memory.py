@@ -18,7 +18,7 @@ def default_num_pages(models: Sequence[Decoder], num_sequences: int, block_size:
         models: a page holds keys of each; the first one's context counts.
     """
     needed = num_sequences * -(-models[0].spec.max_positions // block_size)
-    return max(min(needed, _free_memory(models[0].device) // 2 // page_bytes(models, block_size)), 1)
+    return max(min(needed, free_memory_of(models[0].device) // 2 // page_bytes(models, block_size)), 1)
 
 
 def page_bytes(models: Sequence[Decoder], block_size: int) -> int:
@@ -30,7 +30,7 @@ def page_bytes(models: Sequence[Decoder], block_size: int) -> int:
     )
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory_of(device: torch.device) -> int:
     """Bytes that can still be allocated there."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

@@ -25,14 +25,39 @@ class Sizes:
 
     batch_size: int
     num_pages: int | None
+    cache_bytes: int | None
     block_size: int
     max_step_tokens: int
     prefix_caching: bool
     tokens_each: int
 
+    def pages(self, max_positions: int, page_bytes: int, free: int) -> int:
+        """How many pages the cache has: as is said, else for as many sequences that fill the context, but no more than
+        half of the memory that is free has room for.
+
+        Args:
+            max_positions: the context.
+            page_bytes: of a page.
+            free: bytes.
+
+        Raises:
+            ConfigError: not a single page fits into ``cache_bytes``.
+        """
+        if self.num_pages is not None:
+            return self.num_pages
+        if self.cache_bytes is not None:
+            if self.cache_bytes < page_bytes:
+                what = f"cache_bytes is {self.cache_bytes:,}; a page of {self.block_size} tokens has {page_bytes:,}"
+                raise ConfigError(what, where="cache_bytes", fix="raise it, or lower block_size")
+            return self.cache_bytes // page_bytes
+        return max(min(self.batch_size * -(-max_positions // self.block_size), free // 2 // page_bytes), 1)
+
     def __post_init__(self) -> None:
+        if self.num_pages is not None and self.cache_bytes is not None:
+            what = "num_pages and cache_bytes both say how large the cache is"
+            raise ConfigError(what, where="cache_bytes", fix="give one of them")
         step = max(self.batch_size, 1) * self.tokens_each
-        least = {"batch_size": 1, "num_pages": 1, "block_size": 1, "max_step_tokens": step}
+        least = {"batch_size": 1, "num_pages": 1, "cache_bytes": 1, "block_size": 1, "max_step_tokens": step}
         for name, limit in least.items():
             value = getattr(self, name)
             if value is not None and value < limit:

@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from oarsmith.engine.backend import Backend
-from oarsmith.engine.free_memory import free_memory
 from oarsmith.engine.native_model import (
     Compute,
     NativeModel,
@@ -20,17 +18,13 @@ from oarsmith.engine.native_model import (
     obstacle,
     open_native,
 )
-from oarsmith.engine.options import Sizes, Speculation
-from oarsmith.engine.pages import PagePool
-from oarsmith.engine.runner import Runner
-from oarsmith.engine.scheduler import Scheduler
+from oarsmith.engine.options import NGRAM, Speculation
 from oarsmith.errors import ConfigError, ModelError
-from oarsmith.models.caching import CacheRules
 from oarsmith.models.facts import ModelFacts
 
 if TYPE_CHECKING:
-    from oarsmith.engine.speculation import Drafter
     from oarsmith.models.decoder import Decoder
+    from oarsmith.text import Tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -123,34 +117,19 @@ def _native(
     return open_native(path, precision, make_decoder, adapter=options.adapter, threads=threads)
 
 
-def native_runner(native: NativeModel, sizes: Sizes, speculation: Speculation) -> Runner:
-    """A runner of the compiled step."""
-    num_pages = sizes.num_pages
-    if num_pages is None:
-        needed = sizes.batch_size * -(-native.facts.max_positions // sizes.block_size)
-        page = native.program.page_bytes(sizes.block_size)
-        num_pages = max(min(needed, free_memory() // 2 // page), 1)
-    backend = native.backend(sizes.batch_size, num_pages, sizes.block_size)
-    return make_runner(backend, native.facts.rules, num_pages, sizes, ngram_drafter(speculation))
+def open_guesser(served: Served, speculation: Speculation, tokenizer: Tokenizer | None) -> Decoder | None:
+    """The model that guesses, if one does.
 
-
-def ngram_drafter(speculation: Speculation) -> Drafter | None:
-    """Who guesses by looking back, if that is wished."""
+    Raises:
+        OarsmithError: it cannot be loaded or is no match, or the served model cannot take tokens back.
+    """
     if speculation.by is None:
         return None
-    from oarsmith.engine.speculation import NgramDrafter
+    if not served.facts.rules.revocable:
+        what = "this model remembers more of a token than its keys, so guesses could not be taken back"
+        raise ConfigError(what, where="speculative", fix="leave speculative out")
+    if speculation.by == NGRAM:
+        return None
+    from oarsmith.engine.build import open_draft_model
 
-    return NgramDrafter(speculation.ngram_min, speculation.ngram_max)
-
-
-def make_runner(backend: Backend, rules: CacheRules, num_pages: int, sizes: Sizes, drafter: Drafter | None) -> Runner:
-    """A runner with its scheduler and pages."""
-    scheduler = Scheduler(
-        PagePool(num_pages, sizes.block_size),
-        rules,
-        max_running=sizes.batch_size,
-        max_step_tokens=sizes.max_step_tokens,
-        prefixes=sizes.prefix_caching,
-        followed=drafter is not None and bool(drafter.backends),
-    )
-    return Runner(backend, scheduler, drafter)
+    return open_draft_model(speculation.by, served.decoder, tokenizer)

@@ -124,9 +124,8 @@ def cpu_flags() -> set[str] | None:
 
 
 def _kernels() -> list[Finding]:
-    from oarsmith.kernels.select import describe, library
-
     from oarsmith.engine.native_model import obstacle
+    from oarsmith.kernels.select import describe, library
     from oarsmith.native.library import level
 
     fix = "all works, slower; install a C++ compiler (g++)"

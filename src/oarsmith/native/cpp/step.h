@@ -2,6 +2,7 @@
 #pragma once
 #include <memory>
 
+#include "attention_block.h"
 #include "multiply.h"
 #include "pack.h"
 #include "program.h"
