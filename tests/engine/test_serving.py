@@ -421,3 +421,18 @@ def test_a_prefix_is_found_without_what_nobody_sees(tiny_model: Tiny) -> None:
     found = scheduler.num_found
     assert engine.generate(prompt, GREEDY) == [first] and scheduler.num_found - found == 40
     assert other.num_tokens == 8
+
+
+def test_the_size_of_the_cache_in_bytes(model: Decoder) -> None:
+    # Keys and values of 2 layers with 2 heads of 8 numbers each, 4 bytes a number.
+    page = 4 * 2 * 2 * 2 * 8 * 4
+    for size, pages in ((10 * page, 10), (11 * page - 1, 10), (page, 1)):
+        engine = Engine(model, block_size=4, cache_bytes=size)
+        assert engine.runner.scheduler.pool.num_pages == pages
+    guessing = Engine(model, block_size=4, cache_bytes=10 * page, speculative=model)
+    assert guessing.runner.scheduler.pool.num_pages == 5, "a page holds keys of both"
+    assert len(guessing.generate([5], GREEDY)[0].ids) == 20
+    with pytest.raises(ConfigError, match="cache_bytes is 1,023; a page of 4 tokens has 1,024"):
+        Engine(model, block_size=4, cache_bytes=page - 1).generate([5], GREEDY)
+    with pytest.raises(ConfigError, match="num_pages and cache_bytes both"):
+        Engine(model, num_pages=3, cache_bytes=10 * page)
