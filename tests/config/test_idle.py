@@ -31,6 +31,7 @@ CASES = [
     (ConvertConfig, "--to gguf --dtype fp32 --max_shard_gb 2", "--to hf"),
     (GenerateConfig, "--num_draft_tokens 3 --ngram_min 2 --ngram_max 5", "--speculative ngram"),
     (GenerateConfig, "--length_penalty 2 --early_stopping never", "--num_beams 2"),
+    (GenerateConfig, "--mode static --cache_gib 2", "--mode dynamic"),
 ]
 
 

@@ -213,3 +213,11 @@ def test_a_beam_search_from_words_and_rows(chain_model, tmp_path, capsys):
     ]:
         assert cli.main(["generate", model, "count", *words]) != 0
         assert message in capsys.readouterr().err
+
+
+def test_the_memory_of_the_cache(chain_model, capsys):
+    model = str(chain_model("one two"))
+    assert cli.main(["generate", model, "count", "--cache_gib", "0.01"]) == 0
+    assert capsys.readouterr().out == "one two\n"
+    assert cli.main(["generate", model, "count", "--cache_gib", "1e-9"]) != 0
+    assert "cache_bytes is 1; a page of 64 tokens has" in capsys.readouterr().err

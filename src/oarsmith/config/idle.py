@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from .base import JobConfig
 from .checkpoints import ConvertConfig
-from .inference import GenerateConfig, SpeculativeKeys
+from .inference import CacheKeys, GenerateConfig, ModeKeys, SpeculativeKeys
 from .resolved import is_given
 from .train import TrainConfig
 
@@ -78,6 +78,12 @@ IDLE: tuple[Idle[Any], ...] = (
     Idle(GenerateConfig, ("length_penalty", "early_stopping"), lambda c: c.num_beams == 1, "num_beams is 1"),
     Idle(SpeculativeKeys, ("num_draft_tokens",), lambda c: c.speculative is None, "speculative is not given"),
     Idle(SpeculativeKeys, ("ngram_min", "ngram_max"), lambda c: c.speculative != "ngram", "speculative is not ngram"),
+    Idle(
+        CacheKeys,
+        ("cache_gib",),
+        lambda c: isinstance(c, ModeKeys) and c.mode == "static",
+        "a compiled package has a row of the whole context for each text",
+    ),
     Idle(ConvertConfig, ("gguf_type", "with_tokenizer"), lambda c: c.to != "gguf", "dst is no GGUF file"),
     Idle(ConvertConfig, ("paddle_layout",), lambda c: c.to != "paddle", "dst is not in PaddleNLP's layout"),
     Idle(ConvertConfig, ("dtype",), lambda c: c.to == "gguf", "gguf_type says it"),

@@ -40,6 +40,17 @@ class SpeculativeKeys(JobConfig):
     ngram_max: Int = Field(3, ge=1, description="Tokens up to which a longer likeness is preferred, for ngram.")
 
 
+class CacheKeys(JobConfig):
+    title: ClassVar[str] = "Cache"
+
+    cache_gib: Float | None = Field(
+        None,
+        gt=0,
+        description="GiB for keys and values. Not given: as many as batch_size texts that fill the context need, but "
+        "at most half of the memory that is free.",
+    )
+
+
 class ModeKeys(JobConfig):
     title: ClassVar[str] = "Mode"
 
@@ -48,7 +59,9 @@ class ModeKeys(JobConfig):
     )
 
 
-class GenerateConfig(ModelKeys, AdapterKeys, WeightKeys, ModeKeys, SamplingKeys, SpeculativeKeys, RuntimeKeys):
+class GenerateConfig(
+    ModelKeys, AdapterKeys, WeightKeys, ModeKeys, SamplingKeys, SpeculativeKeys, CacheKeys, RuntimeKeys
+):
     """All keys of ``oarsmith generate``: answer one prompt, or a file of prompts into a file."""
 
     title: ClassVar[str] = "Input and output"
@@ -104,7 +117,7 @@ class GenerateConfig(ModelKeys, AdapterKeys, WeightKeys, ModeKeys, SamplingKeys,
         return super().asks_for_draws or (self.n > 1 and self.num_beams == 1) or (self.best_of or 1) > 1
 
 
-class ChatConfig(ModelKeys, AdapterKeys, WeightKeys, ModeKeys, SamplingKeys, SpeculativeKeys, RuntimeKeys):
+class ChatConfig(ModelKeys, AdapterKeys, WeightKeys, ModeKeys, SamplingKeys, SpeculativeKeys, CacheKeys, RuntimeKeys):
     """All keys of ``oarsmith chat``: a conversation in the terminal."""
 
     title: ClassVar[str] = "Conversation"

@@ -11,7 +11,7 @@ from oarsmith.config.base import JobConfig
 from oarsmith.config.bench import BenchConfig
 from oarsmith.config.eval import EvalConfig
 from oarsmith.config.groups import ModelKeys, SamplingKeys
-from oarsmith.config.inference import ChatConfig, GenerateConfig, ModeKeys, SpeculativeKeys
+from oarsmith.config.inference import CacheKeys, ChatConfig, GenerateConfig, ModeKeys, SpeculativeKeys
 from oarsmith.engine import Completion, Engine, Sampling
 from oarsmith.engine.native_model import obstacle
 from oarsmith.engine.options import NGRAM
@@ -39,6 +39,7 @@ def open_engine(config: GenerateConfig | ChatConfig | EvalConfig | BenchConfig, 
         compute=config.kernels,
         num_threads=config.num_threads,
         batch_size=batch_size,
+        cache_bytes=_cache_bytes(config),
         **_speculation(config),
     )
 
@@ -54,6 +55,11 @@ def answering(config: GenerateConfig | ChatConfig) -> Iterator[None]:
 
     with runtime(config):
         yield
+
+
+def _cache_bytes(config: JobConfig) -> int | None:
+    wanted = config.cache_gib if isinstance(config, CacheKeys) else None
+    return None if wanted is None else int(wanted * (1 << 30))
 
 
 def _speculation(config: JobConfig) -> dict[str, Any]:
