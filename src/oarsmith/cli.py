@@ -100,6 +100,13 @@ COMMANDS: dict[str, Command] = {
         "SOURCE DESTINATION",
         "oarsmith convert model.gguf model/",
     ),
+    "export": Command(
+        _REWRITE,
+        "compile a model into a package that runs without its code",
+        "oarsmith.jobs.export:run",
+        "MODEL FOLDER",
+        "oarsmith export model/ compiled/",
+    ),
     "merge-adapter": Command(
         _REWRITE,
         "put a LoRA adapter into its base model and prove the merge",

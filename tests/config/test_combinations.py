@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import oarsmith
+from oarsmith.config.bench import BenchConfig
 from oarsmith.config.checkpoints import ConvertConfig
 from oarsmith.config.combinations import IMPOSSIBLE
 from oarsmith.config.eval import EvalConfig
@@ -73,6 +74,13 @@ CASES = [
     ),
     (PreprocessConfig, "--output_prefix out --tokenizer t --vocab_size 1000", "none is trained"),
     (PreprocessConfig, "--output_prefix out --tokenizer t --ray_address auto", "engine is local"),
+    (GenerateConfig, "--mode static --dtype bf16", "a compiled package is what it is"),
+    (
+        GenerateConfig,
+        "--prompt null --input_file i --output_file o --mode static --prompt_logprobs 1",
+        "no log-probabilities of prompts",
+    ),
+    (BenchConfig, "--mode static --compare transformers", "do not read a compiled package"),
     (GenerateConfig, "--decode_strategy greedy --temperature 1", "greedy always takes"),
     (GenerateConfig, "--decode_strategy sampling --temperature 0", "not defined"),
     (GenerateConfig, "--decode_strategy greedy --n 2", "several answers would have no effect"),
@@ -103,6 +111,7 @@ BASE = {
     ChatConfig: {"--model_name_or_path": "m"},
     ConvertConfig: {},
     EvalConfig: {"--model_name_or_path": "m"},
+    BenchConfig: {"--model_name_or_path": "m"},
 }
 
 

@@ -161,7 +161,6 @@ NOT_BUILT: dict[str, NotBuilt] = {
     "ckpt_quant_stage": NotBuilt(frozenset({"o0", "none", ""}), "quantized optimizer states", "set it to O0"),
     "speculate_method": NotBuilt(_OFF, "speculative decoding", "leave it out"),
     "quant_type": NotBuilt(_OFF, "quantized inference", 'set it to ""'),
-    "mode": NotBuilt(frozenset({"dynamic"}), "a static graph", "set it to dynamic"),
 }
 
 # Key -> the command of the DESIGN that will own it.

@@ -18,6 +18,7 @@ CONFIG_CLASSES: dict[str, tuple[str, str]] = {
     "preview": ("tools", "PreviewConfig"),
     "eval": ("eval", "EvalConfig"),
     "bench": ("bench", "BenchConfig"),
+    "export": ("export", "ExportConfig"),
     "replay": ("replay", "ReplayConfig"),
     "explain": ("tools", "ExplainConfig"),
     "models": ("tools", "ModelsConfig"),

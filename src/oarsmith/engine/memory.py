@@ -11,16 +11,6 @@ from oarsmith.models.count import cache_bytes
 from oarsmith.models.decoder import Decoder
 
 
-def default_num_pages(models: Sequence[Decoder], num_sequences: int, block_size: int) -> int:
-    """Pages for so many sequences that fill the context, but for no more than half of the memory that is free.
-
-    Args:
-        models: a page holds keys of each; the first one's context counts.
-    """
-    needed = num_sequences * -(-models[0].spec.max_positions // block_size)
-    return max(min(needed, free_memory_of(models[0].device) // 2 // page_bytes(models, block_size)), 1)
-
-
 def page_bytes(models: Sequence[Decoder], block_size: int) -> int:
     """Memory of a page."""
     sizes = [model.embedding.weight.element_size() for model in models]

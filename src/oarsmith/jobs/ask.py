@@ -26,7 +26,8 @@ def open_engine(config: GenerateConfig | ChatConfig | EvalConfig | BenchConfig, 
     if isinstance(config, ModeKeys) and config.mode == "static":
         from oarsmith.engine.static import StaticEngine
 
-        return StaticEngine(config.model_name_or_path, _tokenizer(config), batch_size=batch_size)
+        path, cache = config.model_name_or_path, _cache_bytes(config)
+        return StaticEngine(path, _tokenizer(config), batch_size=batch_size, cache_bytes=cache)
     if Path(config.model_name_or_path, "model.pt2").is_file():
         raise ConfigError("this is a compiled package", where=config.model_name_or_path, fix="add --mode static")
     return Engine(
@@ -45,7 +46,7 @@ def open_engine(config: GenerateConfig | ChatConfig | EvalConfig | BenchConfig, 
 
 
 @contextmanager
-def answering(config: GenerateConfig | ChatConfig) -> Iterator[None]:
+def answering(config: GenerateConfig | ChatConfig | BenchConfig) -> Iterator[None]:
     """What PyTorch is to be told before it computes; where the compiled step will, it is not even imported."""
     static = config.mode == "static" or config.speculative not in (None, NGRAM)
     if not static and config.kernels != "torch" and obstacle(config.device) is None:

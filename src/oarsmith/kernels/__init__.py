@@ -8,6 +8,7 @@ from oarsmith.kernels.cross_entropy import HeadResult, head_loss, token_logprobs
 from oarsmith.kernels.linear import linear
 from oarsmith.kernels.norm import rms_norm
 from oarsmith.kernels.rope import rope
+from oarsmith.kernels.row_attention import row_attention
 from oarsmith.kernels.rows import rows_to_add
 from oarsmith.kernels.select import describe, using
 from oarsmith.kernels.sum_of_squares import sum_of_squares
@@ -29,6 +30,7 @@ __all__ = [
     "linear",
     "rms_norm",
     "rope",
+    "row_attention",
     "rows_to_add",
     "sum_of_squares",
     "token_logprobs",

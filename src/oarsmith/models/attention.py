@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from oarsmith import kernels
 from oarsmith.kernels import Scores, SpanBounds
-from oarsmith.models.layout import CacheShape, KVCache, Layout, Span
+from oarsmith.models.layout import Cache, CacheShape, Layout, Span
 from oarsmith.models.linear import build_linear
 from oarsmith.models.norm import build_norm
 from oarsmith.models.position import PositionTables
@@ -43,7 +43,7 @@ class Attention(nn.Module):
         x_TD: Tensor,
         layout: Layout,
         tables: PositionTables,
-        cache: KVCache | None,
+        cache: Cache | None,
         *,
         recompute_core: bool = False,
     ) -> Tensor:
@@ -100,6 +100,10 @@ class Attention(nn.Module):
 
 def attend(q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, layout: Layout, scores: Scores) -> Tensor:
     """softmax(scores) v [T, H, V], every query over the keys that the layout shows its head."""
+    if layout.rows is not None:
+        positions_BT = layout.rows.positions_BT
+        q_BTHK = q_THK.unflatten(0, positions_BT.shape)
+        return kernels.row_attention(q_BTHK, k_SGK, v_SGV, positions_BT, scores).flatten(0, 1)
     if layout.halves is None:
         return kernels.attention(q_THK, k_SGK, v_SGV, span_bounds(layout.spans), scores, layout.ranges)
     num_heads, groups = q_THK.shape[1], k_SGK.shape[1]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from oarsmith.models.attention import Attention
-from oarsmith.models.layout import KVCache, Layout
+from oarsmith.models.layout import Cache, Layout
 from oarsmith.models.lfa import FilteredAttention
 from oarsmith.models.mla import LatentAttention
 from oarsmith.models.mlp import FeedForward, GatedFeedForward
@@ -51,7 +51,7 @@ class Block(nn.Module):
         x_TD: Tensor,
         layout: Layout,
         tables: PositionTables,
-        cache: KVCache | None,
+        cache: Cache | None,
         recompute: Granularity | None = None,
     ) -> Tensor:
         """``recompute``: what within the block runs again in backward; all of it (``full``) is up to the caller."""

@@ -19,7 +19,7 @@ from oarsmith.models import visibility
 from oarsmith.models.block import Block
 from oarsmith.models.embedding import Embedding
 from oarsmith.models.head import Head
-from oarsmith.models.layout import KVCache, Layout
+from oarsmith.models.layout import Cache, KVCache, Layout
 from oarsmith.models.norm import build_norm
 from oarsmith.models.position import position_tables
 from oarsmith.models.recompute import Recompute, run
@@ -59,12 +59,13 @@ class Decoder(nn.Module):
         """Where the model lies."""
         return self.embedding.weight.device
 
-    def hidden(self, input_ids_T: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, input_ids_T: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         """Hidden states [T, D] of a token stream before the final norm.
 
         Without a cache, a document that nobody sees rounds up the number of tokens (see ``kernels.rows_to_add``).
         """
-        layout = visibility.apply(self.spec.visibility, input_ids_T, layout, cache, self.training)
+        marked = cache if isinstance(cache, KVCache) else None
+        layout = visibility.apply(self.spec.visibility, input_ids_T, layout, marked, self.training)
         if self.shifted is not None and self.training:
             layout = self.shifted.apply(layout)
         x_TD = self.embedding(input_ids_T, layout, self.neftune_alpha if self.training else None)
@@ -77,7 +78,7 @@ class Decoder(nn.Module):
         for index, block in enumerate(self.layers):
             part = None if recompute is None else recompute.of_layer(index)
             x_TD = run(block, x_TD, layout, tables, cache, part, again=part == "full")
-        return x_TD[: len(input_ids_T)]
+        return x_TD[: len(input_ids_T)] if added else x_TD
 
     def head_inputs(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
         """What is multiplied with the output matrix (final norm and head rule applied), and the matrix [V, D]."""

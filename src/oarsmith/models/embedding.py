@@ -59,8 +59,7 @@ class PositionEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(self.spec.offset + self.spec.size, size))
 
     def forward(self, positions_T: Tensor) -> Tensor:
-        highest = int(positions_T.max())
-        if highest >= self.spec.size:
+        if not torch.compiler.is_compiling() and (highest := int(positions_T.max())) >= self.spec.size:
             raise ModelError(
                 f"position {highest} is outside the model's table of {self.spec.size} positions",
                 fix=f"shorten the input to at most {self.spec.size} tokens",

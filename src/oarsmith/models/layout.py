@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +42,17 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class RowPlaces:
+    """Rows that lie beside one another, each with places of its own (see ``rows.py``).
+
+    ``positions_BT``: where each token goes in its row; ``size``: places of a row.
+    """
+
+    positions_BT: Tensor
+    size: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """One call: its documents, who sees whom, and each token's position.
 
@@ -49,7 +61,7 @@ class Layout:
     first one. ``blocks_T``: the second row of positions, where the model has two. ``ranges``: where a cache holds the
     keys that the spans count one after another (first key, end of keys, slot of the first); None: key i is token i of
     this call. ``halves``: spans of the first half of the heads and of the second, where they differ (see
-    ``shifted.py``).
+    ``shifted.py``). ``rows``: in place of spans and pieces.
     """
 
     pieces: tuple[Piece, ...]
@@ -60,11 +72,17 @@ class Layout:
     blocks_T: Tensor | None = None
     ranges: tuple[tuple[int, int, int], ...] | None = None
     halves: tuple[tuple[Span, ...], tuple[Span, ...]] | None = None
+    rows: RowPlaces | None = None
 
     @property
     def fresh(self) -> bool:
         """Whether all documents begin in this call."""
-        return all(piece.old == 0 for piece in self.pieces)
+        return self.rows is None and all(piece.old == 0 for piece in self.pieces)
+
+    @property
+    def most_keys(self) -> int:
+        """The most keys that a query may see, or as many that it is not known."""
+        return max((s.k_stop - s.k_start for s in self.spans), default=0) if self.rows is None else self.rows.size
 
     @property
     def sizes_T(self) -> Tensor:
@@ -108,6 +126,16 @@ class CacheShape:
 
     slots: tuple[tuple[int, ...], ...]
     state: tuple[int, ...] | None = None
+
+
+class Cache(Protocol):
+    """What a layer does with a cache."""
+
+    def write(self, layer: int, *new: Tensor) -> list[Tensor]:
+        """Store this call's tensors of a layer; of each, what the layout points into."""
+
+    def state(self, layer: int) -> Tensor:
+        """The layer's state [N, ...], to be read and written in place."""
 
 
 class KVCache:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from oarsmith.kernels import Scores
 from oarsmith.models.attention import attend
-from oarsmith.models.layout import CacheShape, KVCache, Layout
+from oarsmith.models.layout import Cache, CacheShape, Layout
 from oarsmith.models.linear import build_linear
 from oarsmith.models.norm import RMSNorm
 from oarsmith.models.position import PositionTables
@@ -44,7 +44,7 @@ class LocalFilter(nn.Module):
         self.second = Tap(size // 2, size)
         self.norm = RMSNorm(spec.filter_norm)
 
-    def forward(self, x_TD: Tensor, layout: Layout, cache: KVCache | None) -> Tensor:
+    def forward(self, x_TD: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
         state_N2D = None if cache is None else cache.state(self.layer)
         nothing = x_TD.new_zeros(2, x_TD.shape[1])
         extended, kept, begins, at = [], [], [], 0
@@ -86,7 +86,7 @@ class FilteredAttention(nn.Module):
         x_TD: Tensor,
         layout: Layout,
         tables: PositionTables,
-        cache: KVCache | None,
+        cache: Cache | None,
         *,
         recompute_core: bool = False,
     ) -> Tensor:

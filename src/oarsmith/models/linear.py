@@ -37,7 +37,9 @@ class ExpertLinear(Linear):
         weights = self.weight.unbind()
         biases = [None] * len(weights) if self.bias is None else self.bias.unbind()
         parts = zip(x_TI.split(list(counts)), weights, biases, strict=True)
-        return torch.cat([functional.linear(x, weight, bias) for x, weight, bias in parts if len(x)])
+        # A graph must not depend on whether an expert has rows.
+        every = torch.compiler.is_compiling()
+        return torch.cat([functional.linear(x, weight, bias) for x, weight, bias in parts if every or len(x)])
 
 
 def build_linear(spec: LinearSpec) -> Linear:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from oarsmith import kernels
 from oarsmith.kernels import Scores
 from oarsmith.models.attention import attend
-from oarsmith.models.layout import CacheShape, KVCache, Layout
+from oarsmith.models.layout import Cache, CacheShape, Layout
 from oarsmith.models.linear import build_linear
 from oarsmith.models.norm import build_norm
 from oarsmith.models.position import PositionTables
@@ -45,7 +45,7 @@ class LatentAttention(nn.Module):
         x_TD: Tensor,
         layout: Layout,
         tables: PositionTables,
-        cache: KVCache | None,
+        cache: Cache | None,
         *,
         recompute_core: bool = False,
     ) -> Tensor:
@@ -98,6 +98,6 @@ class LatentAttention(nn.Module):
         k_HNL, v_HVL = up_HKL.split((spec.nope_dim, spec.v_dim), dim=1)
         q_HTL = torch.bmm(q_THN.transpose(0, 1), k_HNL)
         q_THM = torch.cat((q_HTL.transpose(0, 1), q_THR), -1)
-        keys_S1M = stored_SM[:, None]
+        keys_S1M = stored_SM.unsqueeze(-2)
         o_THL = attend(q_THM, keys_S1M, keys_S1M[..., : spec.latent_dim], layout, Scores(spec.scale))
         return torch.bmm(o_THL.transpose(0, 1), v_HVL.transpose(1, 2)).transpose(0, 1)

@@ -77,8 +77,7 @@ class MixtureOfExperts(nn.Module):
         # Pairs sorted by expert: each expert works on one slice. The order is undone by a scatter, not by adding into
         # shared rows, so the sum over a token's experts does not depend on the batch or the device.
         order_N = chosen_N.argsort(stable=True)
-        counts = chosen_N.bincount(minlength=self.spec.router.num_experts).tolist()
-        y_ND = self.experts(x_TD[order_N // chosen_TJ.shape[1]], counts)
+        y_ND = self.experts(x_TD[order_N // chosen_TJ.shape[1]], self._counts(chosen_N))
         y_TJD = torch.empty_like(y_ND).index_copy(0, order_N, y_ND).unflatten(0, chosen_TJ.shape)
         out_TD = (y_TJD * weights_TJ[..., None]).sum(1).to(x_TD.dtype)
         if self.shared is None:
@@ -87,3 +86,15 @@ class MixtureOfExperts(nn.Module):
         if self.shared_gate is not None:
             shared_TD = self.shared_gate(x_TD).sigmoid() * shared_TD
         return out_TD + shared_TD
+
+    def _counts(self, chosen_N: Tensor) -> list[int]:
+        """Pairs of each expert; in a graph they are symbols."""
+        num_experts = self.spec.router.num_experts
+        if not torch.compiler.is_compiling():
+            return chosen_N.bincount(minlength=num_experts).tolist()
+        expert_E = torch.arange(num_experts, device=chosen_N.device)
+        counts: list[int] = (chosen_N[:, None] == expert_E).sum(0).tolist()
+        for count in counts:
+            torch._check(count >= 0)
+        torch._check(sum(counts) == chosen_N.shape[0])
+        return counts

@@ -65,8 +65,7 @@ def position_tables(positions: Iterable[Position], layout: Layout, training: boo
                 rotations[rule] = Rotation(tables, rule.rope.pairs == "adjacent")
             case Alibi():
                 # The kernel counts within a span, whatever the positions are.
-                longest = max((span.k_stop - span.k_start for span in layout.spans), default=0)
-                biases[rule] = alibi_table(rule, longest, layout.positions_T.device)
+                biases[rule] = alibi_table(rule, layout.most_keys, layout.positions_T.device)
     return PositionTables(rotations, biases)
 
 

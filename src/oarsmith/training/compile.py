@@ -32,13 +32,13 @@ def compile_model(model: Decoder) -> None:
     Raises:
         ConfigError: there is no C++ compiler to make code for this CPU.
     """
-    if model.device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+    if model.device.type == "cpu" and not has_compiler():
         raise ConfigError(
             "torch.compile needs a C++ compiler on the CPU, and there is none",
             where="torch_compile",
             fix="install g++, or set torch_compile to false",
         )
-    _choose_cache()
+    choose_cache()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
     for block in model.blocks():
         for module in block.modules():
@@ -46,8 +46,16 @@ def compile_model(model: Decoder) -> None:
                 module.compile(dynamic=True)
 
 
-def _choose_cache() -> None:
-    """PyTorch writes its own default, which a restart of the machine empties, into the variable when it first looks."""
+def has_compiler() -> bool:
+    """Whether PyTorch finds a C++ compiler."""
+    return bool(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
+
+
+def choose_cache() -> None:
+    """Say where compiled graphs are kept.
+
+    PyTorch writes its own default, which a restart of the machine empties, into the variable when it first looks.
+    """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # seconds to import, for runs that compile
 
     if os.environ.get(_CACHE) in (None, default_cache_dir()):
