@@ -5,6 +5,9 @@ Nothing is imported at the top that one of them would have to pay for in the pla
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -70,14 +73,16 @@ class Oarsmith:
     def __init__(self, task: Task) -> None:
         from oarsmith.config.bench import BenchConfig
         from oarsmith.engine import Sampling
-        from oarsmith.jobs.ask import open_engine
-        from oarsmith.jobs.runtime import runtime
+        from oarsmith.jobs.ask import answering, open_engine
 
         config = BenchConfig.model_validate(task.config)
-        self._runtime = runtime(config)
-        self._runtime.__enter__()
+        self._said = _Said()
+        # For as long as the process lives.
+        self._context = answering(config)
+        self._context.__enter__()
         self._engine = open_engine(config, config.concurrency)
         self._sampling = Sampling
+        self._num_threads = config.num_threads
 
     def answer(self, requests: Sequence[Request], concurrency: int) -> list[Answer]:
         engine, waiting = self._engine, list(enumerate(requests))[::-1]
@@ -100,17 +105,28 @@ class Oarsmith:
         return [answers[str(number)] for number in range(len(requests))]
 
     def versions(self) -> dict[str, str]:
-        import torch
-
-        from oarsmith import kernels
         from oarsmith._version import __version__
 
-        return {
-            "oarsmith": __version__,
-            "torch": torch.__version__,
-            "threads": str(torch.get_num_threads()),
-            "computes with": kernels.describe(),
-        }
+        facts = {"oarsmith": __version__, "computes with": "; ".join(self._said.lines)}
+        torch = sys.modules.get("torch")
+        threads = self._num_threads or usable_cpus()
+        if torch is not None:
+            facts["torch"], threads = torch.__version__, torch.get_num_threads()
+        return {**facts, "threads": str(threads)}
+
+
+class _Said(logging.Handler):
+    """What the engine logs of itself: which implementation serves, and why."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+        logger = logging.getLogger("oarsmith.engine")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
 class Transformers:
@@ -262,10 +278,9 @@ class OpenVino:
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may use."""
-    import os
-
-    return len(os.sched_getaffinity(0))
+    """Threads where nobody says how many: ``$OMP_NUM_THREADS``, else the CPUs that this process may use."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else len(os.sched_getaffinity(0))
 
 
 SYSTEMS: dict[str, Callable[[Task], System]] = {
