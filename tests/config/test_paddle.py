@@ -56,7 +56,7 @@ def test_the_pretraining_file_runs_unchanged():
     [
         ("nproc_per_node", [1, -1, "", "1", None], 8),
         ("vera", [0, False, "false"], 1),
-        ("speculate_method", [None, ""], "ngram"),
+        ("quant_type", [None, ""], "a8w8"),
     ],
 )
 def test_neutral_values_pass_and_requests_stop(tmp_path, key, neutral, asking):

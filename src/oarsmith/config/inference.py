@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from .base import Bool, Float, Int, JobConfig
 from .groups import ModelKeys, RuntimeKeys, SamplingKeys
@@ -26,10 +26,18 @@ class WeightKeys(JobConfig):
     )
 
 
+def _nobody(value: object) -> object:
+    return None if isinstance(value, str) and value.strip().lower() in ("", "none") else value
+
+
+# PaddleNLP's files say "None" where nobody guesses.
+Guesser = Annotated[str | None, BeforeValidator(_nobody)]
+
+
 class SpeculativeKeys(JobConfig):
     title: ClassVar[str] = "Speculative decoding"
 
-    speculative: str | None = Field(
+    speculative: Guesser = Field(
         None,
         description="Who guesses tokens that the model then checks several at a time. ngram: what followed when the "
         "text last ended as it does now, which is right where answers repeat their prompt. Or the path of a smaller "

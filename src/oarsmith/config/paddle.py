@@ -159,7 +159,6 @@ NOT_BUILT: dict[str, NotBuilt] = {
     "benchmark": _switch("a benchmark mode", "set it to false; 'oarsmith bench' measures"),
     "autotuner_benchmark": _switch("a benchmark mode"),
     "ckpt_quant_stage": NotBuilt(frozenset({"o0", "none", ""}), "quantized optimizer states", "set it to O0"),
-    "speculate_method": NotBuilt(_OFF, "speculative decoding", "leave it out"),
     "quant_type": NotBuilt(_OFF, "quantized inference", 'set it to ""'),
 }
 

@@ -9,11 +9,14 @@ from typing import Any
 
 from oarsmith.config.inference import GenerateConfig
 from oarsmith.engine import Sampling
+from oarsmith.engine.options import NGRAM
 from oarsmith.model_path import resolve
 
 # Of a large file, as many pieces of so many bytes are looked at: training changes all of them.
 _PIECES, _PIECE = 64, 4096
 _SHOWN = ("model_name_or_path", "mode", "adapter", "tokenizer_name_or_path", "chat_template", "dtype", "system", "raw")
+
+_GUESSING = ("speculative", "num_draft_tokens")
 
 
 def settings_of(config: GenerateConfig, sampling: Sampling) -> dict[str, Any]:
@@ -29,6 +32,8 @@ def settings_of(config: GenerateConfig, sampling: Sampling) -> dict[str, Any]:
     files = {Path(path) for path in paths if path is not None and Path(path).exists()}
     return {
         **{name: values[name] for name in _SHOWN if values[name] is not None},
+        # What is drawn with a model that guesses is drawn otherwise.
+        **({name: values[name] for name in _GUESSING} if config.speculative not in (None, NGRAM) else {}),
         **{name: _plain(value) for name, value in vars(sampling).items() if value != default[name]},
         "content of the model's files": _digest(sorted(files)),
     }
