@@ -125,6 +125,11 @@ class Engine:
         """The decoder. Where the compiled step serves, it is loaded when this is first asked for."""
         return self._served.decoder
 
+    @property
+    def how(self) -> str:
+        """What computes its steps, in words."""
+        return self._served.how if self._adapters.bank is None else "PyTorch (requests choose adapters)"
+
     @cached_property
     def runner(self) -> Runner:
         """The cache and what fills it; made when the first prompt comes."""

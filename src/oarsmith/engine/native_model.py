@@ -139,4 +139,5 @@ def check_weights(weights: str | None) -> None:
 
 def describe(model: NativeModel) -> str:
     """For the log: which instructions are in use."""
-    return f"compiled step ({level()}, {model.threads} threads)"
+    threads = "1 thread" if model.threads == 1 else f"{model.threads} threads"
+    return f"compiled step ({level()}, {threads})"

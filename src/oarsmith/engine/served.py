@@ -49,10 +49,14 @@ class ModelOptions:
 
 @dataclass
 class Served:
-    """A model that is open, for the compiled step or as a decoder; the other one can still be made of a path."""
+    """A model that is open, for the compiled step or as a decoder; the other one can still be made of a path.
+
+    ``how``: what computes its steps and, where that is PyTorch, why.
+    """
 
     facts: ModelFacts
     native: NativeModel | None = None
+    how: str = "PyTorch, on the decoder that was given"
     make: Callable[[], Decoder] = field(repr=False, kw_only=True)
 
     @cached_property
@@ -89,18 +93,20 @@ def serve(model: str | Path | Decoder, options: ModelOptions, page_size: int) ->
             round_weights(decoder, options.weights)
         return decoder
 
-    reason: str | None = "PyTorch was chosen"
+    reason: str | None = "as chosen"
     if options.compute != "torch":
         found = _native(model, options, page_size, plain)
         if isinstance(found, NativeModel):
-            _log.info("%s", describe(found))
-            return Served(found.facts, found, make=rounded)
+            how = describe(found)
+            _log.info("steps computed by the %s", how)
+            return Served(found.facts, found, how, make=rounded)
         if options.compute == "native":
             raise ConfigError(f"the compiled step cannot serve this: {found}", where="compute", fix="use compute auto")
         reason = found
-    _log.info("steps computed by PyTorch: %s", reason)
+    how = f"PyTorch ({reason})"
+    _log.info("steps computed by %s", how)
     decoder = rounded()
-    return Served(ModelFacts.of(decoder.spec), make=lambda: decoder)
+    return Served(ModelFacts.of(decoder.spec), None, how, make=lambda: decoder)
 
 
 def _native(

@@ -158,6 +158,7 @@ def _talk(engine: Engine, sampling: Sampling, history: History, stream: bool) ->
     import readline  # noqa: F401
 
     console = Console(highlight=False, markup=False)
+    console.print(f"steps: {engine.how}", style="dim")
     console.print("Type a message. /help lists the commands, Ctrl-D ends.", style="dim")
     while True:
         try:

@@ -25,15 +25,16 @@ def run(resolved: Resolved[GenerateConfig]) -> int:
     sampling = sampling_of(config, config.seed)
     with answering(config):
         if config.prompt is None:
-            answer_file(resolved, console, partial(_open, config))
+            answer_file(resolved, console, partial(_open, config, console))
         else:
-            _answer_one(*_open(config), config, sampling, console)
+            _answer_one(*_open(config, console), config, sampling, console)
     return 0
 
 
-def _open(config: GenerateConfig) -> tuple[Engine, Encode]:
+def _open(config: GenerateConfig, console: Console) -> tuple[Engine, Encode]:
     """The engine, and how a row becomes its prompt."""
     engine = open_engine(config, max(config.batch_size, config.num_beams))
+    console.print(f"steps: {engine.how}", style="dim", markup=False)
     if not is_raw(config) and engine.tokenizer is not None and engine.tokenizer.chat_template is None:
         raise ConfigError(
             "the model has no chat template",
