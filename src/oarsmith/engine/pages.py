@@ -65,6 +65,12 @@ class PagePool:
         """Pages that hold so many tokens."""
         return -(-num_tokens // self.block_size)
 
+    def most_pages(self, num_tokens: int, window: int | None, step: int) -> int:
+        """The most pages that a sequence of ``num_tokens`` holds at a time, ``step`` of which come at once."""
+        whole = self.pages_for(num_tokens)
+        # What comes, and what that sees; neither begins with a page.
+        return whole if window is None else min(whole, self.pages_for(window + step) + 1)
+
     def open(self, num_tokens: int, ids: Sequence[int] = (), salt: bytes = b"", window: int | None = None) -> PageTable:
         """A table for a sequence of at most ``num_tokens``; it begins with pages known to hold the first of ``ids``.
 

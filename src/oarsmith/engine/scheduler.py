@@ -66,8 +66,7 @@ class Scheduler:
         if count > (rows := self._max_running):
             what = f"a search of {count} beams needs as many rows; the cache has {rows}"
             raise DataError(what, where=request.id, fix="lower num_beams or raise batch_size")
-        needed = count * self._most_pages(request)
-        if needed > pool.num_pages:
+        if (needed := count * self._most_pages(request)) > pool.num_pages:
             what = f"prompt and answer of up to {request.room} tokens need {needed} pages of {pool.block_size} tokens"
             what = f"{count} times {what}" if count > 1 else what
             fix = "shorten the prompt, lower max_new_tokens, or give the engine more pages (num_pages, cache_bytes)"
@@ -75,11 +74,7 @@ class Scheduler:
 
     def _most_pages(self, request: Request) -> int:
         """The most pages that it will hold at a time."""
-        whole = self.pool.pages_for(request.room)
-        if self._rules.window is None:
-            return whole
-        # What a step brings, and what that sees; neither begins with a page.
-        return min(whole, self.pool.pages_for(self._rules.window + self._max_step_tokens) + 1)
+        return self.pool.most_pages(request.room, self._rules.window, self._max_step_tokens)
 
     def add(self, request: Request) -> None:
         """Let a request wait for its turn."""
@@ -180,9 +175,9 @@ class Scheduler:
         limit = self._rules.reread_after
         if limit is not None and request.prompt_size <= limit < len(request.tokens):
             request.num_computed, request.num_followed, request.prompt_size = 0, 0, len(request.tokens)
-            if request.table is not None and request.table.num_gone:
+            assert request.table is not None, request.id
+            if request.table.num_gone:
                 self.pool.close(request.table)
-                request.table = self.pool.open(request.room)
 
     def _continue(self, request: Request, step: Step) -> None:
         count = self._share(request, step)
