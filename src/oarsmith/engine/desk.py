@@ -42,9 +42,14 @@ class Desk:
         """Whether a ticket is not finished."""
         return id in self._tickets
 
-    def open(self, ticket: Ticket, id: str | None = None) -> None:
-        """Give a ticket its name and its requests their places in the order, and let it wait for its turn."""
+    def open(self, ticket: Ticket, id: str | None = None, *, told: bool = False) -> str:
+        """Give a ticket its name and its requests their places in the order, and let it wait; its name.
+
+        Args:
+            told: somebody wants an output of every step.
+        """
         ticket.id = f"request {self._num_added}" if id is None else id
+        ticket.told = told
         for request in ticket.requests:
             request.arrival = self._num_added
             self._num_added += 1
@@ -52,6 +57,7 @@ class Desk:
         self._tickets[ticket.id] = ticket
         assert self.runner is not None, id
         self.runner.scheduler.add(ticket.requests[0])
+        return ticket.id
 
     def uses(self, adapter: str) -> bool:
         """Whether a ticket that is open goes through an adapter."""

@@ -237,7 +237,7 @@ class Engine:
         index: int = 0,
         adapter: str | None = None,
     ) -> str:
-        """Let a prompt wait for its turn; ``step`` tells what becomes of it.
+        """Let a prompt wait for its turn; its id, under which ``step`` tells what becomes of it.
 
         Args:
             priority: those with a higher one come first; among equals, those that came first.
@@ -246,19 +246,13 @@ class Engine:
                 place in a list.
             adapter: as `generate`.
 
-        Returns:
-            Its id.
-
         Raises:
             OarsmithError: as `generate`; or the id is in use.
         """
         self._desk.check(id)
         ask = self._ask(self.encode(prompt, where=id), sampling, adapter)
-        read = self.tokenizer is not None
-        ticket = self._ticket(replace(ask, index=index, where=id, read=read, priority=priority))
-        ticket.told = True
-        self._desk.open(ticket, id)
-        return ticket.id
+        ask = replace(ask, index=index, where=id, read=self.tokenizer is not None, priority=priority)
+        return self._desk.open(self._ticket(ask), id, told=True)
 
     def step(self) -> list[Output]:
         """What one step, or those taken for others in the meantime, brought for the prompts that were added."""
