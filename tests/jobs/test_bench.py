@@ -89,6 +89,9 @@ def test_a_process_that_fails_is_shown(model, tmp_path, capsys, monkeypatch):
     assert cli.main(["bench", str(model), *map(str, SHORT)]) == cli.EXIT_BAD_INPUT
     printed = capsys.readouterr().err
     assert "oarsmith could not be measured: no memory is left" in printed and "exit status 3" in printed
+    script.write_text("#!/bin/sh\nkill -9 $$\n")
+    assert cli.main(["bench", str(model), *map(str, SHORT)]) == cli.EXIT_BAD_INPUT
+    assert "ended by SIGKILL" in capsys.readouterr().err
     assert not (tmp_path / "bench").exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -138,7 +139,7 @@ def _measure(task: Task) -> dict[str, Any]:
             lines = output.read_text(errors="replace").strip().splitlines() or ["nothing was printed"]
             raise OarsmithError(
                 f"{task.system} could not be measured: {lines[-1]}",
-                where=f"exit status {status}",
+                where=f"exit status {status}" if status > 0 else f"ended by {signal.Signals(-status).name}",
                 fix="its last lines:\n         " + "\n         ".join(lines[-8:]),
             )
         found: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
