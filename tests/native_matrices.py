@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -25,7 +26,7 @@ def from_bf16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed:
     """A matrix in blocks."""
 
@@ -97,3 +98,37 @@ class Packer:
             threads,
         )
         return Packed(self.library, format, rows, columns, blocks)
+
+
+def normal(rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((rows, columns), dtype=np.float32)
+
+
+@cache
+def packed_normal(packer: Packer, format: str, rows: int, columns: int) -> tuple[Packed, np.ndarray]:
+    """A matrix of normal weights, and what its packed weights stand for in fp64."""
+    packed = packer.pack(normal(rows, columns), format)
+    return packed, packed.unpacked().astype(np.float64)
+
+
+def groups_of(x: np.ndarray) -> np.ndarray:
+    """[rows, groups, 32], with zeros up to 32."""
+    return np.pad(x, ((0, 0), (0, -x.shape[1] % 32))).reshape(x.shape[0], -1, 32)
+
+
+# Of an input, as a part of the largest of its group of 32: half a step of int8, or of bf16. Weights of 8 and 4 bits may
+# become bf16 on the way, with an error of at most 0.72 steps.
+INPUT_ERROR = {"f32": 2.0**-24, "bf16": 2.0**-8, "int8": 0.5 / 127, "int4": 0.5 / 127}
+BF16_WEIGHT_ERROR = 0.72 * 2.0**-7
+
+
+def check_product(packed: Packed, weights: np.ndarray, x: np.ndarray, threads: int = 1) -> None:
+    """Against what the packed weights stand for: no output is off by more than the errors of its inputs allow."""
+    expected = x.astype(np.float64) @ weights.T
+    found = packed.multiply(x, threads)
+    largest = np.repeat(np.abs(groups_of(x)).max(2), 32, 1)[:, : x.shape[1]].astype(np.float64)
+    # Errors are independent and of either sign: their sum grows as the root of their squares. 5 of these at most.
+    size = np.sqrt((largest**2) @ (weights**2).T)
+    error = INPUT_ERROR[packed.format] + (0.0 if packed.format == "f32" else BF16_WEIGHT_ERROR)
+    excess = np.abs(found - expected) / (5 * size * (error + 2.0**-20) + 1e-30)
+    assert (excess <= 1).all(), float(excess.max())

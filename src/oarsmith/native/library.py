@@ -30,15 +30,15 @@ _LEVELS = {
     "avx512": (("-march=x86-64-v4", "-mavx512vnni"), _AVX512),
     "avx2vnni": (("-march=x86-64-v3", "-mavxvnni"), "avx2 fma f16c bmi1 bmi2 movbe abm avx_vnni"),
     "x86-64-v3": (("-march=x86-64-v3",), "avx2 fma f16c bmi1 bmi2 movbe abm"),
-    "native": (("-march=native",), ""),
+    "x86-64-v2": (("-march=x86-64-v2",), "cx16 popcnt ssse3 sse4_1 sse4_2"),
+    "native": (("-march=native",), ""),  # other processors: whatever the compiler finds
 }
 
 
 def levels() -> list[str]:
-    """The levels that this CPU can run, the best first; "native" is what the compiler finds here."""
-    have = set(cpu_flags().split())
-    on_x86 = platform.machine() in {"x86_64", "AMD64"}
-    return [level for level, (_, needs) in _LEVELS.items() if set(needs.split()) <= have and (on_x86 or not needs)]
+    """The levels that this CPU can run, the best first."""
+    have = set(cpu_flags().split()) if platform.machine() in {"x86_64", "AMD64"} else set()
+    return [level for level, (_, needs) in _LEVELS.items() if needs and set(needs.split()) <= have] or ["native"]
 
 
 def level() -> str:
@@ -87,14 +87,18 @@ def _prebuilt(library: CppLibrary) -> Path:
     return PREBUILT / f"{library.name}-{library.source_hash}.so"  # one of other sources is never taken
 
 
+def flags_of(name: str) -> tuple[str, ...]:
+    """What the compiler is told for a level."""
+    return (*FLAGS, *_LEVELS[name][0])
+
+
 def _library(name: str) -> CppLibrary:
-    flags, needs = _LEVELS[name]
     return CppLibrary(
         name=f"native-{name}",
         what="the C++ kernels",
         sources=tuple(sorted(SOURCES.glob("*.cpp"))),
         headers=tuple(sorted(SOURCES.glob("*.h"))),
-        compile_flags=(*FLAGS, *flags),
+        compile_flags=flags_of(name),
         link_flags=("-pthread",),
-        depends_on=() if needs else (cpu_flags(),),
+        depends_on=(cpu_flags(),) if name == "native" else (),
     )

@@ -1,5 +1,5 @@
-// Few stripes of rows with tiles: their sums stay in tiles over all columns, and weights of 8 and 4 bits become bf16 for
-// each stripe anew, which is faster than to have more of them at a time than L1 holds.
+// Few stripes of rows with tiles: their sums stay in tiles over all columns, and weights of 8 and 4 bits become bf16
+// for each stripe anew, which is faster than to have more of them at a time than L1 holds.
 #pragma once
 #include "tiles.h"
 

@@ -15,7 +15,7 @@ enum class Form {
 struct GroupOfInputs {
   float scale;
   union {
-    int32_t correction;  // for INT8, whose bytes are 128 too large: -128 times the sum of the group's bytes
+    int32_t begin;  // for INT8, whose bytes are 128 too large: WHOLE's bits, less 128 times the sum of the bytes
     float sum;           // for INT4, whose weights lack their lows: the sum of the group's numbers
   };
 };
@@ -92,22 +92,18 @@ ALWAYS_INLINE void Inputs::set_group(uint8_t* stripe, int64_t row, int64_t group
     to_bf16(b, reinterpret_cast<uint16_t*>(mine) + 16);
     return;
   }
-  // Sizes of floats are in the order of their bits, where what is not finite comes last.
-  const ivec16 sizes_a = bits16<int32_t>(abs16(a)), sizes_b = bits16<int32_t>(abs16(b));
-  const int32_t top_bits = max_of16(where16(sizes_a < sizes_b, sizes_b, sizes_a));
-  float top;
-  std::memcpy(&top, &top_bits, 4);
   // 8 bits cannot hold what is not finite: it makes the group NaN. What is too small to divide by counts as zero.
-  const bool finite = top_bits < 0x7f800000;
+  const float top = largest16(a, b);
+  const bool finite = top < INFINITY;
   const float inverse = finite && top > 1e-35f ? 127.0f / top : 0.0f;
   const ivec16 whole_a = round16(finite ? a * inverse : zero16()), whole_b = round16(finite ? b * inverse : zero16());
-  store16(reinterpret_cast<int8_t*>(mine), convert16<int8_t>(whole_a));
-  store16(reinterpret_cast<int8_t*>(mine) + 16, convert16<int8_t>(whole_b));
+  store_bytes16(mine, whole_a);
+  store_bytes16(mine + 16, whole_b);
   const int32_t sum = sum16(whole_a + whole_b);
   GroupOfInputs about;
   about.scale = finite ? top / 127.0f : NAN;
   if (format_ == INT8)
-    about.correction = -128 * sum;
+    about.begin = WHOLE_BITS - 128 * sum;
   else
     about.sum = about.scale * static_cast<float>(sum);
   std::memcpy(start + height_ * 32 + row * sizeof(about), &about, sizeof(about));

@@ -23,7 +23,7 @@ static constexpr bool DOTS_OF_BYTES = false;
 #endif
 
 // From how many rows on the products of tiles are faster, by format (F32 has none), and how many they take at a time.
-static constexpr int64_t FEWEST_ROWS_FOR_TILES[4] = {INT64_MAX, 2, 12, 12}, ROWS_OF_TILES = 32;
+static constexpr int64_t FEWEST_ROWS_FOR_TILES[4] = {INT64_MAX, 2, 13, 13}, ROWS_OF_TILES = 32;
 
 // How many rows at most have their sums in registers.
 static constexpr int MOST_ROWS_IN_REGISTERS = 12;
@@ -69,57 +69,61 @@ static ALWAYS_INLINE vec16 dot_halves(const vec16& sum, const ivec16& line, int3
 #endif
 }
 
-// Sums over a group of the products of unsigned bytes with signed ones: of the four in each word of a line with four
-// inputs. FORMAT says how large the unsigned ones are.
+// The bits of a float that is so large that its fraction counts whole numbers: with them a sum of whole numbers, added
+// to as an integer, is a float all the time.
+static constexpr float WHOLE = ROUNDING;
+static constexpr int32_t WHOLE_BITS = 0x4b400000;
+
+// WHOLE + a number to begin with + sums over a group of the products of unsigned bytes with signed ones: of the four in
+// each word of a line with four inputs. FORMAT says how large the unsigned ones are.
 #if defined(__AVX512VNNI__) && defined(HAS_AVX512)
 template <Format FORMAT>
 struct DotsOfBytes {
   ivec16 sum;
-  ALWAYS_INLINE void begin(int32_t correction) { sum = every16(correction); }
+  ALWAYS_INLINE void begin(int32_t bits) { sum = every16(bits); }
   ALWAYS_INLINE void add(const ivec16& line, int32_t four) {
     sum.parts[0] = (ivec16::Part)_mm512_dpbusd_epi32((__m512i)sum.parts[0], (__m512i)line.parts[0],
                                                     _mm512_set1_epi32(four));
   }
-  ALWAYS_INLINE vec16 total() const { return convert16<float>(sum); }
+  ALWAYS_INLINE vec16 total() const { return bits16<float>(sum); }
 };
 #elif defined(__AVXVNNI__)
 template <Format FORMAT>
 struct DotsOfBytes {
   ivec16 sum;
-  ALWAYS_INLINE void begin(int32_t correction) { sum = every16(correction); }
+  ALWAYS_INLINE void begin(int32_t bits) { sum = every16(bits); }
   ALWAYS_INLINE void add(const ivec16& line, int32_t four) {
     const __m256i inputs = _mm256_set1_epi32(four);
     sum = by_part<ivec16>(
         [inputs](auto s, auto w) { return (ivec16::Part)_mm256_dpbusd_avx_epi32((__m256i)s, (__m256i)w, inputs); }, sum,
         line);
   }
-  ALWAYS_INLINE vec16 total() const { return convert16<float>(sum); }
+  ALWAYS_INLINE vec16 total() const { return bits16<float>(sum); }
 };
 #elif defined(__AVX2__)
 // There are products of bytes whose sums of two have 16 bits. For 4-bit weights so have the sums over a group (of 16
-// products of at most 15 * 127).
+// products of at most 15 * 127). 8-bit ones are made signed, for 255 * 127 twice has more than 16 bits; they need no
+// correction.
 template <Format FORMAT>
 struct DotsOfBytes {
   ivec16 sum;
-  ALWAYS_INLINE void begin(int32_t) { sum = ivec16{}; }
+  ALWAYS_INLINE void begin(int32_t) { sum = FORMAT == INT4 ? ivec16{} : every16(WHOLE_BITS); }
   ALWAYS_INLINE void add(const ivec16& line, int32_t four) {
     const __m256i inputs = _mm256_set1_epi32(four);
     sum = by_part<ivec16>([inputs](auto s, auto w) { return (ivec16::Part)add_part((__m256i)s, (__m256i)w, inputs); },
                           sum, line);
   }
   ALWAYS_INLINE vec16 total() const {
-    if constexpr (FORMAT == INT4)
-      return convert16<float>(by_part<ivec16>([](auto s) { return (ivec16::Part)pairs_added((__m256i)s); }, sum));
-    else
-      return convert16<float>(sum);
+    if constexpr (FORMAT == INT8) return bits16<float>(sum);
+    return bits16<float>(every16(WHOLE_BITS) +
+                         by_part<ivec16>([](auto s) { return (ivec16::Part)pairs_added((__m256i)s); }, sum));
   }
 
  private:
   static ALWAYS_INLINE __m256i pairs_added(__m256i x) { return _mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
   static ALWAYS_INLINE __m256i add_part(__m256i s, __m256i weights, __m256i inputs) {
     if constexpr (FORMAT == INT4) return _mm256_add_epi16(s, _mm256_maddubs_epi16(weights, inputs));
-    // 255 * 127 twice has more than 16 bits. 128 * 127 has not: the weight's sign goes to the input.
-    const __m256i with_sign = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));
+    const __m256i with_sign = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));  // and it goes over to the input
     const __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(with_sign), _mm256_sign_epi8(inputs, with_sign));
     return _mm256_add_epi32(s, pairs_added(products));
   }

@@ -1,6 +1,7 @@
-// Several stripes of rows with tiles. A tile comes from L2 in 20 cycles, about as long as a product takes. So the weights
-// are to stay in L1 while all rows pass by, and for that the columns are cut into chunks, after each of which the sums
-// wait in memory. Where the inputs are larger than L2, a chunk of several pairs of blocks is multiplied before the next.
+// Several stripes of rows with tiles. A tile comes from L2 in 20 cycles, about as long as a product takes. So the
+// weights are to stay in L1 while all rows pass by, and for that the columns are cut into chunks, after each of which
+// the sums wait in memory. Where the inputs are larger than L2, a chunk of several pairs of blocks is multiplied before
+// the next.
 #pragma once
 #include "tiles.h"
 
@@ -44,7 +45,7 @@ struct TileMemory {
   }
 };
 
-// Prepares a piece while the one before it is multiplied, an eighth of a group at a time and as evenly as that has steps.
+// Prepares a piece while the one before it is multiplied, an eighth of a group at a time, evenly over that one's steps.
 template <Format FORMAT>
 class PiecePreparation {
  public:
@@ -79,6 +80,7 @@ template <Format FORMAT>
 static void multiply_stripes(const Matrix& matrix, const Inputs& inputs, int64_t first_row, int64_t rows,
                              const Pieces& pieces, const TileMemory& memory, const Receiver& out) {
   const int64_t stripes = (rows + ROWS_OF_TILES - 1) / ROWS_OF_TILES;
+  alignas(64) float outputs[ROWS_OF_TILES * PAIR];
   Piece piece = pieces[0];
   PiecePreparation<FORMAT>(matrix, piece, memory.weights(0), 1).rest();
   for (int64_t number = 0; number < pieces.count(); ++number) {
@@ -86,8 +88,8 @@ static void multiply_stripes(const Matrix& matrix, const Inputs& inputs, int64_t
     const Piece next = last ? Piece{piece.pair, 0, 0, 0} : pieces[number + 1];
     PiecePreparation<FORMAT> preparation(matrix, next, memory.weights(number + 1), stripes * piece.groups * 4);
     const uint8_t* weights = memory.weights(number);
-    const auto stripe = [&]<int T>(int64_t row, float* sums) {
-      piece.first > 0 ? load_sums<T>(sums) : zero_sums<T>();
+    const auto stripe = [&]<int T>(int64_t row, const float* before, float* after) {
+      piece.first > 0 ? load_sums<T>(before) : zero_sums<T>();
       const uint8_t* x = inputs.stripe(first_row + row) + 2 * piece.first * TILE_BYTES;
       for (int64_t g = 0; g < piece.groups; ++g) {
         const uint8_t *left = weights + 2 * g * TILE_BYTES, *right = left + TILE_BYTES;
@@ -97,18 +99,18 @@ static void multiply_stripes(const Matrix& matrix, const Inputs& inputs, int64_t
         }
         add_products<T>(x + 2 * g * TILE_BYTES, left, right, [&](int) { preparation.step(); });
       }
-      store_sums<T>(sums);
+      store_sums<T>(after);
       memory_changed();
     };
     for (int64_t row = 0; row < rows; row += ROWS_OF_TILES) {
       float* sums = memory.sums(piece.slot) + row * PAIR;
+      const bool complete = piece.first + piece.groups == matrix.groups();
       memory_changed();
       if (rows - row > 16)
-        stripe.template operator()<2>(row, sums);
+        stripe.template operator()<2>(row, sums, complete ? outputs : sums);
       else
-        stripe.template operator()<1>(row, sums);
-      if (piece.first + piece.groups == matrix.groups())
-        out(piece.pair, first_row + row, std::min(ROWS_OF_TILES, rows - row), sums);
+        stripe.template operator()<1>(row, sums, complete ? outputs : sums);
+      if (complete) out(piece.pair, first_row + row, std::min(ROWS_OF_TILES, rows - row), outputs);
     }
     preparation.rest();
     piece = next;

@@ -4,11 +4,12 @@
 //   F32    a line is 1 column
 //   BF16   a line is 2 columns: r0c0 r0c1 r1c0 r1c1 ...
 //   INT8   a line is 4 columns: r0c0 r0c1 r0c2 r0c3 r1c0 ...; a byte b stands for (b - 128) * scale
-//   INT4   a line is 8 columns: as INT8 with column c in the low and c + 4 in the high half; b stands for b * scale + low
+//   INT4   a line is 8 columns: as INT8 with column c in the low and c + 4 in the high half of a byte, each of which
+//          stands for b * scale + low
 //
 // The integers have groups of 32 columns, with an fp16 scale (INT4: and an fp16 low) a row. INT8 has the scales of two
 // groups in a line before these groups' 8 lines each; INT4 has scales and lows in a line before a group's 4 lines.
-// Rows are padded to a multiple of 32 (a pair of blocks) and columns to one of 32, with zeros.
+// Rows are padded to a multiple of 32 (a pair of blocks) with zeros, and columns to one of 32, where inputs are zero.
 #pragma once
 #include "vec.h"
 
@@ -40,8 +41,8 @@ struct Matrix {
   const uint8_t* block(int64_t b) const { return blocks + b * block_bytes(format, columns); }
 };
 
-// Products ask for the lines this many bytes before they read them. Rows of a matrix begin too often for what CPUs do by
-// themselves: with it 4-bit weights come up to 1.5 times as fast (Emerald Rapids; 4 KB to 16 KB are alike).
+// Products ask for lines this many bytes before they read them. Blocks begin too often for what CPUs do by themselves:
+// with it 4-bit weights come up to 1.5 times as fast (Emerald Rapids; 4 KB to 16 KB are alike).
 static constexpr int64_t AHEAD = 8192;
 static ALWAYS_INLINE void fetch_ahead(const uint8_t* line) { __builtin_prefetch(line + AHEAD); }
 

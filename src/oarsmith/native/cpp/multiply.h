@@ -24,5 +24,6 @@ static void multiply(const Matrix& matrix, const Inputs& inputs, int64_t rows, i
     auto& to = *static_cast<std::remove_reference_t<Out>*>(object);
     for (int64_t r = 0; r < count; ++r) to(pair, row + r, load16(sums + r * PAIR), load16(sums + r * PAIR + BLOCK));
   };
-  multiply_pairs(matrix, inputs, rows, first_pair, last_pair, {const_cast<void*>(static_cast<const void*>(&out)), take});
+  void* object = const_cast<void*>(static_cast<const void*>(&out));
+  multiply_pairs(matrix, inputs, rows, first_pair, last_pair, {object, take});
 }

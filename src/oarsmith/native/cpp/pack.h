@@ -14,11 +14,10 @@ struct Source {
   const int64_t* index;  // packed row r is row index[r], or one of zeros where that is -1; null: packed row r is row r
   int64_t num_rows, columns, stride;  // stride in numbers
 
-  // Row r in fp32, with zeros up to a multiple of 32 columns.
+  // Row r in fp32.
   void read(int64_t r, float* out) const {
-    std::fill(out, out + padded(columns), 0.0f);
     const int64_t row = r >= num_rows ? -1 : index ? index[r] : r;
-    if (row < 0) return;
+    if (row < 0) return std::fill(out, out + columns, 0.0f);
     const uint16_t* halves = static_cast<const uint16_t*>(rows) + row * stride;
     int64_t c = 0;
     if (type == FLOAT32) {
@@ -32,45 +31,49 @@ struct Source {
   }
 };
 
-static inline bool finite(const float* w, int64_t count) {
-  bool all = true;
-  for (int64_t c = 0; c < count; ++c) all &= std::abs(w[c]) <= 3.402823466e38f;
-  return all;
-}
-
-// Writes the `count` numbers of row `r` of a group. What is not finite makes the scale NaN, and so the output.
-static inline void pack_int8(const float* w, int64_t count, int r, uint8_t* scales, uint8_t* lines) {
-  float top = 0;
-  for (int64_t c = 0; c < count; ++c) top = std::max(top, std::abs(w[c]));
-  const uint16_t half = to_fp16(finite(w, count) ? top / 127.0f : NAN);
+// Writes row r of a group. What is not finite makes the scale NaN, and so the output.
+static inline void pack_int8(const float* w, int r, uint8_t* scales, uint8_t* lines) {
+  const vec16 a = load16(w), b = load16(w + 16);
+  const float top = largest16(a, b);
+  const bool finite = top < INFINITY;
+  const uint16_t half = to_fp16(finite ? top / 127.0f : NAN);
   const float scale = from_fp16(half), inverse = scale > 0 ? 1.0f / scale : 0.0f;
+  const auto whole = [&](const vec16& x) {
+    return round16(min16(max16(x * inverse, all16(-127.0f)), all16(127.0f))) + 128;
+  };
+  uint8_t bytes[GROUP];
+  store_bytes16(bytes, whole(a));
+  store_bytes16(bytes + 16, whole(b));
   std::memcpy(scales + 2 * r, &half, 2);
-  for (int64_t c = 0; c < GROUP; ++c) {
-    const float q = c < count && inverse > 0 ? std::nearbyint(w[c] * inverse) : 0.0f;
-    lines[c / 4 * LINE + 4 * r + c % 4] = static_cast<uint8_t>(128 + static_cast<int>(std::clamp(q, -127.0f, 127.0f)));
-  }
+  for (int i = 0; i < 8; ++i) std::memcpy(lines + i * LINE + 4 * r, bytes + 4 * i, 4);
 }
 
-static inline void pack_int4(const float* w, int64_t count, int r, uint8_t* scales, uint8_t* lows, uint8_t* lines) {
-  float bottom = w[0], top = w[0];
-  for (int64_t c = 1; c < count; ++c) bottom = std::min(bottom, w[c]), top = std::max(top, w[c]);
+static inline void pack_int4(const float* w, int r, uint8_t* scales, uint8_t* lows, uint8_t* lines) {
+  const vec16 a = load16(w), b = load16(w + 16);
+  const bool finite = largest16(a, b) < INFINITY;
+  const float top = max_of16(max16(a, b)), bottom = -max_of16(max16(-a, -b));
   const uint16_t low_half = to_fp16(bottom);
   const float low = from_fp16(low_half);
-  const uint16_t half = to_fp16(finite(w, count) ? std::max(0.0f, (top - low) / 15.0f) : NAN);
+  const uint16_t half = to_fp16(finite ? std::max(0.0f, (top - low) / 15.0f) : NAN);
   const float scale = from_fp16(half), inverse = scale > 0 ? 1.0f / scale : 0.0f;
+  const auto whole = [&](const vec16& x) {
+    return round16(min16(max16((x - low) * inverse, zero16()), all16(15.0f)));
+  };
+  uint8_t bytes[GROUP];
+  store_bytes16(bytes, whole(a));
+  store_bytes16(bytes + 16, whole(b));
   std::memcpy(scales + 2 * r, &half, 2);
   std::memcpy(lows + 2 * r, &low_half, 2);
-  for (int64_t c = 0; c < GROUP; ++c) {
-    const float q = c < count && inverse > 0 ? std::nearbyint((w[c] - low) * inverse) : 0.0f;
-    const int value = static_cast<int>(std::clamp(q, 0.0f, 15.0f)), high = c / 4 % 2;
-    uint8_t& byte = lines[c / 8 * LINE + 4 * r + c % 4];
-    byte = static_cast<uint8_t>(high ? byte | value << 4 : value);
+  for (int i = 0; i < 4; ++i) {
+    uint32_t four[2];
+    std::memcpy(four, bytes + 8 * i, 8);
+    four[0] |= four[1] << 4;
+    std::memcpy(lines + i * LINE + 4 * r, four, 4);
   }
 }
 
-// Row r of a block, from its numbers with padding.
-static inline void pack_row(Format format, const float* w, int64_t columns, int r, uint8_t* block) {
-  const int64_t wide = padded(columns);
+// Row r of a block, from its `wide` numbers with padding.
+static inline void pack_row(Format format, const float* w, int64_t wide, int r, uint8_t* block) {
   if (format == F32) {
     for (int64_t c = 0; c < wide; ++c) std::memcpy(block + c * LINE + 4 * r, w + c, 4);
   } else if (format == BF16) {
@@ -81,11 +84,10 @@ static inline void pack_row(Format format, const float* w, int64_t columns, int 
     }
   } else {
     for (int64_t g = 0; g < wide / GROUP; ++g) {
-      const int64_t count = std::min(GROUP, columns - g * GROUP);
       if (format == INT8)
-        pack_int8(w + g * GROUP, count, r, block + int8_scales(g), block + int8_lines(g));
+        pack_int8(w + g * GROUP, r, block + int8_scales(g), block + int8_lines(g));
       else
-        pack_int4(w + g * GROUP, count, r, block + int4_scales(g), block + int4_lows(g), block + int4_lines(g));
+        pack_int4(w + g * GROUP, r, block + int4_scales(g), block + int4_lows(g), block + int4_lines(g));
     }
   }
 }
@@ -106,12 +108,15 @@ static inline void pack(Format format, const Source& source, uint8_t* out, int t
   const int64_t size = block_bytes(format, source.columns);
   on_threads(threads, padded(source.num_rows) / BLOCK, [&](int64_t b) {
     thread_local std::vector<float> row;
-    row.resize(padded(source.columns));
+    const int64_t columns = source.columns, wide = padded(columns);
+    row.resize(wide);
     uint8_t* block = out + b * size;
     std::memset(block, 0, size);
     for (int r = 0; r < BLOCK; ++r) {
       source.read(b * BLOCK + r, row.data());
-      pack_row(format, row.data(), source.columns, r, block);
+      // What meets inputs of zero only must not widen the range of the others.
+      std::fill(row.data() + columns, row.data() + wide, format == INT4 ? row[columns - 1] : 0.0f);
+      pack_row(format, row.data(), wide, r, block);
     }
   });
 }

@@ -83,7 +83,7 @@ struct Registers {
     for (int r = 0; r < R; ++r) about[r] = input<GroupOfInputs>(g * R * BYTES + R * 32 + r * sizeof(GroupOfInputs));
     DotsOfBytes<FORMAT> dots[R][B];
     for (int r = 0; r < R; ++r)
-      for (int b = 0; b < B; ++b) dots[r][b].begin(FORMAT == INT8 ? about[r].correction : 0);
+      for (int b = 0; b < B; ++b) dots[r][b].begin(FORMAT == INT8 ? about[r].begin : WHOLE_BITS);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       ivec16 lines[B];
@@ -94,9 +94,9 @@ struct Registers {
       }
     }
     for (int b = 0; b < B; ++b) {
-      const vec16 scale = scales(b, g), low = lows(b, g);
+      const vec16 scale = scales(b, g), low = lows(b, g), excess = scale * -WHOLE;  // exact, and so is what is left
       for (int r = 0; r < R; ++r) {
-        sums[r][b] = fma16(dots[r][b].total() * scale, about[r].scale, sums[r][b]);
+        sums[r][b] = fma16(fma16(dots[r][b].total(), scale, excess), about[r].scale, sums[r][b]);
         if constexpr (FORMAT == INT4) sums[r][b] = fma16(low, about[r].sum, sums[r][b]);
       }
     }
@@ -152,8 +152,8 @@ constexpr int blocks_at_once(Format format, int rows) {
 #ifdef HAS_AVX512
   return (format == INT8 || format == INT4) && rows > 4 ? 1 : 2;
 #else
-  (void)format, (void)rows;
-  return 1;
+  (void)format;
+  return rows == 1 ? 2 : 1;
 #endif
 }
 

@@ -1,6 +1,6 @@
 // Products of rows of bf16 inputs with AMX's tiles: 16 rows of 32 bf16, times 32 columns of a block, which lie in
-// memory as a tile wants them (matrix.h). Weights of 8 and 4 bits become bf16 on the way, once for all rows, between the
-// products: on an Emerald Rapids a product of tiles takes 17 cycles, in which 30 other vectors can be computed.
+// memory as a tile wants them (matrix.h). Weights of 8 and 4 bits become bf16 on the way, between the products: on an Emerald
+// Rapids a product of tiles takes 17 cycles, in which 24 other operations on vectors can be done.
 #pragma once
 #include "inputs.h"
 #include "unpack.h"
@@ -71,8 +71,8 @@ static ALWAYS_INLINE void add_products(const uint8_t* inputs, const uint8_t* lef
 // GCC does not tell itself that tiles are read from memory and written to it.
 static ALWAYS_INLINE void memory_changed() { __asm__ volatile("" ::: "memory"); }
 
-// Makes a group of columns of a pair of blocks ready to be multiplied, an eighth at a time. bf16 is ready, and only fetched:
-// for few rows what comes next into L1, for many what comes later into L2.
+// Makes a group of columns of a pair of blocks ready to be multiplied, an eighth at a time. bf16 is ready, and only
+// fetched: for few rows what comes next into L1, for many what comes later into L2.
 template <Format FORMAT, bool MANY>
 class Preparation {
  public:

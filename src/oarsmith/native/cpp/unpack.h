@@ -4,16 +4,18 @@
 
 #ifdef HAS_TILES
 
-// The nearest bf16 of two vectors, as pairs.
+// The upper halves of two vectors of floats, as pairs.
 static ALWAYS_INLINE __m512i pairs_of(__m512 first, __m512 second) {
-  const __m512i half = _mm512_set1_epi32(0x8000);
   const __m512i upper = _mm512_set4_epi32(0x0f0e0f0e, 0x0b0a0b0a, 0x07060706, 0x03020302);
-  const __m512i a = _mm512_add_epi32((__m512i)first, half), b = _mm512_add_epi32((__m512i)second, half);
-  return _mm512_mask_shuffle_epi8(b, 0x3333333333333333, a, upper);
+  return _mm512_mask_shuffle_epi8((__m512i)second, 0x3333333333333333, (__m512i)first, upper);
 }
 
-// A group of a block in bf16, a quarter at a time. A byte at the right place makes of 1.0 a number between 1 and 2 that is
-// linear in it; so one fused product gives the weight.
+// A group of a block in bf16, a quarter at a time. A byte at the right place makes of 1.0 a number between 1 and 2 that
+// is linear in it; so one fused product gives the weight.
+//
+// Its upper half is a bf16, smaller by half a unit on average. So all are made larger by 0.72/256 before, half a unit
+// for mantissas of 1.39: then the error is 0.31 units (root mean square; of the nearest bf16 it is 0.29) and 1e-5 on
+// average, a weight that is a bf16 stays what it is, and rounding, a third of the operations here, is saved.
 template <Format FORMAT>
 class Unpacking {
  public:
@@ -23,13 +25,16 @@ class Unpacking {
     const auto load = [&](int64_t place) {
       return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(block + place)));
     };
+    const __m512 larger = _mm512_set1_ps(1.0f + 0.72f / 256);
     if constexpr (FORMAT == INT8) {
-      const __m512 scale = load(int8_scales(group));
+      // With 15 bits of the factor, both are exact and 128 is 0.
+      const __m512i fifteen = _mm512_set1_epi32(-512);
+      const __m512 scale = (__m512)_mm512_and_si512((__m512i)_mm512_mul_ps(load(int8_scales(group)), larger), fifteen);
       factor_ = _mm512_mul_ps(scale, _mm512_set1_ps(STEPS));
-      offset_ = _mm512_mul_ps(scale, _mm512_set1_ps(-STEPS - 128.0f));  // exact: a scale has 11 bits
+      offset_ = _mm512_mul_ps(scale, _mm512_set1_ps(-STEPS - 128.0f));
     } else {
-      factor_ = _mm512_mul_ps(load(int4_scales(group)), _mm512_set1_ps(STEPS));
-      offset_ = _mm512_sub_ps(load(int4_lows(group)), factor_);
+      factor_ = _mm512_mul_ps(load(int4_scales(group)), _mm512_mul_ps(larger, _mm512_set1_ps(STEPS)));
+      offset_ = _mm512_fmsub_ps(load(int4_lows(group)), larger, factor_);
     }
   }
 

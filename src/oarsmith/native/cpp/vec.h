@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -129,9 +130,36 @@ static ALWAYS_INLINE Sixteen<To> convert16(const Sixteen<From>& v) {
   return by_part<Sixteen<To>>([](auto x) { return __builtin_convertvector(x, typename Sixteen<To>::Part); }, v);
 }
 
+// The lowest byte of each whole number. (Without AVX512, GCC would do it one by one.)
+static ALWAYS_INLINE void store_bytes16(void* to, const ivec16& v) {
+  uint8_t* out = static_cast<uint8_t*>(to);
+  if constexpr (PARTS == 1) return store16(out, convert16<uint8_t>(v));
+#pragma GCC unroll 4
+  for (int i = 0; i < PARTS; ++i) {
+    typedef uint8_t Bytes __attribute__((vector_size(4 * LANES)));
+    const Bytes all = (Bytes)v.parts[i];
+    const auto lowest = [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+      return __builtin_shufflevector(all, all, 4 * I...);
+    }(std::make_integer_sequence<int, LANES>());
+    std::memcpy(out + i * LANES, &lowest, LANES);
+  }
+}
+
 // a * b + c, rounded once where the CPU can.
-static ALWAYS_INLINE vec16 fma16(const vec16& a, const vec16& b, const vec16& c) { return a * b + c; }
-static ALWAYS_INLINE vec16 fma16(const vec16& a, float b, const vec16& c) { return a * b + c; }
+static ALWAYS_INLINE vec16 fma16(const vec16& a, const vec16& b, const vec16& c) {
+  return by_part<vec16>(
+      [](auto x, auto y, auto z) {
+#if defined(HAS_AVX512)
+        return (vec16::Part)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z);
+#elif defined(__FMA__) && defined(__AVX2__)
+        return (vec16::Part)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z);
+#else
+        return x * y + z;
+#endif
+      },
+      a, b, c);
+}
+static ALWAYS_INLINE vec16 fma16(const vec16& a, float b, const vec16& c) { return fma16(a, all16(b), c); }
 
 // The larger or smaller of two; a NaN in `a` stays.
 static ALWAYS_INLINE vec16 max16(const vec16& a, const vec16& b) { return where16(a < b, b, a); }
@@ -141,47 +169,44 @@ static ALWAYS_INLINE Sixteen<T> abs16(const Sixteen<T>& a) {
   return bits16<T>(bits16<int32_t>(a) & every16(0x7fffffff));
 }
 
+// The lanes moved round by some, and all of them by f of two vectors.
+template <int BY, class Part>
+static ALWAYS_INLINE Part rotated(Part x) {
+  return [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    return __builtin_shufflevector(x, x, (I + BY) % LANES...);
+  }(std::make_integer_sequence<int, LANES>());
+}
+template <int WIDTH, class Part, class F>
+static ALWAYS_INLINE Part folded(Part x, F f) {
+  if constexpr (WIDTH == 0)
+    return x;
+  else
+    return folded<WIDTH / 2>(f(x, rotated<WIDTH>(x)), f);
+}
 template <class T, class F>
 static ALWAYS_INLINE T fold16(const Sixteen<T>& v, F f) {
-  auto sum = v.parts[0];
-#pragma GCC unroll 4
-  for (int i = 1; i < PARTS; ++i) sum = f(sum, v.parts[i]);
-  T lanes[LANES];
-  std::memcpy(lanes, &sum, sizeof(lanes));
-#pragma GCC unroll 4
-  for (int width = LANES / 2; width > 0; width /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < width; ++i) lanes[i] = f(lanes[i], lanes[i + width]);
-  return lanes[0];
+  auto x = v.parts[0];
+  for (int i = 1; i < PARTS; ++i) x = f(x, v.parts[i]);
+  return folded<LANES / 2>(x, f)[0];
 }
-static ALWAYS_INLINE float sum16(const vec16& v) {
-#ifdef HAS_AVX512
-  return _mm512_reduce_add_ps((__m512)v.parts[0]);
-#else
+template <class T>
+static ALWAYS_INLINE T sum16(const Sixteen<T>& v) {
   return fold16(v, [](auto a, auto b) { return a + b; });
-#endif
-}
-static ALWAYS_INLINE int32_t sum16(const ivec16& v) {
-#ifdef HAS_AVX512
-  return _mm512_reduce_add_epi32((__m512i)v.parts[0]);
-#else
-  return fold16(v, [](auto a, auto b) { return a + b; });
-#endif
 }
 // The largest; NaNs are not looked for.
-static ALWAYS_INLINE float max_of16(const vec16& v) {
-#ifdef HAS_AVX512
-  return _mm512_reduce_max_ps((__m512)v.parts[0]);
-#else
+template <class T>
+static ALWAYS_INLINE T max_of16(const Sixteen<T>& v) {
   return fold16(v, [](auto a, auto b) { return a < b ? b : a; });
-#endif
 }
-static ALWAYS_INLINE int32_t max_of16(const ivec16& v) {
-#ifdef HAS_AVX512
-  return _mm512_reduce_max_epi32((__m512i)v.parts[0]);
-#else
-  return fold16(v, [](auto a, auto b) { return a < b ? b : a; });
-#endif
+
+// The largest size of two times sixteen numbers; infinity or NaN if there is one.
+static ALWAYS_INLINE float largest16(const vec16& a, const vec16& b) {
+  // Sizes of floats are in the order of their bits, where what is not finite comes last.
+  const ivec16 x = bits16<int32_t>(abs16(a)), y = bits16<int32_t>(abs16(b));
+  const int32_t bits = max_of16(where16(x < y, y, x));
+  float largest;
+  std::memcpy(&largest, &bits, 4);
+  return largest;
 }
 
 // The nearest whole numbers, ties to even, for |x| < 2^22.
