@@ -27,6 +27,7 @@ from typing import Any
 from engine_table import floors, numbers_of, table
 from turns import machine
 
+from oarsmith.jobs.bench_report import disturbed
 from oarsmith.jobs.bench_systems import Request, Task
 
 ROOT = Path(__file__).parents[1]
@@ -124,9 +125,10 @@ class Work:
 
         kinds = {"prefill": (PROMPT, 1), "decode": (SHORT_PROMPT, NEW)}
         alone = [kind for part, kind in kinds.items() if part in options.only] or [kinds["decode"]]
+        # First the batch: it is the same whatever else is measured.
         self.requests = {
-            "alone": [request(*kind) for _ in range(options.repetitions) for kind in alone],
             "batch": [request(draw.randint(64, 256), NEW) for _ in range(TOGETHER)],
+            "alone": [request(*kind) for _ in range(options.repetitions) for kind in alone],
             "cold": [request(SHORT_PROMPT, 1)],
         }
 
@@ -230,6 +232,9 @@ def main() -> None:
     print(
         f"{options.rounds} rounds; {TOGETHER} requests: prompts of {min(lengths)}-{max(lengths)} tokens, {sum(lengths)}"
     )
+    answered = {name: [one for one in ones if "waited" in one] for name, ones in found.items()}
+    if warning := disturbed({name: ones for name, ones in answered.items() if ones}):
+        print(f"note: {warning}")
     for key, value in {**facts, "versions": {**facts["versions"], **versions}}.items():
         print(f"{key}: {value}")
     if options.json is not None:

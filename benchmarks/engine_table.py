@@ -104,11 +104,11 @@ def table(rows: Sequence[tuple[int, str, Measured]], ours: str, limits: Mapping[
             lines.append(f"| {bits} | {shown} | " + " | ".join(cells) + " |")
         theirs = [one for one in mine if not one[0].startswith(ours)]
         own = next((found for name, found in mine if name.startswith(ours)), None)
-        if own is not None:
+        if own is not None and theirs:
             cells = [_ratio(column, own[column.name], theirs) for column in columns]
             lines.append(f"| {bits} | Oarsmith / best peer | " + " | ".join(cells) + " |")
-            if own["decode"]:
-                said.append(f"{bits} bits: {_share(median(own['decode']), limits[bits])}")
+        if own is not None and own["decode"]:
+            said.append(f"{bits} bits: {_share(median(own['decode']), limits[bits])}")
     return "\n".join([*lines, "", *said])
 
 
