@@ -100,6 +100,19 @@ def test_what_4_bits_hold_is_exact(packer: Packer) -> None:
     assert np.array_equal(packer.pack(weights, "int4").unpacked(), weights)
 
 
+@pytest.mark.parametrize("most", range(8, 16))
+def test_4_bits_that_are_not_all_used_are_exact(packer: Packer, most: int) -> None:
+    """Q4_0: -8 to 7 times an fp16 scale of either sign, of which -8 is always there and 7 is not."""
+    generator = np.random.default_rng(most)
+    whole = generator.integers(0, most + 1, (64, 10, 32)).astype(np.float32) - 8
+    whole[:, :, 9], whole[:, :, 20] = -8, most - 8
+    scales = generator.uniform(1e-3, 0.1, (64, 10, 1)) * generator.choice([-1, 1], (64, 10, 1))
+    weights = (whole * scales.astype(np.float16).astype(np.float32)).reshape(64, 320)
+    assert np.array_equal(packer.pack(weights, "int4").unpacked(), weights)
+    lost = from_bf16(to_bf16(weights))
+    assert np.abs(packer.pack(lost, "int4").unpacked() - weights).max() < np.abs(weights).max() * 2.0**-8
+
+
 @pytest.mark.parametrize("count", [1, 4, 16, 70])
 @pytest.mark.parametrize("format", FORMATS)
 def test_whole_numbers_are_exact(packer: Packer, format: str, count: int) -> None:

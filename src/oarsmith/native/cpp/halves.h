@@ -42,6 +42,8 @@ static ALWAYS_INLINE vec16 from_fp16(const uint16_t* x) {
   const __m128i* halves = reinterpret_cast<const __m128i*>(x);
   return vec16{{(vec16::Part)_mm256_cvtph_ps(_mm_loadu_si128(halves)),
                 (vec16::Part)_mm256_cvtph_ps(_mm_loadu_si128(halves + 1))}};
+#elif defined(__aarch64__)
+  return by_part<vec16>([](auto u) { return (vec16::Part)vcvt_f32_f16((float16x4_t)u); }, load16(x));
 #else
   return from_fp16_bits(convert16<uint32_t>(load16(x)));
 #endif

@@ -16,7 +16,7 @@ static constexpr bool DOTS_OF_HALVES = true;
 static constexpr bool DOTS_OF_HALVES = false;
 #endif
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
 static constexpr bool DOTS_OF_BYTES = true;
 #else
 static constexpr bool DOTS_OF_BYTES = false;
@@ -127,6 +127,20 @@ struct DotsOfBytes {
     const __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(with_sign), _mm256_sign_epi8(inputs, with_sign));
     return _mm256_add_epi32(s, pairs_added(products));
   }
+};
+#elif defined(__ARM_FEATURE_DOTPROD)
+// Of signed bytes: 8-bit weights are made so, and need no correction.
+template <Format FORMAT>
+struct DotsOfBytes {
+  ivec16 sum;
+  ALWAYS_INLINE void begin(int32_t) { sum = every16(WHOLE_BITS); }
+  ALWAYS_INLINE void add(const ivec16& line, int32_t four) {
+    const int8x16_t inputs = vreinterpretq_s8_s32(vdupq_n_s32(four)), middle = vdupq_n_s8(FORMAT == INT8 ? -128 : 0);
+    sum = by_part<ivec16>(
+        [&](auto s, auto w) { return (ivec16::Part)vdotq_s32((int32x4_t)s, veorq_s8((int8x16_t)w, middle), inputs); },
+        sum, line);
+  }
+  ALWAYS_INLINE vec16 total() const { return bits16<float>(sum); }
 };
 #else
 template <Format FORMAT>

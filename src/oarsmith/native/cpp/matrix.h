@@ -5,7 +5,7 @@
 //   BF16   a line is 2 columns: r0c0 r0c1 r1c0 r1c1 ...
 //   INT8   a line is 4 columns: r0c0 r0c1 r0c2 r0c3 r1c0 ...; a byte b stands for (b - 128) * scale
 //   INT4   a line is 8 columns: as INT8 with column c in the low and c + 4 in the high half of a byte, each of which
-//          stands for b * scale + low
+//          stands for b * scale + low; with a negative scale, low is the highest
 //
 // The integers have groups of 32 columns, with an fp16 scale (INT4: and an fp16 low) a row. INT8 has the scales of two
 // groups in a line before these groups' 8 lines each; INT4 has scales and lows in a line before a group's 4 lines.

@@ -48,14 +48,32 @@ static inline void pack_int8(const float* w, int r, uint8_t* scales, uint8_t* li
   for (int i = 0; i < 8; ++i) std::memcpy(lines + i * LINE + 4 * r, bytes + 4 * i, 4);
 }
 
+// How many steps lie between the ends of a group: 15, or fewer if with them all numbers are whole steps. So it is with
+// weights that had 4 bits before and do not use them all, such as GGUF's Q4_0.
+static inline int steps_between(const vec16& a, const vec16& b, float low, float other) {
+  for (int steps = 15; steps >= 8; --steps) {
+    const float inverse = static_cast<float>(steps) / (other - low);
+    const auto off = [&](const vec16& x) {
+      const vec16 number = (x - low) * inverse;
+      return number - convert16<float>(round16(number));
+    };
+    if (largest16(off(a), off(b)) < 0.05f) return steps;  // bf16 has lost a little of a weight
+  }
+  return 15;
+}
+
 static inline void pack_int4(const float* w, int r, uint8_t* scales, uint8_t* lows, uint8_t* lines) {
   const vec16 a = load16(w), b = load16(w + 16);
   const bool finite = largest16(a, b) < INFINITY;
   const float top = max_of16(max16(a, b)), bottom = -max_of16(max16(-a, -b));
-  const uint16_t low_half = to_fp16(bottom);
-  const float low = from_fp16(low_half);
-  const uint16_t half = to_fp16(finite ? std::max(0.0f, (top - low) / 15.0f) : NAN);
-  const float scale = from_fp16(half), inverse = scale > 0 ? 1.0f / scale : 0.0f;
+  // Where fp16 holds only the upper end, steps go down from there: the scale is negative.
+  const auto exact = [](float x) { return from_fp16(to_fp16(x)) == x; };
+  const bool down = exact(top) && !exact(bottom);
+  const uint16_t low_half = to_fp16(down ? top : bottom);
+  const float low = from_fp16(low_half), range = down ? bottom - top : std::max(0.0f, top - low);
+  const int steps = finite && range != 0 ? steps_between(a, b, low, low + range) : 15;
+  const uint16_t half = to_fp16(finite ? range / static_cast<float>(steps) : NAN);
+  const float scale = from_fp16(half), inverse = std::abs(scale) > 0 ? 1.0f / scale : 0.0f;
   const auto whole = [&](const vec16& x) {
     return round16(min16(max16((x - low) * inverse, zero16()), all16(15.0f)));
   };

@@ -27,24 +27,25 @@ struct Registers {
   vec16 sums[R][B];
 
   template <class T>
-  ALWAYS_INLINE T input(int64_t offset) const {
+  static ALWAYS_INLINE T input(const uint8_t* x) {
     T out;
-    std::memcpy(&out, inputs + offset, sizeof(T));
+    std::memcpy(&out, x, sizeof(T));
     return out;
   }
 
   // fp32 inputs with weights of fp32 or bf16.
   ALWAYS_INLINE void add_floats(int64_t g) {
     constexpr int COLUMNS = FORMAT == F32 ? 1 : 2, LINES = 32 / COLUMNS;
+    const uint8_t* x = inputs + g * R * 128;
 #pragma GCC unroll 4
-    for (int i = 0; i < LINES; ++i) {
+    for (int i = 0; i < LINES; ++i, x += 4 * COLUMNS) {
       ivec16 lines[B];
       for (int b = 0; b < B; ++b) lines[b] = load_line(blocks[b] + (g * LINES + i) * LINE);
 #pragma GCC unroll 2
       for (int c = 0; c < COLUMNS; ++c)
         for (int r = 0; r < R; ++r) {
-          const vec16 x = all16(input<float>((g * R + r) * 128 + 4 * (i * COLUMNS + c)));
-          for (int b = 0; b < B; ++b) sums[r][b] = fma16(column<FORMAT>(lines[b], c), x, sums[r][b]);
+          const vec16 one = all16(input<float>(x + r * 128 + 4 * c));
+          for (int b = 0; b < B; ++b) sums[r][b] = fma16(column<FORMAT>(lines[b], c), one, sums[r][b]);
         }
     }
   }
@@ -52,6 +53,7 @@ struct Registers {
   // fp32 inputs with weights of 8 or 4 bits, where there are no products of bytes.
   ALWAYS_INLINE void add_scaled_floats(int64_t g) {
     constexpr int COLUMNS = FORMAT == INT8 ? 4 : 8, LINES = 32 / COLUMNS;
+    const uint8_t* x = inputs + g * R * 128;
     for (int b = 0; b < B; ++b) {
       const vec16 scale = scales(b, g), low = lows(b, g);
       for (int i = 0; i < LINES; ++i) {
@@ -59,28 +61,29 @@ struct Registers {
         for (int c = 0; c < COLUMNS; ++c) {
           const vec16 weights = fma16(column<FORMAT>(line, c), scale, low);
           for (int r = 0; r < R; ++r)
-            sums[r][b] = fma16(weights, input<float>((g * R + r) * 128 + 4 * (i * COLUMNS + c)), sums[r][b]);
+            sums[r][b] = fma16(weights, input<float>(x + r * 128 + 4 * (i * COLUMNS + c)), sums[r][b]);
         }
       }
     }
   }
 
   ALWAYS_INLINE void add_halves(int64_t g) {
+    const uint8_t* x = inputs + g * R * 64;
 #pragma GCC unroll 4
-    for (int i = 0; i < 16; ++i) {
+    for (int i = 0; i < 16; ++i, x += 4) {
       ivec16 lines[B];
       for (int b = 0; b < B; ++b) lines[b] = load_line(blocks[b] + (g * 16 + i) * LINE);
       for (int r = 0; r < R; ++r) {
-        const int32_t x = input<int32_t>((g * R + r) * 64 + 4 * i);
-        for (int b = 0; b < B; ++b) sums[r][b] = dot_halves(sums[r][b], lines[b], x);
+        const int32_t pair = input<int32_t>(x + r * 64);
+        for (int b = 0; b < B; ++b) sums[r][b] = dot_halves(sums[r][b], lines[b], pair);
       }
     }
   }
 
   ALWAYS_INLINE void add_bytes(int64_t g) {
-    constexpr int64_t BYTES = 32 + sizeof(GroupOfInputs);
+    const uint8_t* x = inputs + g * R * (32 + sizeof(GroupOfInputs));
     GroupOfInputs about[R];
-    for (int r = 0; r < R; ++r) about[r] = input<GroupOfInputs>(g * R * BYTES + R * 32 + r * sizeof(GroupOfInputs));
+    for (int r = 0; r < R; ++r) about[r] = input<GroupOfInputs>(x + R * 32 + r * sizeof(GroupOfInputs));
     DotsOfBytes<FORMAT> dots[R][B];
     for (int r = 0; r < R; ++r)
       for (int b = 0; b < B; ++b) dots[r][b].begin(FORMAT == INT8 ? about[r].begin : WHOLE_BITS);
@@ -89,8 +92,8 @@ struct Registers {
       ivec16 lines[B];
       for (int b = 0; b < B; ++b) lines[b] = bytes(lines_of(b, g), i);
       for (int r = 0; r < R; ++r) {
-        const int32_t x = input<int32_t>(g * R * BYTES + r * 32 + 4 * i);
-        for (int b = 0; b < B; ++b) dots[r][b].add(lines[b], x);
+        const int32_t four = input<int32_t>(x + r * 32 + 4 * i);
+        for (int b = 0; b < B; ++b) dots[r][b].add(lines[b], four);
       }
     }
     for (int b = 0; b < B; ++b) {
@@ -116,7 +119,8 @@ struct Registers {
     for (int r = 0; r < R; ++r)
       for (int b = 0; b < B; ++b) sums[r][b] = zero16();
     for (int64_t g = 0; g < groups; ++g) {
-      fetch_group_ahead(g);
+      // Many rows of floats take so long that the CPU fetches enough by itself, and asking for it costs them 15 %.
+      if constexpr (R <= 4 || FORMAT == INT8 || FORMAT == INT4) fetch_group_ahead(g);
       if constexpr (FORMAT == BF16 && DOTS_OF_HALVES)
         add_halves(g);
       else if constexpr (FORMAT == F32 || FORMAT == BF16)

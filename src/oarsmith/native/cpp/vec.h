@@ -8,6 +8,8 @@
 #include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
@@ -153,6 +155,8 @@ static ALWAYS_INLINE vec16 fma16(const vec16& a, const vec16& b, const vec16& c)
         return (vec16::Part)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z);
 #elif defined(__FMA__) && defined(__AVX2__)
         return (vec16::Part)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z);
+#elif defined(__aarch64__)
+        return (vec16::Part)vfmaq_f32((float32x4_t)z, (float32x4_t)x, (float32x4_t)y);
 #else
         return x * y + z;
 #endif
