@@ -133,8 +133,9 @@ def measure(machine: Machine, shape: str, weights: str, counts: list[int], megab
     peaks, results = dict(zip(KINDS, machine.peaks(), strict=True)), []
     with machine.matrices(weights, rows, columns, megabytes) as (memory, size, copies):
         for count in counts:
-            read = machine.read_rate(memory, size * copies)
+            before = machine.read_rate(memory, size * copies)
             seconds, kind = machine.multiply(weights, rows, columns, count, memory, copies)
+            read = max(before, machine.read_rate(memory, size * copies))
             operations = 2.0 * rows * columns * count
             possible = max(size / read, operations / peaks[kind])
             results.append(

@@ -40,7 +40,7 @@ constexpr int most_rows_in_registers(Format format) {
 constexpr int rows_in_registers(Format format, int64_t rows) {
   const int64_t most = most_rows_in_registers(format), parts = std::max<int64_t>(1, (rows + most - 1) / most);
   const int64_t each = (rows + parts - 1) / parts;
-  for (int size : {1, 2, 3, 4, 6, 8})
+  for (int size : {1, 2, 3, 4, 6, 8, 10, 11})
     if (each <= size) return size;
   return MOST_ROWS_IN_REGISTERS;
 }

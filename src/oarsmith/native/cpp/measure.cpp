@@ -145,7 +145,10 @@ void native_measure_read(const uint8_t* memory, int64_t bytes, int32_t threads, 
   time_on_threads(threads, repeats, seconds, [&](int64_t t) {
     vec16 sums[4] = {};
     for (const uint8_t* x = memory + share * t; x < memory + share * (t + 1); x += 256)
-      for (int i = 0; i < 4; ++i) sums[i] += load16(reinterpret_cast<const float*>(x) + 16 * i);
+      for (int i = 0; i < 4; ++i) {
+        fetch_ahead(x + i * LINE);
+        sums[i] += load16(reinterpret_cast<const float*>(x) + 16 * i);
+      }
     unused = sum16(sums[0] + sums[1] + (sums[2] + sums[3]));
   });
 }

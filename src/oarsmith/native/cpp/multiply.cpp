@@ -12,11 +12,16 @@ void multiply_in_registers(const Matrix& matrix, const Inputs& inputs, int64_t r
                            int64_t last_pair, const Receiver& out) {
   const auto products = products_for<FORMAT>(inputs.height());
   alignas(64) float sums[MOST_ROWS_IN_REGISTERS * PAIR];
-  for (int64_t pair = first_pair; pair < last_pair; ++pair)
-    for (int64_t row = 0; row < rows; row += inputs.height()) {
-      products(matrix, inputs.stripe(row), pair, sums);
+  const int64_t stripes = (rows + inputs.height() - 1) / inputs.height();
+  const int64_t groups = matrix.groups() * (2 / blocks_at_once(FORMAT, static_cast<int>(inputs.height())));
+  const int64_t each = 2 * block_bytes(FORMAT, matrix.columns) / LINE / (groups * stripes) + 1;
+  for (int64_t pair = first_pair; pair < last_pair; ++pair) {
+    const uint8_t* next = matrix.block(2 * (pair + 1));
+    for (int64_t row = 0; row < rows; row += inputs.height(), next += each * groups * LINE) {
+      products(matrix, inputs.stripe(row), pair, {next, stripes > 1 ? each : 0}, sums);
       out(pair, row, std::min(inputs.height(), rows - row), sums);
     }
+  }
 }
 
 template <Format FORMAT>

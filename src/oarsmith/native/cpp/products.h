@@ -18,6 +18,12 @@ static ALWAYS_INLINE vec16 column(const ivec16& line, int c) {
     return convert16<float>(by_part<ivec16>([c](auto u) { return (u >> (8 * (c % 4) + c / 4 * 4)) & 15; }, line));
 }
 
+// Lines to bring into L2 meanwhile: where several stripes pass by a pair of blocks, each brings a part of the next.
+struct Later {
+  const uint8_t* lines;
+  int64_t lines_a_group;
+};
+
 // R rows of a stripe of R, and B blocks.
 template <Format FORMAT, int R, int B>
 struct Registers {
@@ -115,12 +121,15 @@ struct Registers {
     }
   }
 
-  ALWAYS_INLINE void add_all() {
+  ALWAYS_INLINE void add_all(const Later& later) {
+    const uint8_t* line = later.lines;
     for (int r = 0; r < R; ++r)
       for (int b = 0; b < B; ++b) sums[r][b] = zero16();
     for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t i = 0; i < later.lines_a_group; ++i, line += LINE) __builtin_prefetch(line, 0, 2);
       // Many rows of floats take so long that the CPU fetches enough by itself, and asking for it costs them 15 %.
-      if constexpr (R <= 4 || FORMAT == INT8 || FORMAT == INT4) fetch_group_ahead(g);
+      if constexpr (R <= 4 || FORMAT == INT8 || FORMAT == INT4)
+        if (later.lines_a_group == 0) fetch_group_ahead(g);
       if constexpr (FORMAT == BF16 && DOTS_OF_HALVES)
         add_halves(g);
       else if constexpr (FORMAT == F32 || FORMAT == BF16)
@@ -163,14 +172,14 @@ constexpr int blocks_at_once(Format format, int rows) {
 
 // sums[R, 32] = the outputs of a pair of blocks for the rows of a stripe of R.
 template <Format FORMAT, int R>
-static void products(const Matrix& matrix, const uint8_t* stripe, int64_t pair, float* sums) {
+static void products(const Matrix& matrix, const uint8_t* stripe, int64_t pair, const Later& later, float* sums) {
   constexpr int B = blocks_at_once(FORMAT, R);
   for (int half = 0; half < 2; half += B) {
     Registers<FORMAT, R, B> registers;
     for (int b = 0; b < B; ++b) registers.blocks[b] = matrix.block(2 * pair + half + b);
     registers.inputs = stripe;
     registers.groups = matrix.groups();
-    registers.add_all();
+    registers.add_all({later.lines + half / B * later.lines_a_group * matrix.groups() * LINE, later.lines_a_group});
     for (int r = 0; r < R; ++r)
       for (int b = 0; b < B; ++b) store16(sums + r * PAIR + (half + b) * BLOCK, registers.sums[r][b]);
   }
@@ -187,6 +196,8 @@ static auto products_for(int64_t height) {
     case 4: return products<FORMAT, std::min(4, MOST)>;
     case 6: return products<FORMAT, std::min(6, MOST)>;
     case 8: return products<FORMAT, std::min(8, MOST)>;
+    case 10: return products<FORMAT, std::min(10, MOST)>;
+    case 11: return products<FORMAT, std::min(11, MOST)>;
     default: return products<FORMAT, MOST>;
   }
 }
