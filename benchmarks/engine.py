@@ -221,13 +221,15 @@ def main() -> None:
     contenders = list(chosen(options))
     if not contenders:
         sys.exit("nothing to measure")
-    facts = machine(options.threads, ())
+    facts, before = machine(options.threads, ()), floors(options.model, options.threads)
     with tempfile.TemporaryDirectory(prefix="oarsmith-bench-engine-") as name:
         work = Work(options, Path(name))
         found = measure_all(work, contenders)
         lengths = [len(ids) for ids, _ in work.requests["batch"]]
     versions = {key: value for ones in found.values() for one in ones for key, value in one.get("versions", {}).items()}
-    limits = floors(options.model, options.threads)
+    # The faster one of both: what the memory can do when nobody else uses it.
+    after = floors(options.model, options.threads)
+    limits = {bits: max(before[bits], after[bits], key=lambda one: one["tokens_per_s"]) for bits in after}
     print("\n" + table([(one.bits, one.name, found[one.name]) for one in contenders], OURS, limits) + "\n")
     print(
         f"{options.rounds} rounds; {TOGETHER} requests: prompts of {min(lengths)}-{max(lengths)} tokens, {sum(lengths)}"
