@@ -32,6 +32,7 @@ CASES = [
     (GenerateConfig, "--num_draft_tokens 3 --ngram_min 2 --ngram_max 5", "--speculative ngram"),
     (GenerateConfig, "--length_penalty 2 --early_stopping never", "--num_beams 2"),
     (GenerateConfig, "--mode static --cache_gib 2", "--mode dynamic"),
+    (GenerateConfig, "--mode static --cache_dtype int8", "--mode dynamic"),
 ]
 
 

@@ -80,6 +80,32 @@ def test_every_way_to_answer(tmp_path: Path, ids_only: None) -> None:
             assert values[0] == pytest.approx(values[1], abs=1e-4)
 
 
+def test_a_cache_in_8_bits(tmp_path: Path, ids_only: None) -> None:
+    """Half the memory of fp32's quarter and scales; prompts in chunks, prefixes that are shared, pages lost."""
+    bench, plain, native = both("llama", tmp_path, cache_dtype="int8", batch_size=3, max_step_tokens=40, num_pages=9)
+    prompts = [bench.document(length, seed) for seed, length in enumerate((30, 9, 44, 17))]
+    sampling = Sampling(max_new_tokens=24, ignore_eos=True, logprobs=3)
+    for _ in range(2):
+        for expected, found in zip(plain.generate(prompts, sampling), native.generate(prompts, sampling), strict=True):
+            assert found.ids == expected.ids
+            assert [one.logprob for one in found.logprobs] == pytest.approx(
+                [o.logprob for o in expected.logprobs], abs=1e-2
+            )
+    program = native._served.native.program
+    assert program.page_bytes(16, rounded=True) * 3 < program.page_bytes(16)
+    with pytest.raises(ConfigError, match="cache_dtype cannot be 'int3'"):
+        Engine(bench.path, cache_dtype="int3")
+
+
+def test_files_in_fp16_are_served_in_fp16(tmp_path: Path, ids_only: None) -> None:
+    bench = Bench("llama", ROWS["llama"], tmp_path)
+    prompt, sampling = bench.document(20, 1), Sampling(max_new_tokens=12, ignore_eos=True)
+    engine = Engine(bench.path, dtype="fp16", compute="native", block_size=16)
+    plain = Engine(bench.model().half().float(), block_size=16)
+    assert engine.generate(prompt, sampling)[0].ids == plain.generate(prompt, sampling)[0].ids
+    assert {op.matrix.format for op in engine._served.native.program.body if op.matrix} == {"fp16"}
+
+
 def test_guesses(tmp_path: Path, ids_only: None) -> None:
     bench, plain, native = both("llama", tmp_path, speculative="ngram")
     prompt = bench.document(12, 2) * 3

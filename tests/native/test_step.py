@@ -42,9 +42,18 @@ class Sequences:
         num_pages: int = 32,
         prompt: int = 1,
         page_size: int = PAGE,
+        rounded_cache: bool = False,
     ) -> None:
         program, arena = lower(model, precision)
-        self.step = Step(program, arena, threads=threads, num_pages=num_pages, page_size=page_size, num_sequences=8)
+        self.step = Step(
+            program,
+            arena,
+            threads=threads,
+            num_pages=num_pages,
+            page_size=page_size,
+            num_sequences=8,
+            rounded_cache=rounded_cache,
+        )
         self.prompt, self.page_size = prompt, page_size
         self.vocab_size = program.facts.vocab_size
         self.free = list(range(num_pages))[::-1]
@@ -162,6 +171,34 @@ def test_rounded_weights(precision: str, most: float, tmp_path: Path) -> None:
     assert float((found - expected).norm() / expected.norm()) < most
 
 
+@torch.no_grad()
+def test_weights_in_fp16_are_the_decoders(tmp_path: Path) -> None:
+    """Only they are rounded: sums, activations, keys and values are fp32."""
+    bench, model = row_model("mixtral", tmp_path)
+    ids, sequences = bench.document(40, 1), Sequences(model.half(), "fp16")
+    expected = model.float()(torch.tensor([ids]))[0]
+    found = torch.cat([sequences.bring(a=ids[:30])["a"], *(sequences.bring(a=[token])["a"] for token in ids[30:])])
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("row", ["llama", "gemma3_text", "deepseek_v2", "bloom", "yuan", "phi3"])
+@torch.no_grad()
+def test_a_cache_in_8_bits(row: str, tmp_path: Path) -> None:
+    """What the decoder computes over keys and values rounded alike; a half of a step may fall either way."""
+    bench, model = row_model(row, tmp_path)
+    ids = bench.document(45, 1)
+    cache, sequences = model.new_cache(1, 45, rounded=True), Sequences(model, prompt=len(ids), rounded_cache=True)
+    expected, found = [], []
+    for start, stop in ((0, 21), (21, 38), *((at, at + 1) for at in range(38, 45))):
+        layout = cache.extend([stop - start], [0], [len(ids)])
+        expected.append(model.logits(model.hidden(torch.tensor(ids[start:stop]), layout, cache)))
+        found.append(sequences.bring(a=ids[start:stop])["a"])
+    twin, own, exact = torch.cat(expected), torch.cat(found), model(torch.tensor([ids]))[0]
+    # The step pads latents to a multiple of 16, so this row's 12 are grouped otherwise.
+    assert float((own - twin).norm() / exact.norm()) < (0.01 if row == "deepseek_v2" else 1e-3)
+    assert 1e-4 < float((own - exact).norm() / exact.norm()) < 0.03
+
+
 @pytest.mark.parametrize("window", [None, 100])
 @torch.no_grad()
 def test_many_queries_at_once(window: int | None, tmp_path: Path) -> None:
@@ -170,8 +207,8 @@ def test_many_queries_at_once(window: int | None, tmp_path: Path) -> None:
     bench = Bench("mistral", replace(ROWS["mistral"], config=config), tmp_path)
     model, ids = bench.model(), bench.document(400, 2)
     expected = model(torch.tensor([ids]))[0]
-    for precision, most in (("fp32", 1e-5), ("bf16", 0.03)):
-        sequences = Sequences(model, precision, page_size=64)
+    for precision, rounded, most in (("fp32", False, 1e-5), ("bf16", False, 0.03), ("bf16", True, 0.04)):
+        sequences = Sequences(model, precision, page_size=64, rounded_cache=rounded)
         parts = [sequences.bring(a=ids[start:stop])["a"] for start, stop in ((0, 130), (130, 133), (133, 399))]
         found = torch.cat([*parts, sequences.bring(a=ids[399:])["a"]])
         assert float((found - expected).norm() / expected.norm()) < most

@@ -84,6 +84,12 @@ IDLE: tuple[Idle[Any], ...] = (
         lambda c: isinstance(c, ModeKeys) and c.mode == "static",
         "a compiled package has a row of the whole context for each text",
     ),
+    Idle(
+        CacheKeys,
+        ("cache_dtype",),
+        lambda c: isinstance(c, ModeKeys) and c.mode == "static",
+        "a compiled package keeps them in the type it was compiled for",
+    ),
     Idle(ConvertConfig, ("gguf_type", "with_tokenizer"), lambda c: c.to != "gguf", "dst is no GGUF file"),
     Idle(ConvertConfig, ("paddle_layout",), lambda c: c.to != "paddle", "dst is not in PaddleNLP's layout"),
     Idle(ConvertConfig, ("dtype",), lambda c: c.to == "gguf", "gguf_type says it"),

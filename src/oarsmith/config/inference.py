@@ -58,6 +58,12 @@ class CacheKeys(JobConfig):
         "at most half of the memory that is free.",
     )
 
+    cache_dtype: Literal["auto", "int8"] = Field(
+        "auto",
+        description="int8: keep keys and values in 8 bits, in groups of 32 with a scale each: near half the memory, so "
+        "twice as many texts at once. auto: in the type they are computed in.",
+    )
+
 
 class ModeKeys(JobConfig):
     title: ClassVar[str] = "Mode"

@@ -74,15 +74,15 @@ def build_runner(
     if native is not None and draft is None:
         return native_runner(native, sizes, speculation)
     models = [served.decoder] if draft is None else [served.decoder, draft]
-    page, free = page_bytes(models, sizes.block_size), free_memory_of(served.decoder.device)
+    page, free = page_bytes(models, sizes.block_size, sizes.rounded_cache), free_memory_of(served.decoder.device)
     num_pages = sizes.pages(served.facts.max_positions, page, free)
 
     def cache(model: Decoder) -> KVCache:
-        return model.new_cache(sizes.batch_size, sizes.block_size, num_pages)
+        return model.new_cache(sizes.batch_size, sizes.block_size, num_pages, rounded=sizes.rounded_cache)
 
     backend: Backend
     if native is not None:
-        backend = native.backend(sizes.batch_size, num_pages, sizes.block_size)
+        backend = native.backend(sizes.batch_size, num_pages, sizes.block_size, rounded_cache=sizes.rounded_cache)
     elif bank is not None:
         backend = AdaptedBackend(bank, cache(served.decoder))
     else:

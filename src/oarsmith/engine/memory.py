@@ -11,11 +11,11 @@ from oarsmith.models.count import cache_bytes
 from oarsmith.models.decoder import Decoder
 
 
-def page_bytes(models: Sequence[Decoder], block_size: int) -> int:
-    """Memory of a page."""
+def page_bytes(models: Sequence[Decoder], block_size: int, rounded: bool = False) -> int:
+    """Memory of a page; ``rounded``: of a cache in 8 bits."""
     sizes = [model.embedding.weight.element_size() for model in models]
     return sum(
-        cache_bytes(model.spec, block_size, itemsize=size, num_sequences=0)
+        cache_bytes(model.spec, block_size, itemsize=size, num_sequences=0, rounded=rounded)
         for model, size in zip(models, sizes, strict=True)
     )
 

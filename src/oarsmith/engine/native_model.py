@@ -41,8 +41,8 @@ class NativeModel:
     def facts(self) -> ModelFacts:
         return self.program.facts
 
-    def backend(self, num_sequences: int, num_pages: int, page_size: int) -> NativeBackend:
-        """What computes steps, with a cache of this size."""
+    def backend(self, num_sequences: int, num_pages: int, page_size: int, *, rounded_cache: bool) -> NativeBackend:
+        """What computes steps, with a cache of this size; ``rounded_cache``: it is kept in 8 bits."""
         step = Step(
             self.program,
             self.arena,
@@ -50,6 +50,7 @@ class NativeModel:
             num_pages=num_pages,
             page_size=page_size,
             num_sequences=num_sequences,
+            rounded_cache=rounded_cache,
         )
         return NativeBackend(step)
 
@@ -96,8 +97,7 @@ def open_native(
     """The model of a path, from packed weights where they have been kept; else they are packed, and kept.
 
     Args:
-        precision: of its weights: ``auto`` (what the files hold, or fp32 where that is fp16), ``fp32``, ``bf16``,
-            ``int8``, ``int4``.
+        precision: of its weights: ``auto`` (what the files hold), ``fp32``, ``bf16``, ``fp16``, ``int8``, ``int4``.
         make_decoder: loads the decoder that they are packed from.
 
     Returns:
@@ -124,7 +124,7 @@ def open_native(
 def _precision_of(decoder: Decoder, precision: str) -> str:
     if precision != "auto":
         return precision
-    return "bf16" if str(decoder.embedding.weight.dtype) == "torch.bfloat16" else "fp32"
+    return {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(str(decoder.embedding.weight.dtype), "fp32")
 
 
 def check_weights(weights: str | None) -> None:

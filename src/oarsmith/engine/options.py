@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from oarsmith.errors import ConfigError
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 NGRAM = "ngram"
+CacheDtype = Literal["auto", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,12 @@ class Sizes:
     max_step_tokens: int
     prefix_caching: bool
     tokens_each: int
+    cache_dtype: CacheDtype = "auto"
+
+    @property
+    def rounded_cache(self) -> bool:
+        """Whether keys and values are kept in 8 bits."""
+        return self.cache_dtype == "int8"
 
     def pages(self, max_positions: int, page_bytes: int, free: int) -> int:
         """How many pages the cache has: as is said, else for as many sequences that fill the context, but no more than
@@ -53,6 +60,10 @@ class Sizes:
         return max(min(self.batch_size * -(-max_positions // self.block_size), free // 2 // page_bytes), 1)
 
     def __post_init__(self) -> None:
+        if self.cache_dtype not in ("auto", "int8"):
+            raise ConfigError(
+                f"cache_dtype cannot be {self.cache_dtype!r}", where="cache_dtype", fix="use auto or int8"
+            )
         if self.num_pages is not None and self.cache_bytes is not None:
             what = "num_pages and cache_bytes both say how large the cache is"
             raise ConfigError(what, where="cache_bytes", fix="give one of them")

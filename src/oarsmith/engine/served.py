@@ -80,13 +80,15 @@ def serve(model: str | Path | Decoder, options: ModelOptions, page_size: int) ->
             raise ModelError("the model is in training mode (dropout changes answers)", fix="call model.eval()")
         return Served(ModelFacts.of(model.spec), make=lambda: model)
 
-    def plain() -> Decoder:
-        from oarsmith.engine.build import load_decoder
+    def to_pack() -> Decoder:
+        from oarsmith.loading import load_model
 
-        return load_decoder(model, options.dtype, options.device, options.adapter)
+        return load_model(model, dtype=options.dtype, device=options.device, adapter=options.adapter)
 
     def rounded() -> Decoder:
-        decoder = plain()
+        from oarsmith.engine.build import load_decoder
+
+        decoder = load_decoder(model, options.dtype, options.device, options.adapter)
         if options.weights is not None:
             from oarsmith.engine.rounding import round_weights
 
@@ -95,7 +97,7 @@ def serve(model: str | Path | Decoder, options: ModelOptions, page_size: int) ->
 
     reason: str | None = "as chosen"
     if options.compute != "torch":
-        found = _native(model, options, page_size, plain)
+        found = _native(model, options, page_size, to_pack)
         if isinstance(found, NativeModel):
             how = describe(found)
             _log.info("steps computed by the %s", how)
@@ -115,8 +117,8 @@ def _native(
     reason = obstacle(options.device, page_size)
     if reason is not None:
         return reason
-    dtype = {"float32": "fp32", "bfloat16": "bf16"}.get(options.dtype, options.dtype)
-    if options.weights is None and dtype not in ("auto", "fp32", "bf16"):
+    dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(options.dtype, options.dtype)
+    if options.weights is None and dtype not in ("auto", "fp32", "bf16", "fp16"):
         return f"its weights are {dtype}"
     precision = options.weights or dtype
     threads = options.num_threads or num_threads()

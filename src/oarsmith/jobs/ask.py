@@ -41,6 +41,7 @@ def open_engine(config: GenerateConfig | ChatConfig | EvalConfig | BenchConfig, 
         num_threads=config.num_threads,
         batch_size=batch_size,
         cache_bytes=_cache_bytes(config),
+        cache_dtype=config.cache_dtype if isinstance(config, CacheKeys) else "auto",
         **_speculation(config),
     )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from oarsmith.models.layout import Span
+from oarsmith.models.rounded_slots import rounded_bytes
 from oarsmith.models.spec import DecoderSpec, LayerSpec, named_norms
 from oarsmith.models.spec_parts import GQA, LFA, MLA, AttentionSpec, LayerNormSpec, LinearSpec, MoE, NormSpec, QKNorm
 
@@ -53,19 +54,28 @@ def num_active_parameters(spec: DecoderSpec) -> int:
     return num_parameters(spec) - idle
 
 
-def cache_bytes(spec: DecoderSpec, num_tokens: int, *, itemsize: int, num_sequences: int = 1) -> int:
-    """Bytes of a key/value cache with room for ``num_tokens`` in all sequences together, ``itemsize`` a number."""
+def cache_bytes(
+    spec: DecoderSpec, num_tokens: int, *, itemsize: int, num_sequences: int = 1, rounded: bool = False
+) -> int:
+    """Bytes of a key/value cache with room for ``num_tokens`` in all sequences together, ``itemsize`` a number.
+
+    ``rounded``: keys and values in 8 bits (``rounded_slots.py``).
+    """
     per_token = per_sequence = 0
+
+    def size(dim: int) -> int:
+        return rounded_bytes(dim) if rounded else itemsize * dim
+
     for layer in spec.layers:
         match layer.attention:
             case GQA(num_kv_heads=groups, head_dim=dim):
-                per_token += 2 * groups * dim
+                per_token += 2 * groups * size(dim)
             case MLA(latent_dim=latent, rope_dim=rope):
-                per_token += latent + rope
+                per_token += size(latent + rope)
             case LFA(num_heads=heads, head_dim=dim, filter_norm=norm):
-                per_token += 2 * heads * dim
-                per_sequence += 2 * norm.size
-    return itemsize * (num_tokens * per_token + num_sequences * per_sequence)
+                per_token += 2 * heads * size(dim)
+                per_sequence += itemsize * 2 * norm.size
+    return num_tokens * per_token + num_sequences * per_sequence
 
 
 def visible_pairs(spans: Sequence[Span], window: int | None = None) -> int:

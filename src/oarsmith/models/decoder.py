@@ -131,12 +131,15 @@ class Decoder(nn.Module):
         hidden_TD = self.hidden(input_ids.flatten(), Layout.documents(bounds, positions.flatten()))
         return self.logits(hidden_TD).unflatten(0, (rows, length))
 
-    def new_cache(self, num_sequences: int, block_size: int, num_pages: int | None = None) -> KVCache:
+    def new_cache(
+        self, num_sequences: int, block_size: int, num_pages: int | None = None, *, rounded: bool = False
+    ) -> KVCache:
         """An empty key/value cache that fits this decoder.
 
         Args:
             block_size: tokens of a page.
             num_pages: their number, none of them in the table yet; not given: each sequence has one page of its own.
+            rounded: keep keys and values in 8 bits.
         """
         cache = KVCache(
             [block.attention.cache_shape for block in self.blocks()],
@@ -145,6 +148,7 @@ class Decoder(nn.Module):
             block_size=block_size,
             dtype=self.embedding.weight.dtype,
             device=self.device,
+            rounded=rounded,
         )
         if num_pages is None:
             cache.pages = [[number] for number in range(num_sequences)]

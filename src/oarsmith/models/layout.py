@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from oarsmith.models.rounded_slots import RoundedSlots
+
 
 @dataclass(frozen=True)
 class Span:
@@ -142,7 +144,8 @@ class KVCache:
     """What attention keeps of ``num_sequences`` sequences: keys and values in pages of ``block_size`` tokens.
 
     Which pages hold which sequence is decided outside: ``pages`` is the table. A page may stand in several sequences
-    as long as none of them writes to it.
+    as long as none of them writes to it. ``rounded``: keys and values are kept in 8 bits; the call's own are read
+    rounded too.
 
     Attributes:
         pages: the pages of each sequence, in the order of its tokens; -1 for those that no token sees any more.
@@ -159,6 +162,7 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        rounded: bool = False,
     ) -> None:
         self.block_size = block_size
         self.pages: list[list[int]] = [[] for _ in range(num_sequences)]
@@ -170,11 +174,17 @@ class KVCache:
         def empty(*shape: int) -> Tensor:
             return torch.empty(*shape, dtype=dtype, device=device)
 
-        self._slots = [[empty(size, *slot) for slot in shape.slots] for shape in shapes]
+        self._slots: list[list[Tensor]] = []
+        self._rounded: list[list[RoundedSlots]] = []
+        if rounded:
+            self._rounded = [[RoundedSlots(size, slot, device) for slot in shape.slots] for shape in shapes]
+        else:
+            self._slots = [[empty(size, *slot) for slot in shape.slots] for shape in shapes]
         self._states = [None if shape.state is None else empty(num_sequences, *shape.state) for shape in shapes]
         self._device = device
         self._chosen = torch.empty(0, dtype=torch.int64, device=device)
         self._ranges: tuple[tuple[int, int, int], ...] | None = None
+        self._seen = self._chosen
 
     def extend(
         self, counts: Sequence[int], sequences: Sequence[int] | None = None, prompts: Sequence[int] | None = None
@@ -209,6 +219,9 @@ class KVCache:
             self.used[sequence] = stop
             start += count
         spans, ranges = self._place(pieces)
+        if self._rounded:
+            # What is seen is made anew in each layer, and in the order in which the spans count it.
+            self._seen, ranges = self._chosen if ranges is None else self._slots_in(ranges), None
         where, length, prompt_T = (self._tensor(values) for values in (positions, lengths, sizes))
         return Layout(tuple(pieces), tuple(spans), where, length, prompt_T, ranges=ranges)
 
@@ -238,6 +251,10 @@ class KVCache:
         self._ranges = tuple(ranges)
         return spans, self._ranges
 
+    def _slots_in(self, ranges: Sequence[tuple[int, int, int]]) -> Tensor:
+        pieces = [torch.arange(slot, slot + stop - start, device=self._device) for start, stop, slot in ranges]
+        return torch.cat(pieces)
+
     def _num_gone(self, sequence: int) -> int:
         return next((at for at, page in enumerate(self.pages[sequence]) if page >= 0), 0)
 
@@ -256,6 +273,10 @@ class KVCache:
 
         Those are the call's own tensors where all documents begin in it, else all slots [S, ...].
         """
+        if self._rounded:
+            for rounded, value in zip(self._rounded[layer], new, strict=True):
+                rounded.write(self._chosen, value)
+            return [x.read(self._seen, value.dtype) for x, value in zip(self._rounded[layer], new, strict=True)]
         stores = self._slots[layer]
         values = [value.to(store.dtype) for value, store in zip(new, stores, strict=True)]
         for store, value in zip(stores, values, strict=True):
@@ -273,6 +294,8 @@ class KVCache:
         size = self.block_size
         for store in (store for stores in self._slots for store in stores):
             store[target * size : (target + 1) * size] = store[source * size : (source + 1) * size]
+        for rounded in (x for stores in self._rounded for x in stores):
+            rounded.copy(slice(source * size, (source + 1) * size), slice(target * size, (target + 1) * size))
 
     def copy_sequence(self, source: int, target: int) -> None:
         """Let row ``target`` go on from where row ``source`` is; its pages are the caller's affair."""

@@ -61,8 +61,13 @@ class LatentAttention(nn.Module):
             (stored_SM,) = cache.write(self.layer, torch.cat((latent_TL, k_T1R[:, 0]), -1))
             if not layout.fresh:
                 return self.out(self._over_cache(q_THN, q_THR, stored_SM, layout).flatten(-2))
+            latent_TL, k_T1R = self._split(stored_SM)
         o_THV = self._expanded(q_THN, q_THR, latent_TL, k_T1R, layout, recompute_core=recompute_core)
         return self.out(o_THV.flatten(-2))
+
+    def _split(self, kept_SM: Tensor) -> tuple[Tensor, Tensor]:
+        latent_SL, k_SR = kept_SM.split((self.spec.latent_dim, self.spec.rope_dim), dim=-1)
+        return latent_SL, k_SR[:, None]
 
     def _expanded(
         self,
@@ -90,10 +95,9 @@ class LatentAttention(nn.Module):
         """Attention over the latents themselves: ``kv_up`` moves to the queries and to the outputs (section 2.1.2)."""
         spec = self.spec
         if spec.kv_up.rewrite is not None or spec.kv_up.bias:
-            assert layout.ranges is not None
-            seen_SM = kernels.gather(stored_SM, layout.ranges)
-            latent_SL, k_SR = seen_SM.split((spec.latent_dim, spec.rope_dim), dim=-1)
-            return self._expanded(q_THN, q_THR, latent_SL, k_SR[:, None], replace(layout, ranges=None))
+            if layout.ranges is not None:
+                stored_SM, layout = kernels.gather(stored_SM, layout.ranges), replace(layout, ranges=None)
+            return self._expanded(q_THN, q_THR, *self._split(stored_SM), layout)
         up_HKL = self.kv_up.weight.unflatten(0, (spec.num_heads, -1))
         k_HNL, v_HVL = up_HKL.split((spec.nope_dim, spec.v_dim), dim=1)
         q_HTL = torch.bmm(q_THN.transpose(0, 1), k_HNL)

@@ -83,7 +83,7 @@ def lower(model: Decoder, precision: str, *, threads: int = 1) -> tuple[Program,
         rotations=tuple(low.rotations),
         cache=tuple(_cache_dims(layer.attention) for layer in spec.layers),
         states=tuple(low.states),
-        stored="fp32" if precision == "fp32" else "bf16",
+        stored="fp32" if precision in ("fp32", "fp16") else "bf16",
         arena_bytes=arena.size,
     )
     return program, arena

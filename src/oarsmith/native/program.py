@@ -10,7 +10,7 @@ from typing import Literal
 
 from oarsmith.models.facts import ModelFacts
 
-FORMATS = ("fp32", "bf16", "int8", "int4")
+FORMATS = ("fp32", "bf16", "int8", "int4", "fp16")
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu", "sigmoid", "cap")
 KINDS = ("embed", "norm", "linear", "attend", "heads", "join", "experts")
 INTO = ("store", "add", "gated")
@@ -178,7 +178,10 @@ class Program:
     stored: Literal["fp32", "bf16"]
     arena_bytes: int
 
-    def page_bytes(self, page_size: int) -> int:
-        """Memory of a page of the cache."""
-        numbers = sum(heads * (key + value) for heads, key, value in self.cache)
-        return numbers * page_size * (4 if self.stored == "fp32" else 2)
+    def page_bytes(self, page_size: int, *, rounded: bool = False) -> int:
+        """Memory of a page of the cache; ``rounded``: in 8 bits, as cpp/rounded.h has them."""
+        if not rounded:
+            numbers = sum(heads * (key + value) for heads, key, value in self.cache)
+            return numbers * page_size * (4 if self.stored == "fp32" else 2)
+        each = ((heads, -(-key // 32), -(-value // 32), value) for heads, key, value in self.cache)
+        return page_size * sum(heads * (34 * of_key + 2 * of_value + value) for heads, of_key, of_value, value in each)

@@ -29,6 +29,7 @@ class Step:
         threads: that work on a step together.
         num_sequences: rows of the cache; parts name theirs.
         page_size: tokens of a page, a multiple of 16.
+        rounded_cache: keep keys and values in 8 bits.
 
     Raises:
         OarsmithError: there is not enough memory.
@@ -36,7 +37,15 @@ class Step:
     """
 
     def __init__(
-        self, program: Program, arena: Arena, *, threads: int, num_pages: int, page_size: int, num_sequences: int
+        self,
+        program: Program,
+        arena: Arena,
+        *,
+        threads: int,
+        num_pages: int,
+        page_size: int,
+        num_sequences: int,
+        rounded_cache: bool = False,
     ) -> None:
         assert page_size % 16 == 0, page_size
         self.program = program
@@ -63,6 +72,7 @@ class Step:
             num_layers=len(program.cache),
             cache_dims=structs.cache_dims,
             stored=_STORED[program.stored],
+            rounded=rounded_cache,
             num_pages=num_pages,
             page_size=page_size,
             num_states=len(program.states),

@@ -131,6 +131,7 @@ class StepSpec(ctypes.Structure):
         ("num_layers", c_int64),
         ("cache_dims", POINTER(c_int64)),
         ("stored", c_int32),
+        ("rounded", c_int32),
         ("num_pages", c_int64),
         ("page_size", c_int64),
         ("num_states", c_int64),

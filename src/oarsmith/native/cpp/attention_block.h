@@ -28,7 +28,7 @@ class AttentionScratch {
     total.resize(queries);
   }
   std::vector<float> scores, sums, query, largest, total;
-  std::vector<uint8_t> values;
+  std::vector<uint8_t> values, unrounded;
 };
 
 template <Stored S>
@@ -72,12 +72,12 @@ class AttentionBlock {
     for (int64_t start = first, stop; start <= last; start = stop) {
       stop = std::min(start + CHUNK, last + 1);
       in_pages(start, stop, [&](int64_t from, int64_t to, int64_t page, int64_t offset) {
-        const uint8_t* keys = cache_.keys(layer_, page, kv) + offset * spec_.key_dim * stored_bytes(S);
+        const uint8_t* keys = cache_.keys<S>(layer_, page, kv, offset, to - from, scratch_.unrounded);
         score(keys, from - start, to - from, tiles);
       });
       weigh(start, stop);
       in_pages(start, stop, [&](int64_t from, int64_t to, int64_t page, int64_t offset) {
-        const uint8_t* values = cache_.values(layer_, page, kv) + offset * spec_.value_dim * stored_bytes(S);
+        const uint8_t* values = cache_.values<S>(layer_, page, kv, offset, to - from, scratch_.unrounded);
         add(values, from - start, to - from, tiles);
       });
     }

@@ -3,6 +3,7 @@
 // Keys lie in groups of 16 positions, interleaved so that a line of 64 bytes is one entry (or a pair of bf16 entries)
 // of all 16: a query's product with 16 keys is then the same loop as a matrix product. Values lie position by position
 // in fp32; in bf16 two positions are interleaved entry by entry, so that sums over positions take two at a time.
+// In 8 bits they lie otherwise (rounded.h), and are brought into this form when they are read.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -10,11 +11,7 @@
 #include <vector>
 
 #include "memory.h"
-#include "vec.h"
-
-enum class Stored : int32_t { F32 = 0, BF16 = 1 };
-
-static inline int64_t stored_bytes(Stored stored) { return stored == Stored::F32 ? 4 : 2; }
+#include "rounded.h"
 
 struct CacheLayer {
   int64_t kv_heads, key_dim, value_dim;
@@ -24,12 +21,16 @@ struct CacheLayer {
 class Cache {
  public:
   // dims: kv heads, key dim and value dim of each layer; dims are multiples of 16, as is the page size in positions.
-  Cache(Stored stored, int64_t layers, const int64_t* dims, int64_t pages, int64_t page_size)
-      : stored(stored), page_size(page_size) {
+  // `rounded`: to 8 bits.
+  Cache(Stored stored, bool rounded, int64_t layers, const int64_t* dims, int64_t pages, int64_t page_size)
+      : stored(stored), page_size(page_size), rounded_(rounded) {
     for (int64_t i = 0; i < layers; ++i) {
       const int64_t heads = dims[3 * i], key_dim = dims[3 * i + 1], value_dim = dims[3 * i + 2];
-      const int64_t key_bytes = page_size * key_dim * stored_bytes(stored);
-      const int64_t head_bytes = key_bytes + page_size * value_dim * stored_bytes(stored);
+      const int64_t key_bytes =
+          rounded ? RoundedKeys::bytes(key_dim, page_size) : page_size * key_dim * stored_bytes(stored);
+      const int64_t value_bytes =
+          rounded ? RoundedValues::bytes(value_dim, page_size) : page_size * value_dim * stored_bytes(stored);
+      const int64_t head_bytes = key_bytes + value_bytes;
       layers_.push_back({heads, key_dim, value_dim, page_bytes_, key_bytes, head_bytes});
       page_bytes_ += heads * head_bytes;
     }
@@ -39,11 +40,24 @@ class Cache {
 
   const CacheLayer& layer(int64_t index) const { return layers_[index]; }
 
-  uint8_t* keys(const CacheLayer& layer, int64_t page, int64_t head) const {
-    return memory_.data() + page * page_bytes_ + layer.offset + head * layer.head_bytes;
+  // Keys of a page's positions from `first` on, a multiple of 16; rounded ones are brought into `room` first.
+  template <Stored S>
+  const uint8_t* keys(const CacheLayer& layer, int64_t page, int64_t head, int64_t first, int64_t count,
+                      std::vector<uint8_t>& room) const {
+    uint8_t* start = head_start(layer, page, head);
+    if (!rounded_) return start + first * layer.key_dim * stored_bytes(S);
+    room.resize(std::max<size_t>(room.size(), page_size * layer.key_dim * stored_bytes(S)));
+    RoundedKeys(start, layer.key_dim, page_size).get<S>(first, count, room.data());
+    return room.data();
   }
-  uint8_t* values(const CacheLayer& layer, int64_t page, int64_t head) const {
-    return keys(layer, page, head) + layer.key_bytes;
+  template <Stored S>
+  const uint8_t* values(const CacheLayer& layer, int64_t page, int64_t head, int64_t first, int64_t count,
+                        std::vector<uint8_t>& room) const {
+    uint8_t* start = head_start(layer, page, head) + layer.key_bytes;
+    if (!rounded_) return start + first * layer.value_dim * stored_bytes(S);
+    room.resize(std::max<size_t>(room.size(), page_size * layer.value_dim * stored_bytes(S)));
+    RoundedValues(start, layer.value_dim, page_size).get<S>(first, count, room.data());
+    return room.data();
   }
 
   void copy_page(int64_t source, int64_t target) const {
@@ -55,21 +69,27 @@ class Cache {
   void put(const CacheLayer& layer, int64_t page, int64_t head, int64_t position, const float* key, const float* value,
            bool last) const {
     const int64_t group = position / 16 * 16 * layer.key_dim, place = position % 16;
+    uint8_t *keys = head_start(layer, page, head), *values = keys + layer.key_bytes;
+    if (rounded_) {
+      RoundedKeys(keys, layer.key_dim, page_size).put(position, key);
+      RoundedValues(values, layer.value_dim, page_size).put(position, value, last);
+      return;
+    }
     if (stored == Stored::F32) {
-      float* k = reinterpret_cast<float*>(keys(layer, page, head)) + group + place;
+      float* k = reinterpret_cast<float*>(keys) + group + place;
       for (int64_t i = 0; i < layer.key_dim; ++i) k[16 * i] = key[i];
-      float* v = reinterpret_cast<float*>(values(layer, page, head)) + position * layer.value_dim;
+      float* v = reinterpret_cast<float*>(values) + position * layer.value_dim;
       std::memcpy(v, value, 4 * layer.value_dim);
       return;
     }
-    uint16_t* k = reinterpret_cast<uint16_t*>(keys(layer, page, head)) + group + 2 * place;
+    uint16_t* k = reinterpret_cast<uint16_t*>(keys) + group + 2 * place;
     for (int64_t i = 0; i < layer.key_dim; i += 16) {
       uint16_t rounded[16];
       to_bf16(load16(key + i), rounded);
       for (int64_t j = 0; j < 16; j += 2) std::memcpy(k + 16 * (i + j), rounded + j, 4);
     }
     const int64_t odd = position % 2;
-    uint16_t* v = reinterpret_cast<uint16_t*>(values(layer, page, head)) + (position - odd) * layer.value_dim + odd;
+    uint16_t* v = reinterpret_cast<uint16_t*>(values) + (position - odd) * layer.value_dim + odd;
     for (int64_t i = 0; i < layer.value_dim; i += 16) {
       uint16_t rounded[16];
       to_bf16(load16(value + i), rounded);
@@ -83,6 +103,11 @@ class Cache {
   const int64_t page_size;
 
  private:
+  uint8_t* head_start(const CacheLayer& layer, int64_t page, int64_t head) const {
+    return memory_.data() + page * page_bytes_ + layer.offset + head * layer.head_bytes;
+  }
+
+  const bool rounded_;
   std::vector<CacheLayer> layers_;
   int64_t page_bytes_ = 0;
   Memory memory_;

@@ -3,6 +3,7 @@
 //
 //   F32    a line is 1 column
 //   BF16   a line is 2 columns: r0c0 r0c1 r1c0 r1c1 ...
+//   F16    a line is 2 columns, one after the other: r0c0 r1c0 ... r0c1 r1c1 ...
 //   INT8   a line is 4 columns: r0c0 r0c1 r0c2 r0c3 r1c0 ...; a byte b stands for (b - 128) * scale
 //   INT4   a line is 8 columns: as INT8 with column c in the low and c + 4 in the high half of a byte, each of which
 //          stands for b * scale + low; with a negative scale, low is the highest
@@ -13,7 +14,7 @@
 #pragma once
 #include "vec.h"
 
-enum Format : int32_t { F32, BF16, INT8, INT4 };
+enum Format : int32_t { F32, BF16, INT8, INT4, F16 };
 
 static constexpr int64_t BLOCK = 16, PAIR = 32, GROUP = 32, LINE = 64;
 
@@ -23,7 +24,8 @@ static inline int64_t block_bytes(Format format, int64_t columns) {
   const int64_t groups = padded(columns) / GROUP;
   switch (format) {
     case F32: return groups * GROUP * LINE;
-    case BF16: return groups * GROUP / 2 * LINE;
+    case BF16:
+    case F16: return groups * GROUP / 2 * LINE;
     case INT8: return (groups + 1) / 2 * LINE + groups * 8 * LINE;
     case INT4: return groups * 5 * LINE;
   }

@@ -28,7 +28,7 @@ template <Format FORMAT>
 void multiply_format(const Matrix& matrix, const Inputs& inputs, int64_t rows, int64_t first_pair, int64_t last_pair,
                      const Receiver& out) {
 #ifdef HAS_TILES
-  if constexpr (FORMAT != F32)
+  if constexpr (FORMAT != F32 && FORMAT != F16)
     if (inputs.for_tiles()) {
       const Tiles tiles;
       if (rows <= 16) return multiply_few_rows<FORMAT, 1>(matrix, inputs, rows, first_pair, last_pair, out);
@@ -47,6 +47,7 @@ void multiply_pairs(const Matrix& matrix, const Inputs& inputs, int64_t rows, in
   switch (matrix.format) {
     case F32: return multiply_format<F32>(matrix, inputs, rows, first_pair, last_pair, out);
     case BF16: return multiply_format<BF16>(matrix, inputs, rows, first_pair, last_pair, out);
+    case F16: return multiply_format<F16>(matrix, inputs, rows, first_pair, last_pair, out);
     case INT8: return multiply_format<INT8>(matrix, inputs, rows, first_pair, last_pair, out);
     case INT4: return multiply_format<INT4>(matrix, inputs, rows, first_pair, last_pair, out);
   }

@@ -31,8 +31,8 @@ struct Source {
   }
 };
 
-// Writes row r of a group. What is not finite makes the scale NaN, and so the output.
-static inline void pack_int8(const float* w, int r, uint8_t* scales, uint8_t* lines) {
+// A group's bytes, of which 128 is 0; returns the fp16 scale. What is not finite makes that NaN, and so the output.
+static inline uint16_t round_int8(const float* w, uint8_t* bytes) {
   const vec16 a = load16(w), b = load16(w + 16);
   const float top = largest16(a, b);
   const bool finite = top < INFINITY;
@@ -41,9 +41,15 @@ static inline void pack_int8(const float* w, int r, uint8_t* scales, uint8_t* li
   const auto whole = [&](const vec16& x) {
     return round16(min16(max16(x * inverse, all16(-127.0f)), all16(127.0f))) + 128;
   };
-  uint8_t bytes[GROUP];
   store_bytes16(bytes, whole(a));
   store_bytes16(bytes + 16, whole(b));
+  return half;
+}
+
+// Writes row r of a group.
+static inline void pack_int8(const float* w, int r, uint8_t* scales, uint8_t* lines) {
+  uint8_t bytes[GROUP];
+  const uint16_t half = round_int8(w, bytes);
   std::memcpy(scales + 2 * r, &half, 2);
   for (int i = 0; i < 8; ++i) std::memcpy(lines + i * LINE + 4 * r, bytes + 4 * i, 4);
 }
@@ -99,6 +105,12 @@ static inline void pack_row(Format format, const float* w, int64_t wide, int r, 
       uint16_t halves[16];
       to_bf16(load16(w + c), halves);
       for (int64_t p = 0; p < 8; ++p) std::memcpy(block + (c / 2 + p) * LINE + 4 * r, halves + 2 * p, 4);
+    }
+  } else if (format == F16) {
+    for (int64_t c = 0; c < wide; c += 16) {
+      uint16_t halves[16];
+      to_fp16(load16(w + c), halves);
+      for (int64_t i = 0; i < 16; ++i) std::memcpy(block + (c + i) * 32 + 2 * r, halves + i, 2);
     }
   } else {
     for (int64_t g = 0; g < wide / GROUP; ++g) {
@@ -156,6 +168,8 @@ static inline void unpack_row(const Matrix& matrix, int64_t row, float* out) {
       uint16_t bits;
       std::memcpy(&bits, block + c / 2 * LINE + 4 * r + c % 2 * 2, 2);
       out[c] = from_bf16(bits);
+    } else if (matrix.format == F16) {
+      out[c] = half(block + c * 32);
     } else if (matrix.format == INT8) {
       const int q = block[int8_lines(g) + in / 4 * LINE + 4 * r + in % 4] - 128;
       out[c] = static_cast<float>(q) * half(block + int8_scales(g));

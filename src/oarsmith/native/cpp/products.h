@@ -39,7 +39,7 @@ struct Registers {
     return out;
   }
 
-  // fp32 inputs with weights of fp32 or bf16.
+  // fp32 inputs with weights of fp32, bf16 or fp16.
   ALWAYS_INLINE void add_floats(int64_t g) {
     constexpr int COLUMNS = FORMAT == F32 ? 1 : 2, LINES = 32 / COLUMNS;
     const uint8_t* x = inputs + g * R * 128;
@@ -48,11 +48,18 @@ struct Registers {
       ivec16 lines[B];
       for (int b = 0; b < B; ++b) lines[b] = load_line(blocks[b] + (g * LINES + i) * LINE);
 #pragma GCC unroll 2
-      for (int c = 0; c < COLUMNS; ++c)
+      for (int c = 0; c < COLUMNS; ++c) {
+        vec16 weights[B];
+        for (int b = 0; b < B; ++b)
+          if constexpr (FORMAT == F16)
+            weights[b] = load_halves(blocks[b] + (g * LINES + i) * LINE + 32 * c);
+          else
+            weights[b] = column<FORMAT>(lines[b], c);
         for (int r = 0; r < R; ++r) {
           const vec16 one = all16(input<float>(x + r * 128 + 4 * c));
-          for (int b = 0; b < B; ++b) sums[r][b] = fma16(column<FORMAT>(lines[b], c), one, sums[r][b]);
+          for (int b = 0; b < B; ++b) sums[r][b] = fma16(weights[b], one, sums[r][b]);
         }
+      }
     }
   }
 
@@ -112,7 +119,7 @@ struct Registers {
   }
 
   ALWAYS_INLINE void fetch_group_ahead(int64_t g) const {
-    constexpr int64_t LINES = FORMAT == F32 ? 32 : FORMAT == BF16 ? 16 : FORMAT == INT8 ? 8 : 5;
+    constexpr int64_t LINES = FORMAT == F32 ? 32 : FORMAT == BF16 || FORMAT == F16 ? 16 : FORMAT == INT8 ? 8 : 5;
     for (int b = 0; b < B; ++b) {
       const uint8_t* first = FORMAT == INT8 ? lines_of(b, g) : blocks[b] + g * LINES * LINE;
 #pragma GCC unroll 32
@@ -132,7 +139,7 @@ struct Registers {
         if (later.lines_a_group == 0) fetch_group_ahead(g);
       if constexpr (FORMAT == BF16 && DOTS_OF_HALVES)
         add_halves(g);
-      else if constexpr (FORMAT == F32 || FORMAT == BF16)
+      else if constexpr (FORMAT == F32 || FORMAT == BF16 || FORMAT == F16)
         add_floats(g);
       else if constexpr (DOTS_OF_BYTES)
         add_bytes(g);
