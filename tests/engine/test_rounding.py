@@ -20,7 +20,8 @@ from oarsmith.native.weights import Weights
 @pytest.mark.parametrize("size", [32, 64, 50, 33])
 def test_packed_weights(weights: str, size: int) -> None:
     weight_OI = torch.randn(64, size) * torch.logspace(-3, 1, 64)[:, None]
-    weight_OI[3], weight_OI[4] = 0.0, 1.25
+    weight_OI[3], weight_OI[4], weight_OI[5], weight_OI[6] = 0.0, 1.25, weight_OI[5].abs() + 1, -weight_OI[6].abs()
+    weight_OI[7] = torch.randint(-8, 6, (size,)) * 0.0123
     try:
         packing = Weights(1)
     except BuildError as error:
@@ -34,6 +35,17 @@ def test_packed_weights(weights: str, size: int) -> None:
         place = arena.address + matrix.offset
         unpack(FORMATS.index(weights), place, 64, size, row, found_OI[row].data_ptr())
     torch.testing.assert_close(rounded(weight_OI, weights), found_OI, rtol=1e-6, atol=0)
+
+
+def test_zero_stays_zero() -> None:
+    """Where inputs are always large and weights near zero, half a step of error would be far too much."""
+    weight_OI = torch.randn(64, 64) * 3
+    weight_OI[:, ::5] = 0.0
+    found_OI = rounded(weight_OI, "int4")
+    step_OG = weight_OI.unflatten(-1, (-1, 32)).amax(-1) - weight_OI.unflatten(-1, (-1, 32)).amin(-1)
+    error_OG = found_OI[:, ::5].abs().amax(-1) / step_OG.amin(-1)
+    assert float(error_OG.max()) < 1e-3
+    assert float((found_OI - weight_OI).abs().max()) < float(step_OG.max()) / 15 * 0.6
 
 
 @torch.no_grad()

@@ -54,8 +54,8 @@ static inline void pack_int8(const float* w, int r, uint8_t* scales, uint8_t* li
   for (int i = 0; i < 8; ++i) std::memcpy(lines + i * LINE + 4 * r, bytes + 4 * i, 4);
 }
 
-// How many steps lie between the ends of a group: 15, or fewer if with them all numbers are whole steps. So it is with
-// weights that had 4 bits before and do not use them all, such as GGUF's Q4_0.
+// How many steps lie between the ends of a group such that all numbers are whole steps: so it is with weights that had 4
+// bits before, fewer than 15 where they did not use them all, such as GGUF's Q4_0. 0: they are no such numbers.
 static inline int steps_between(const vec16& a, const vec16& b, float low, float other) {
   for (int steps = 15; steps >= 8; --steps) {
     const float inverse = static_cast<float>(steps) / (other - low);
@@ -65,29 +65,44 @@ static inline int steps_between(const vec16& a, const vec16& b, float low, float
     };
     if (largest16(off(a), off(b)) < 0.05f) return steps;  // bf16 has lost a little of a weight
   }
-  return 15;
+  return 0;
+}
+
+// A group's fp16 scale and low. Weights that had 4 bits before are kept as they are. Others get a low that is a multiple
+// of the scale, so that zero is one of the numbers: near-zero weights of inputs that are always large stay near zero.
+struct Int4Range {
+  uint16_t scale, low;
+};
+
+static inline Int4Range int4_range(const vec16& a, const vec16& b) {
+  const float top = max_of16(max16(a, b)), bottom = -max_of16(max16(-a, -b));
+  if (!(largest16(a, b) < INFINITY)) return {to_fp16(NAN), to_fp16(bottom)};
+  // Where fp16 holds only the upper end, steps go down from there: the scale is negative.
+  const auto exact = [](float x) { return from_fp16(to_fp16(x)) == x; };
+  const bool down = exact(top) && !exact(bottom);
+  const uint16_t end = to_fp16(down ? top : bottom);
+  const float low = from_fp16(end), range = down ? bottom - top : std::max(0.0f, top - low);
+  const int steps = range == 0 ? 15 : steps_between(a, b, low, low + range);
+  if (steps != 0) return {to_fp16(range / static_cast<float>(steps)), end};
+  const uint16_t half = to_fp16((top - bottom) / 15.0f);
+  const float scale = from_fp16(half);
+  if (bottom >= 0 || top <= 0 || scale == 0) return {to_fp16((top - from_fp16(to_fp16(bottom))) / 15.0f), to_fp16(bottom)};
+  return {half, to_fp16(std::nearbyint(bottom / scale) * scale)};
 }
 
 static inline void pack_int4(const float* w, int r, uint8_t* scales, uint8_t* lows, uint8_t* lines) {
   const vec16 a = load16(w), b = load16(w + 16);
-  const bool finite = largest16(a, b) < INFINITY;
-  const float top = max_of16(max16(a, b)), bottom = -max_of16(max16(-a, -b));
-  // Where fp16 holds only the upper end, steps go down from there: the scale is negative.
-  const auto exact = [](float x) { return from_fp16(to_fp16(x)) == x; };
-  const bool down = exact(top) && !exact(bottom);
-  const uint16_t low_half = to_fp16(down ? top : bottom);
-  const float low = from_fp16(low_half), range = down ? bottom - top : std::max(0.0f, top - low);
-  const int steps = finite && range != 0 ? steps_between(a, b, low, low + range) : 15;
-  const uint16_t half = to_fp16(finite ? range / static_cast<float>(steps) : NAN);
-  const float scale = from_fp16(half), inverse = std::abs(scale) > 0 ? 1.0f / scale : 0.0f;
+  const Int4Range range = int4_range(a, b);
+  const float low = from_fp16(range.low), scale = from_fp16(range.scale);
+  const float inverse = std::abs(scale) > 0 ? 1.0f / scale : 0.0f;
   const auto whole = [&](const vec16& x) {
     return round16(min16(max16((x - low) * inverse, zero16()), all16(15.0f)));
   };
   uint8_t bytes[GROUP];
   store_bytes16(bytes, whole(a));
   store_bytes16(bytes + 16, whole(b));
-  std::memcpy(scales + 2 * r, &half, 2);
-  std::memcpy(lows + 2 * r, &low_half, 2);
+  std::memcpy(scales + 2 * r, &range.scale, 2);
+  std::memcpy(lows + 2 * r, &range.low, 2);
   for (int i = 0; i < 4; ++i) {
     uint32_t four[2];
     std::memcpy(four, bytes + 8 * i, 8);
