@@ -1,0 +1,1 @@
+"""A model as a service: HTTP, gRPC and a page, over one engine."""

@@ -1,0 +1,135 @@
+"""What every protocol of the server shares: the engine's worker, the names of its models, limits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import anyio.to_thread
+
+from oarsmith.engine import Sampling
+from oarsmith.engine.intake import Prompt
+from oarsmith.errors import OarsmithError
+from oarsmith.serve.errors import ApiError, from_oarsmith, invalid
+from oarsmith.serve.worker import Answer, Worker
+from oarsmith.text import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one request may ask for.
+
+    Args:
+        max_prompt_tokens: of a prompt; None: what the context has room for.
+        max_new_tokens: of an answer, also where the client names no limit.
+        max_answers: answers to one prompt (n, best_of, num_beams), and prompts of one request together.
+        seconds: from when a request came until its answer is given up.
+    """
+
+    max_prompt_tokens: int | None = None
+    max_new_tokens: int = 4096
+    max_answers: int = 16
+    seconds: float = 600.0
+
+
+@dataclass
+class Service:
+    """One model behind a server.
+
+    Args:
+        name: of the model itself.
+        adapters: names of models that are the same with a LoRA adapter.
+    """
+
+    worker: Worker
+    name: str
+    adapters: Sequence[str] = ()
+    limits: Limits = field(default_factory=Limits)
+    started: float = field(default_factory=time.time)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        tokenizer = self.worker.engine.tokenizer
+        assert tokenizer is not None
+        return tokenizer
+
+    @property
+    def model_names(self) -> list[str]:
+        return [self.name, *self.adapters]
+
+    def adapter_of(self, model: str | None) -> str | None:
+        """The adapter that a model's name stands for; None: the model itself, also where no name is given.
+
+        Raises:
+            ApiError: there is no such model.
+        """
+        if model is None or model in ("", self.name):
+            return None
+        if model in self.adapters:
+            return model
+        names = ", ".join(self.model_names)
+        raise invalid(
+            f"there is no model {model[:100]!r}; there is {names}", "model", code="model_not_found", status=404
+        )
+
+    async def encode(
+        self, prompt: Prompt, *, tools: Sequence[Any] | None = None, param: str | None = None, **variables: Any
+    ) -> list[int]:
+        """Ids of a prompt (see ``Engine.encode``), checked.
+
+        Raises:
+            ApiError: it cannot be answered.
+        """
+        engine = self.worker.engine
+
+        def run() -> list[int]:
+            return engine.encode(prompt, tools=tools, **variables)
+
+        try:
+            ids = await anyio.to_thread.run_sync(run)
+        except OarsmithError as error:
+            raise replace_param(from_oarsmith(error), param) from error
+        most = self.limits.max_prompt_tokens
+        if most is not None and len(ids) > most:
+            raise invalid(f"the prompt has {len(ids)} tokens, more than the {most} that this server takes", param)
+        return ids
+
+    def ask(self, ids: list[int], sampling: Sampling, *, adapter: str | None = None, priority: int = 0) -> Answer:
+        """Let a prompt wait for its turn. Whoever asks closes the answer.
+
+        Raises:
+            ApiError: too many wait, or the server is ending, or more answers are asked for than may be.
+        """
+        if sampling.num_samples > self.limits.max_answers:
+            most = self.limits.max_answers
+            raise invalid(f"{sampling.num_samples} answers to one prompt; this server gives at most {most}", "n")
+        try:
+            return self.worker.submit(ids, sampling, adapter=adapter, priority=priority)
+        except OarsmithError as error:
+            raise from_oarsmith(error) from error
+
+    def sampling(self, **values: Any) -> Sampling:
+        """The sampling with these values, its length held to the limit.
+
+        Raises:
+            ApiError: a value that cannot be.
+        """
+        most = self.limits.max_new_tokens
+        wanted = values.pop("max_new_tokens", None)
+        if wanted is not None and wanted > most:
+            raise invalid(f"{wanted} tokens are asked for; this server gives at most {most}", "max_tokens")
+        try:
+            return Sampling(max_new_tokens=most if wanted is None else wanted, **values)
+        except OarsmithError as error:
+            raise from_oarsmith(error) from error
+
+    def describe(self) -> Mapping[str, object]:
+        """For the start's log."""
+        return {"models": self.model_names, "computed by": self.worker.engine.how}
+
+
+def replace_param(error: ApiError, param: str | None) -> ApiError:
+    """The same error about another field."""
+    return error if param is None else replace(error, param=param)

@@ -1,0 +1,255 @@
+"""An engine on a thread of its own, and answers for an asyncio loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from oarsmith.engine import Engine, Sampling
+from oarsmith.engine.request import Completion
+from oarsmith.engine.ticket import Output
+from oarsmith.errors import OarsmithError
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+class BusyError(OarsmithError):
+    """As many requests wait as may."""
+
+
+class ClosedError(OarsmithError):
+    """The service is ending, or its engine has died."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine has to do: requests it works on and those that wait, and pages of its cache."""
+
+    running: int = 0
+    waiting: int = 0
+    free_pages: int = 0
+    num_pages: int = 0
+
+
+class Answer:
+    """A request that the worker took. Iterate over its outputs; the last one has the completion or the error.
+
+    An answer that nobody wants any more has to be closed: then it leaves the engine and its pages are free.
+    """
+
+    def __init__(self, worker: Worker, id: str) -> None:
+        self.id = id
+        self._worker = worker
+        self._outputs = asyncio.Queue[Output]()
+        self._done = False
+
+    def tell(self, output: Output) -> None:
+        """Something new; on the loop's thread."""
+        self._outputs.put_nowait(output)
+
+    async def __aiter__(self) -> AsyncIterator[Output]:
+        while not self._done:
+            output = await self._outputs.get()
+            self._done = output.completion is not None or output.error is not None
+            yield output
+
+    async def completion(self) -> Completion:
+        """The whole answer.
+
+        Raises:
+            OarsmithError: there is none.
+        """
+        async for output in self:
+            if output.error is not None:
+                raise output.error
+            if output.completion is not None:
+                return output.completion
+        raise AssertionError(self.id)
+
+    def close(self) -> None:
+        """Give it up, if it is not finished. May be called again."""
+        self._done = True
+        self._worker.forget(self)
+
+
+class Worker:
+    """Runs an engine. Everything but the engine's steps happens on the loop's thread.
+
+    Args:
+        max_waiting: requests that may wait beside those that the engine works on.
+    """
+
+    def __init__(self, engine: Engine, *, max_waiting: int) -> None:
+        self.engine = engine
+        self.load = Load()
+        self._most = engine.batch_size + max_waiting
+        self._commands = queue.SimpleQueue[Callable[[], None]]()
+        self._open: dict[str, Answer] = {}
+        self._closing = False
+        self._num_orders = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin; from within the loop that will ask."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine can still answer."""
+        return self._thread.is_alive()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a new request would be taken."""
+        return self.alive and not self._closing and len(self._open) < self._most
+
+    @property
+    def num_open(self) -> int:
+        """Requests that are not finished."""
+        return len(self._open)
+
+    def submit(
+        self, ids: list[int], sampling: Sampling, *, adapter: str | None = None, priority: int = 0, copies: int = 1
+    ) -> Answer:
+        """Let a checked prompt (``Engine.encode``) wait for its turn.
+
+        Args:
+            copies: how many of the places in the queue it takes.
+
+        Raises:
+            BusyError: too many wait already.
+            ClosedError: the service is ending.
+        """
+        if self._closing or not self.alive:
+            raise ClosedError("the service is ending", fix="ask another one")
+        if len(self._open) + copies > self._most:
+            raise BusyError(f"{len(self._open)} requests are open, as many as may be", fix="try again in a moment")
+        self._num_orders += 1
+        answer = Answer(self, f"order {self._num_orders}")
+        self._open[answer.id] = answer
+
+        def add() -> None:
+            try:
+                self.engine.add(ids, sampling, id=answer.id, adapter=adapter, priority=priority)
+            except OarsmithError as error:
+                self._tell([Output(answer.id, 0, None, error=error)])
+
+        self._commands.put(add)
+        return answer
+
+    async def call(self, function: Callable[[Engine], T]) -> T:
+        """What a function gives that needs the engine between two of its steps.
+
+        Raises:
+            ClosedError: the service is ending.
+        """
+        if self._loop is None or not self.alive:
+            raise ClosedError("the service is ending", fix="ask another one")
+        found, loop = self._loop.create_future(), self._loop
+
+        def settle(set_to: Callable[[Any], None], value: Any) -> None:
+            if not found.done():
+                set_to(value)
+
+        def run() -> None:
+            try:
+                value = function(self.engine)
+            except (OarsmithError, KeyError, ValueError) as error:
+                loop.call_soon_threadsafe(settle, found.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(settle, found.set_result, value)
+
+        self._commands.put(run)
+        return await found
+
+    def forget(self, answer: Answer) -> None:
+        """Give up an answer; called by it."""
+        if self._open.pop(answer.id, None) is not None:
+            self._commands.put(lambda: void(self.engine.abort(answer.id)))
+
+    async def close(self, seconds: float) -> bool:
+        """Take nothing new, let what is open finish for as long, then give it up; whether all was answered."""
+        self._closing = True
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        while self._open and self.alive and loop.time() < until:
+            await asyncio.sleep(0.02)
+        unanswered = list(self._open.values())
+        self._fail("the service ended before the answer did")
+        self._commands.put(self._stop)
+        await asyncio.to_thread(self._thread.join, 10.0)
+        return not unanswered
+
+    def _run(self) -> None:
+        try:
+            self._tell([])  # the cache is made before the first prompt comes
+            while True:
+                self._obey(wait=not self.engine.busy)
+                if self.engine.busy:
+                    self._tell(self.engine.step())
+        except _StopError:
+            pass
+        finally:
+            self._call(self._fail, "the engine has stopped")
+
+    def _obey(self, wait: bool) -> None:
+        while True:
+            try:
+                command = self._commands.get(block=wait)
+            except queue.Empty:
+                return
+            wait = False
+            command()
+
+    @staticmethod
+    def _stop() -> None:
+        raise _StopError
+
+    def _tell(self, outputs: list[Output]) -> None:
+        """From the engine's thread to the loop's, once a step."""
+        scheduler = self.engine.runner.scheduler
+        pool = scheduler.pool
+        load = Load(len(scheduler.running), len(scheduler.line), pool.num_free, pool.num_pages)
+        self._call(self._deliver, outputs, load)
+
+    def _deliver(self, outputs: list[Output], load: Load) -> None:
+        self.load = load
+        of = defaultdict[str, list[Output]](list)
+        for output in outputs:
+            of[output.id].append(output)
+        for id, own in of.items():
+            answer = self._open.get(id)
+            if answer is None:
+                continue
+            for output in own:
+                answer.tell(output)
+            if own[-1].completion is not None or own[-1].error is not None:
+                del self._open[id]
+
+    def _fail(self, why: str) -> None:
+        for id, answer in list(self._open.items()):
+            del self._open[id]
+            self._commands.put(lambda id=id: void(self.engine.abort(id)))  # type: ignore[misc]
+            answer.tell(Output(id, 0, None, error=ClosedError(why, fix="ask again")))
+
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+
+class _StopError(Exception):
+    """Ends the engine's thread."""
+
+
+def void(_: object) -> None:
+    """Drops a result."""
