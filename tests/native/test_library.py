@@ -6,6 +6,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,34 @@ def test_a_library_built_before_needs_no_compiler(monkeypatch: pytest.MonkeyPatc
         assert loaded.native_block_bytes(1, ctypes.c_int64(64)) == 64 * 16 * 2
     finally:
         library.load_level.cache_clear()
+
+
+@pytest.mark.slow
+def test_a_wheel_with_libraries(tmp_path: Path) -> None:
+    """Not for another platform any more, and the checkout is as before."""
+    root, before = Path(__file__).parents[2], set(library.PREBUILT.glob("*"))
+    if not library.portable_levels():
+        pytest.skip("this processor's libraries are for the CPU at hand")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        ".",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+    ]
+    name = library.levels()[-1]
+    subprocess.run(command, cwd=root, env={**os.environ, "OARSMITH_PREBUILD": name}, check=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith("oarsmith-") and "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
+    with zipfile.ZipFile(wheel) as content:
+        libraries = [path for path in content.namelist() if path.endswith(".so")]
+    assert len(libraries) == 1 and libraries[0].startswith(f"oarsmith/native/lib/native-{name}-")
+    assert set(library.PREBUILT.glob("*")) == before
 
 
 def test_loading_imports_neither_torch_nor_numpy() -> None:

@@ -19,6 +19,7 @@ SOURCES = Path(__file__).parent / "cpp"
 PREBUILT = Path(__file__).parent / "lib"
 # No -ffast-math: NaN and infinity must survive so that a broken answer is noticed.
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+_X86 = {"x86_64", "AMD64"}
 _AVX512 = "avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni"
 # From the best down: what the compiler is told, and what the CPU must have.
 _LEVELS = {
@@ -37,8 +38,13 @@ _LEVELS = {
 
 def levels() -> list[str]:
     """The levels that this CPU can run, the best first."""
-    have = set(cpu_flags().split()) if platform.machine() in {"x86_64", "AMD64"} else set()
+    have = set(cpu_flags().split()) if platform.machine() in _X86 else set()
     return [level for level, (_, needs) in _LEVELS.items() if needs and set(needs.split()) <= have] or ["native"]
+
+
+def portable_levels() -> list[str]:
+    """The levels that a package for this kind of processor can carry: those that do not depend on the CPU at hand."""
+    return [level for level, (_, needs) in _LEVELS.items() if needs] if platform.machine() in _X86 else []
 
 
 def level() -> str:
