@@ -91,4 +91,5 @@ def build_runner(
     if draft is not None:
         drafter = ModelDrafter(DecoderBackend(draft, cache(draft)), draft.spec, served.facts.vocab_size)
         rules = rules.joined(CacheRules.of(draft.spec))
-    return make_runner(backend, rules, num_pages, sizes, drafter)
+    gpu = native is None and served.decoder.device.type == "cuda"
+    return make_runner(backend, rules, num_pages, sizes, drafter, gpu=gpu)

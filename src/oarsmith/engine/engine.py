@@ -56,7 +56,8 @@ class Engine:
         cache_dtype: ``int8``: keep keys and values in 8 bits, in groups of 32 with a scale each: near half the memory
             of bf16. ``auto``: in the type they are computed in.
         block_size: tokens of a page.
-        max_step_tokens: most tokens computed at once: longer prompts come in pieces, between which others go on.
+        max_step_tokens: most tokens computed at once: longer prompts come in pieces, between which others go on. Not
+            given: 512 on a CPU, 2,048 on a GPU, and no fewer than two for every answer.
         prefix_caching: prompts that begin alike share pages, also with those answered before. Families whose keys do
             not follow from the tokens before them alone never do.
         speculative: who guesses tokens that the model then checks several at a time: ``ngram``: what followed when the
@@ -86,7 +87,7 @@ class Engine:
         cache_bytes: int | None = None,
         cache_dtype: CacheDtype = "auto",
         block_size: int = 64,
-        max_step_tokens: int = 2048,
+        max_step_tokens: int | None = None,
         prefix_caching: bool = True,
         speculative: str | Path | Decoder | None = None,
         num_draft_tokens: int = 4,

@@ -28,10 +28,16 @@ class Sizes:
     num_pages: int | None
     cache_bytes: int | None
     block_size: int
-    max_step_tokens: int
+    max_step_tokens: int | None
     prefix_caching: bool
     tokens_each: int
     cache_dtype: CacheDtype = "auto"
+
+    def step_tokens(self, gpu: bool) -> int:
+        """Most tokens of a step: as is said, else so many that products are at their best and first answers soon."""
+        if self.max_step_tokens is not None:
+            return self.max_step_tokens
+        return max(2048 if gpu else 512, 2 * self.batch_size * self.tokens_each)
 
     @property
     def rounded_cache(self) -> bool:

@@ -34,13 +34,15 @@ def ngram_drafter(speculation: Speculation) -> Drafter | None:
     return NgramDrafter(speculation.ngram_min, speculation.ngram_max)
 
 
-def make_runner(backend: Backend, rules: CacheRules, num_pages: int, sizes: Sizes, drafter: Drafter | None) -> Runner:
+def make_runner(
+    backend: Backend, rules: CacheRules, num_pages: int, sizes: Sizes, drafter: Drafter | None, *, gpu: bool = False
+) -> Runner:
     """A runner with its scheduler and pages."""
     scheduler = Scheduler(
         PagePool(num_pages, sizes.block_size),
         rules,
         max_running=sizes.batch_size,
-        max_step_tokens=sizes.max_step_tokens,
+        max_step_tokens=sizes.step_tokens(gpu),
         prefixes=sizes.prefix_caching,
         followed=drafter is not None and bool(drafter.backends),
     )
