@@ -80,6 +80,28 @@ def test_every_way_to_answer(tmp_path: Path, ids_only: None) -> None:
             assert values[0] == pytest.approx(values[1], abs=1e-4)
 
 
+def test_a_model_guesses(tmp_path: Path, ids_only: None) -> None:
+    """The draft model runs on the compiled step too, in pages of the same numbers; drawn answers do not change."""
+    for name in ("other", "draft"):
+        (tmp_path / name).mkdir()
+    bench, draft = Bench("llama", ROWS["llama"], tmp_path / "other"), Bench("llama", ROWS["llama"], tmp_path / "draft")
+    plain = Engine(bench.path, compute="native", block_size=16)
+    for by in (draft.path, bench.path):
+        engine = Engine(bench.path, compute="native", block_size=16, speculative=by, batch_size=3)
+        for sampling in (
+            Sampling(max_new_tokens=30, ignore_eos=True),
+            Sampling(max_new_tokens=30, ignore_eos=True, temperature=1.0, seed=1, n=2),
+        ):
+            prompts = [bench.document(length, seed) for seed, length in enumerate((30, 9, 44, 17))]
+            found = engine.generate(prompts, sampling)
+            if sampling.greedy:
+                assert [one.ids for one in found] == [one.ids for one in plain.generate(prompts, sampling)]
+        assert isinstance(engine.runner._drafter.backends[0], NativeBackend)
+        assert engine.runner.num_accepted >= 0.99 * engine.runner.num_drafted > 100
+    pool = engine.runner.scheduler.pool
+    assert pool.num_free == pool.num_pages
+
+
 def test_a_cache_in_8_bits(tmp_path: Path, ids_only: None) -> None:
     """Half the memory of fp32's quarter and scales; prompts in chunks, prefixes that are shared, pages lost."""
     bench, plain, native = both("llama", tmp_path, cache_dtype="int8", batch_size=3, max_step_tokens=40, num_pages=9)

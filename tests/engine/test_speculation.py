@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -16,9 +17,11 @@ import oarsmith
 from oarsmith.engine import Completion, Engine, Sampling
 from oarsmith.engine.filters import draw_after
 from oarsmith.engine.pace import Pace
+from oarsmith.engine.served import Served
 from oarsmith.engine.speculation import Text
 from oarsmith.errors import ConfigError
 from oarsmith.models.decoder import Decoder
+from oarsmith.models.facts import ModelFacts
 from oarsmith.text import load_tokenizer
 from oracle_drafter import OracleDrafter
 from remote_tokenizers import FIXTURES
@@ -331,7 +334,8 @@ def test_a_draft_model_may_be_padded_otherwise(model: Decoder) -> None:
     large = tiny_decoder(seed=4, vocab_size=1200).eval()
     for size in (1120, 1280):
         engine = Engine(large, speculative="ngram")
-        engine._draft_model = tiny_decoder(seed=4, vocab_size=size).eval()
+        draft = tiny_decoder(seed=4, vocab_size=size).eval()
+        engine._draft_model = Served(ModelFacts.of(draft.spec), make=partial(lambda own: own, draft))
         same(engine.generate([[5, 1190, 7]], GREEDY), Engine(large).generate([[5, 1190, 7]], GREEDY))
         assert engine.runner.num_drafted > 0
     assert tokenizer.vocab_size < 1120

@@ -14,7 +14,7 @@ from oarsmith.engine.sampler import propose
 from oarsmith.engine.state import SamplingState
 from oarsmith.engine.step import Chunk, Step
 from oarsmith.errors import OarsmithError
-from oarsmith.models.spec import DecoderSpec
+from oarsmith.models.facts import ModelFacts
 
 
 @dataclass
@@ -39,15 +39,15 @@ class ModelDrafter:
 
     Args:
         backend: the draft model over a cache of as many rows and pages.
-        spec: the draft model's.
+        facts: the draft model's.
         vocab_size: the model's; the draft model's may be padded otherwise.
     """
 
-    def __init__(self, backend: Backend, spec: DecoderSpec, vocab_size: int) -> None:
+    def __init__(self, backend: Backend, facts: ModelFacts, vocab_size: int) -> None:
         self.backends = (backend,)
         self._backend = backend
-        self._context = spec.max_positions
-        self._own_size = spec.vocab_size
+        self._context = facts.max_positions
+        self._own_size = facts.vocab_size
         self._vocab_size = vocab_size
 
     @torch.inference_mode()

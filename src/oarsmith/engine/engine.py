@@ -116,7 +116,7 @@ class Engine:
         self.tokenizer = tokenizer
         self._served = serve(model, options, block_size)
         self.batch_size = batch_size
-        self._draft_model = open_guesser(self._served, self._speculation, self.tokenizer)
+        self._draft_model = open_guesser(self._served, self._speculation, self.tokenizer, options, block_size)
         self._intake = Intake(self._served.facts, self.tokenizer, None if speculative is None else num_draft_tokens)
         self._desk = Desk(self._intake)
         self._adapters = Adapters(self._desk)

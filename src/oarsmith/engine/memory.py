@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from oarsmith.engine.free_memory import free_memory
@@ -11,13 +9,10 @@ from oarsmith.models.count import cache_bytes
 from oarsmith.models.decoder import Decoder
 
 
-def page_bytes(models: Sequence[Decoder], block_size: int, rounded: bool = False) -> int:
+def page_bytes(model: Decoder, block_size: int, rounded: bool = False) -> int:
     """Memory of a page; ``rounded``: of a cache in 8 bits."""
-    sizes = [model.embedding.weight.element_size() for model in models]
-    return sum(
-        cache_bytes(model.spec, block_size, itemsize=size, num_sequences=0, rounded=rounded)
-        for model, size in zip(models, sizes, strict=True)
-    )
+    size = model.embedding.weight.element_size()
+    return cache_bytes(model.spec, block_size, itemsize=size, num_sequences=0, rounded=rounded)
 
 
 def free_memory_of(device: torch.device) -> int:

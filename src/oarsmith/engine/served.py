@@ -20,11 +20,12 @@ from oarsmith.engine.native_model import (
 )
 from oarsmith.engine.options import NGRAM, Speculation
 from oarsmith.errors import ConfigError, ModelError
+from oarsmith.model_path import resolve
 from oarsmith.models.facts import ModelFacts
+from oarsmith.text import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from oarsmith.models.decoder import Decoder
-    from oarsmith.text import Tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -125,19 +126,50 @@ def _native(
     return open_native(path, precision, make_decoder, adapter=options.adapter, threads=threads)
 
 
-def open_guesser(served: Served, speculation: Speculation, tokenizer: Tokenizer | None) -> Decoder | None:
-    """The model that guesses, if one does.
+_DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
+
+
+def open_guesser(
+    served: Served, speculation: Speculation, tokenizer: Tokenizer | None, options: ModelOptions, page_size: int
+) -> Served | None:
+    """The model that guesses, if one does; on the compiled step where the served one is.
+
+    Args:
+        options: how the served model was opened.
 
     Raises:
         OarsmithError: it cannot be loaded or is no match, or the served model cannot take tokens back.
     """
-    if speculation.by is None:
+    by = speculation.by
+    if by is None:
         return None
     if not served.facts.rules.revocable:
         what = "this model remembers more of a token than its keys, so guesses could not be taken back"
         raise ConfigError(what, where="speculative", fix="leave speculative out")
-    if speculation.by == NGRAM:
+    if by == NGRAM:
         return None
-    from oarsmith.engine.build import open_draft_model
+    own: Tokenizer | None = None
+    if not isinstance(by, (str, Path)):
+        if by.training:
+            raise _no_guesser("the draft model is in training mode", "take another one, in eval mode")
+        draft = Served(ModelFacts.of(by.spec), make=lambda: by)
+    else:
+        how = ModelOptions(device=options.device, num_threads=options.num_threads)
+        if served.native is None:
+            weight = served.decoder.embedding.weight
+            how = ModelOptions(dtype=_DTYPES[str(weight.dtype)], device=str(weight.device), compute="torch")
+        draft, where = serve(by, how, page_size), resolve(by)
+        own = load_tokenizer(where.base) if (where.base / "tokenizer_config.json").is_file() else None
+    if not draft.facts.rules.revocable or draft.facts.rules.reread_after is not None:
+        raise _no_guesser("a draft model of this kind cannot guess", "take another one")
+    same = draft.facts.vocab_size == served.facts.vocab_size
+    if own is not None and tokenizer is not None:
+        shared = min(own.vocab_size, tokenizer.vocab_size)
+        same = all(own.id_to_token(index) == tokenizer.id_to_token(index) for index in range(shared))
+    if not same:
+        raise _no_guesser("the draft model has another vocabulary than the model", "take one with the same tokenizer")
+    return draft
 
-    return open_draft_model(speculation.by, served.decoder, tokenizer)
+
+def _no_guesser(what: str, fix: str) -> ConfigError:
+    return ConfigError(what, where="speculative", fix=fix)

@@ -80,7 +80,7 @@ class StaticEngine(Engine):
     def runner(self) -> Runner:
         """The package and what fills it; loaded when the first prompt comes."""
         facts, free = self._served.facts, free_memory_of(torch.device(self._facts["device"]))
-        num_rows = self._sizes.pages(facts.max_positions, page_bytes([self.model], facts.max_positions), free)
+        num_rows = self._sizes.pages(facts.max_positions, page_bytes(self.model, facts.max_positions), free)
         num_rows = min(num_rows, self.batch_size)
         backend = StaticBackend(load_functions(self._folder), self._facts, num_rows, facts.max_positions)
         return make_runner(backend, facts.rules, num_rows, self._sizes, None)
