@@ -1,16 +1,27 @@
 """KServe v2 over HTTP, by Triton's own client and by hand."""
 
 import gzip
+import importlib.util
 import json
+import random
 import struct
 
 import httpx
 import numpy as np
 import pytest
+import torch
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
 from kserve_server import running
+from oarsmith.adapters.lora import LoraSegment, attach, lora_modules
+from oarsmith.adapters.peft_layout import write_adapter
+from oarsmith.adapters.targets import lora_rewrite, match_targets
+from oarsmith.checkpoint.hf import load_decoder
+from oarsmith.engine import Engine, Sampling
+from oarsmith.errors import MissingExtraError
+from oarsmith.serve import kserve
+from oarsmith.serve.kserve import require_grpc
 from oarsmith.serve.service import Limits
 
 pytestmark = pytest.mark.usefixtures("few_threads")
@@ -249,6 +260,92 @@ def test_the_index_of_the_repository(http):
     for sent in ([], {"ready": 1}):
         answer = http.post("/v2/repository/index", json=sent)
         assert (answer.status_code, "ready" in answer.json()["error"]) == (400, True)
+
+
+def mutations(text, count):
+    """Texts that a careless or hostile client might send in place of one that is right."""
+    draws = random.Random(7)
+    odd = ["null", "-1", "1e400", "[]", "{}", '""', "true", "NaN", '"\\ud800"', "9" * 400, "[" * 2000, "\0"]
+    for _ in range(count):
+        start = draws.randrange(len(text))
+        end = min(len(text), start + draws.randrange(1, 12))
+        yield text[:start] + draws.choice([*odd, "", text[start:end] * 2]) + text[end:]
+
+
+@pytest.mark.parametrize(
+    ("place", "sent"),
+    [
+        ("models/model/infer", body(data=[json.dumps([{"text": "a", "topp": 0, "max_dec_len": 3}])])),
+        ("models/model/generate", {"text_input": "a\n", "parameters": {"topp": 0, "max_dec_len": 3}, "id": "1"}),
+        ("models/model/generate_stream", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 3}),
+        ("repository/index", {"ready": True}),
+    ],
+)
+def test_malformed_bodies(http, place, sent):
+    codes = set()
+    for text in mutations(json.dumps(sent), 200):
+        answer = http.post(f"/v2/{place}", content=text.encode())
+        assert answer.status_code < 500, (text, answer.text)
+        codes.add(answer.status_code)
+        if answer.status_code >= 400:
+            assert answer.json()["error"], text
+            assert "Traceback" not in answer.text and ".py" not in answer.text
+    assert 400 in codes
+    assert http.get("/v2/health/ready").status_code == 200
+
+
+def test_the_description_of_the_routes(http):
+    paths = http.get("/openapi.json").json()["paths"]
+    fields = paths["/v2/models/{name}/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {"text", "text_input", "max_dec_len", "req_id"} <= set(fields["properties"])
+    assert "$ref" not in json.dumps(fields)
+    assert {"200", "400", "404", "429"} <= set(paths["/v2/models/{name}/infer"]["post"]["responses"])
+
+
+def make_adapter(base, folder):
+    """A random LoRA adapter."""
+    segment = LoraSegment(name="", rank=2, scale=1.0)
+    rewrite = lora_rewrite(lambda modules: dict.fromkeys(match_targets(modules, "all-linear"), segment), 0.0)
+    model = load_decoder(base, rewrite=rewrite)
+    attach(model, 1)
+    with torch.no_grad():
+        for _, module in lora_modules(model):
+            for b in module.lora_B.values():
+                b.normal_(std=20.0, generator=torch.Generator().manual_seed(1))
+    folder.mkdir()
+    write_adapter(model, folder, base=str(base), settings={"r": 2, "lora_alpha": 2.0, "lora_dropout": 0.0})
+    return folder
+
+
+def test_adapters_by_their_names(chain_model, tmp_path):
+    base = chain_model("one two three")
+    adapter = make_adapter(base, tmp_path / "adapter")
+    sampling = Sampling(max_new_tokens=8)
+    expected = Engine(base, adapter=adapter).generate([[5, 6, 7]], sampling)[0].text
+    plain = Engine(base).generate([[5, 6, 7]], sampling)[0].text
+    assert expected != plain
+    with running(base, adapters={"lora": adapter}) as server:
+        sent = {"input_ids": [5, 6, 7], "topp": 0, "max_dec_len": 8}
+        url = f"http://{server.http}/v2/models"
+
+        def said(name, **more):
+            return httpx.post(f"{url}/{name}/generate", json=sent | more, timeout=30).json()
+
+        assert said("lora")["text_output"] == said("model", model="lora")["text_output"] == expected
+        assert said("tiny")["text_output"] == said("model")["text_output"] == plain
+        assert "names another one" in said("lora", model="tiny")["error"]
+        with triton.InferenceServerClient(server.http) as client:
+            assert client.is_model_ready("lora")
+            assert native(client.infer("lora", [tensor(sent)]))["result"] == expected
+
+
+@pytest.mark.parametrize("package", ["grpc", "google.protobuf", "google"])
+def test_without_the_extra(monkeypatch, package):
+    require_grpc()
+    found = importlib.util.find_spec
+    monkeypatch.setattr(kserve, "find_spec", lambda name: None if name == package else found(name))
+    with pytest.raises(MissingExtraError, match=r"oarsmith\[grpc\]"):
+        require_grpc()
 
 
 def test_pages_are_free_again(server):

@@ -17,10 +17,14 @@ from oarsmith.serve.errors import ApiError, from_oarsmith, invalid
 from oarsmith.serve.kserve import card
 from oarsmith.serve.kserve.answer import begin, parts, while_connected, whole
 from oarsmith.serve.kserve.generate import Generate
-from oarsmith.serve.kserve.infer import HEADER_LENGTH, Infer, read_body
+from oarsmith.serve.kserve.infer import HEADER_LENGTH, Header, Infer, read_body
 from oarsmith.serve.kserve.native import NativeRequest, of_model, parse_text, prepare
+from oarsmith.serve.kserve.openapi import ANSWERS, HEALTH, RESPONSES, Error, body
 from oarsmith.serve.kserve.replies import as_json
 from oarsmith.serve.service import Service
+
+_TEXT = {"type": "string"}
+_GENERATE = body(NativeRequest, text_input=_TEXT, id=_TEXT, parameters={"type": "object"}, IN=_TEXT, stop=_TEXT)
 
 
 class _Route(APIRoute):
@@ -69,15 +73,19 @@ def _add_server(routes: APIRouter, service: Service) -> None:
     async def server() -> Any:
         return card.server()
 
-    @routes.get("/health/live", summary="Whether the engine can still answer")
+    @routes.get(
+        "/health/live", response_class=Response, responses=HEALTH, summary="Whether the engine can still answer"
+    )
     async def live() -> Response:
         return Response(status_code=200 if service.worker.alive else 503)
 
-    @routes.get("/health/ready", summary="Whether a new request would be taken")
+    @routes.get(
+        "/health/ready", response_class=Response, responses=HEALTH, summary="Whether a new request would be taken"
+    )
     async def ready() -> Response:
         return Response(status_code=200 if service.worker.ready else 503)
 
-    @routes.post("/repository/index", summary="The models that are there")
+    @routes.post("/repository/index", responses={400: {"model": Error}}, summary="The models that are there")
     async def index(request: Request) -> Any:
         data = await request.body()
         wanted = parse_text(data) if data else {}
@@ -89,17 +97,22 @@ def _add_server(routes: APIRouter, service: Service) -> None:
 def _add_models(routes: APIRouter, service: Service) -> None:
     for place in ("/models/{name}", "/models/{name}/versions/{version}"):
 
-        @routes.get(place, summary="A model's metadata")
+        @routes.get(place, responses=RESPONSES, summary="A model's metadata")
         async def metadata(name: str, version: str = "") -> Any:
             card.adapter(service, name, version)
             return card.metadata(name)
 
-        @routes.get(f"{place}/config", summary="A model's configuration")
+        @routes.get(f"{place}/config", responses=RESPONSES, summary="A model's configuration")
         async def config(name: str, version: str = "") -> Any:
             card.adapter(service, name, version)
             return card.config(name)
 
-        @routes.get(f"{place}/ready", summary="Whether a model would take a request")
+        @routes.get(
+            f"{place}/ready",
+            response_class=Response,
+            responses=RESPONSES | HEALTH,
+            summary="Whether a model would take a request",
+        )
         async def ready(name: str, version: str = "") -> Response:
             card.adapter(service, name, version)
             return Response(status_code=200 if service.worker.ready else 503)
@@ -108,7 +121,9 @@ def _add_models(routes: APIRouter, service: Service) -> None:
 def _add_answers(routes: APIRouter, service: Service) -> None:
     for place in ("/models/{name}", "/models/{name}/versions/{version}"):
 
-        @routes.post(f"{place}/infer", summary="One reply to one request")
+        @routes.post(
+            f"{place}/infer", responses=ANSWERS, openapi_extra=body(Header), summary="One reply to one request"
+        )
         async def infer(name: str, request: Request, version: str = "") -> Response:
             adapter = card.adapter(service, name, version)
             asked = Infer.read(await read_body(request), request.headers.get(HEADER_LENGTH))
@@ -118,14 +133,22 @@ def _add_answers(routes: APIRouter, service: Service) -> None:
             body, headers = asked.answer(name, reply)
             return Response(body, headers=headers)
 
-        @routes.post(f"{place}/generate", summary="One reply, without tensors")
+        @routes.post(
+            f"{place}/generate", responses=ANSWERS, openapi_extra=_GENERATE, summary="One reply, without tensors"
+        )
         async def generate(name: str, request: Request, version: str = "") -> Any:
             adapter = card.adapter(service, name, version)
             asked = Generate.read(parse_text(await read_body(request)))
             job = await prepare(service, _unstreamed(of_model(asked.native, adapter)), raw=asked.raw)
             return asked.answer(name, await while_connected(request, whole(service, job)))
 
-        @routes.post(f"{place}/generate_stream", summary="Replies as they come, without tensors")
+        @routes.post(
+            f"{place}/generate_stream",
+            response_class=StreamingResponse,
+            responses={**ANSWERS, 200: {"content": {"text/event-stream": {}}, "description": "Server-sent events"}},
+            openapi_extra=_GENERATE,
+            summary="Replies as they come, without tensors",
+        )
         async def generate_stream(name: str, request: Request, version: str = "") -> Response:
             adapter = card.adapter(service, name, version)
             asked = Generate.read(parse_text(await read_body(request)))

@@ -52,7 +52,9 @@ class _Output(BaseModel):
     parameters: _OutputParameters = _OutputParameters()
 
 
-class _Header(BaseModel):
+class Header(BaseModel):
+    """The JSON of a request."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
     id: str = ""
@@ -86,7 +88,7 @@ class Infer:
         """
         size = _header_size(data, header_length)
         try:
-            header = _Header.model_validate(parse_text(data[:size]))
+            header = Header.model_validate(parse_text(data[:size]))
         except ValidationError as error:
             raise first_mistake(error) from error
         terms = read_terms(header.parameters)
