@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from datetime import datetime, timezone
 from typing import Any, TypeVar
@@ -16,9 +15,9 @@ from oarsmith.serve.kserve.native import Job, parse, prepare
 from oarsmith.serve.kserve.openai_form import OpenAIForm
 from oarsmith.serve.kserve.replies import Reply, as_json, error_reply, replies, req_id_in
 from oarsmith.serve.service import Service
+from oarsmith.serve.watch import while_wanted
 
 T = TypeVar("T")
-_LOOKS_EVERY = 0.1  # seconds
 
 
 async def answer_native(service: Service, body: Mapping[str, Any], request: Request) -> Response:
@@ -29,7 +28,7 @@ async def answer_native(service: Service, body: Mapping[str, Any], request: Requ
         job = await prepare(service, parse(body))
         extra = {"http_received_time": str(came)} if job.request.benchmark else {}
         if not job.request.stream:
-            reply = await while_connected(request, whole(service, job))
+            reply = await while_wanted(service, request, whole(service, job))
             return _json(reply if job.request.response_type == "openai" else {**reply, **extra})
         return await _streamed(service, job, extra, request)
     except ApiError as error:
@@ -77,7 +76,7 @@ def is_last(reply: Reply) -> bool:
     return told.get("finish_reason") is not None
 
 
-async def begin(request: Request, found: AsyncGenerator[T, None]) -> T:
+async def begin(service: Service, request: Request, found: AsyncGenerator[T, None]) -> T:
     """The first of what a stream brings: what is refused at once still gets a status that says so.
 
     Raises:
@@ -87,12 +86,12 @@ async def begin(request: Request, found: AsyncGenerator[T, None]) -> T:
     async def first() -> T:
         return await anext(found)
 
-    return await while_connected(request, first())
+    return await while_wanted(service, request, first())
 
 
 async def _streamed(service: Service, job: Job, extra: Reply, request: Request) -> Response:
     found = parts(service, job)
-    first = await begin(request, found)
+    first = await begin(service, request, found)
     openai = is_openai(job)
 
     def line(reply: Reply) -> str:
@@ -114,20 +113,3 @@ async def _streamed(service: Service, job: Job, extra: Reply, request: Request) 
 
 def _json(reply: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(as_json(reply), status, headers, "application/json")
-
-
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What the work gives; it is given up when the client has gone.
-
-    Raises:
-        ApiError: the client has gone (nobody will read it).
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        while not task.done():
-            await asyncio.wait((task,), timeout=_LOOKS_EVERY)
-            if not task.done() and await request.is_disconnected():
-                raise ApiError(499, "the client has closed the connection", "server_error")
-    finally:
-        task.cancel()
-    return task.result()

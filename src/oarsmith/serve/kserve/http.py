@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Path, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
@@ -15,16 +15,34 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from oarsmith.errors import OarsmithError
 from oarsmith.serve.errors import ApiError, from_oarsmith, invalid
 from oarsmith.serve.kserve import card
-from oarsmith.serve.kserve.answer import begin, parts, while_connected, whole
+from oarsmith.serve.kserve.answer import begin, parts, whole
 from oarsmith.serve.kserve.generate import Generate
 from oarsmith.serve.kserve.infer import HEADER_LENGTH, Header, Infer, read_body
-from oarsmith.serve.kserve.native import NativeRequest, of_model, parse_text, prepare
+from oarsmith.serve.kserve.native import MODEL_ALIAS, NativeRequest, of_model, parse_text, prepare
 from oarsmith.serve.kserve.openapi import ANSWERS, HEALTH, RESPONSES, Error, body
 from oarsmith.serve.kserve.replies import as_json
 from oarsmith.serve.service import Service
+from oarsmith.serve.watch import while_wanted
 
 _TEXT = {"type": "string"}
 _GENERATE = body(NativeRequest, text_input=_TEXT, id=_TEXT, parameters={"type": "object"}, IN=_TEXT, stop=_TEXT)
+
+
+Name = Annotated[str, Path(examples=[MODEL_ALIAS])]
+
+
+def _version(request: Request) -> str:
+    """Of the path, where it has one; a parameter of the function would also be one of the query."""
+    return str(request.path_params.get("version", ""))
+
+
+Version = Annotated[str, Depends(_version)]
+# The paths of a model, and what there is to say of their parameters beside its name.
+_VERSION = {"name": "version", "in": "path", "required": True, "schema": {"type": "string", "examples": [card.VERSION]}}
+_PLACES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("/models/{name}", {}),
+    ("/models/{name}/versions/{version}", {"parameters": [_VERSION]}),
+)
 
 
 class _Route(APIRoute):
@@ -95,15 +113,15 @@ def _add_server(routes: APIRouter, service: Service) -> None:
 
 
 def _add_models(routes: APIRouter, service: Service) -> None:
-    for place in ("/models/{name}", "/models/{name}/versions/{version}"):
+    for place, more in _PLACES:
 
-        @routes.get(place, responses=RESPONSES, summary="A model's metadata")
-        async def metadata(name: str, version: str = "") -> Any:
+        @routes.get(place, responses=RESPONSES, openapi_extra=more, summary="A model's metadata")
+        async def metadata(name: Name, version: Version) -> Any:
             card.adapter(service, name, version)
             return card.metadata(name)
 
-        @routes.get(f"{place}/config", responses=RESPONSES, summary="A model's configuration")
-        async def config(name: str, version: str = "") -> Any:
+        @routes.get(f"{place}/config", responses=RESPONSES, openapi_extra=more, summary="A model's configuration")
+        async def config(name: Name, version: Version) -> Any:
             card.adapter(service, name, version)
             return card.config(name)
 
@@ -111,51 +129,51 @@ def _add_models(routes: APIRouter, service: Service) -> None:
             f"{place}/ready",
             response_class=Response,
             responses=RESPONSES | HEALTH,
+            openapi_extra=more,
             summary="Whether a model would take a request",
         )
-        async def ready(name: str, version: str = "") -> Response:
+        async def ready(name: Name, version: Version) -> Response:
             card.adapter(service, name, version)
             return Response(status_code=200 if service.worker.ready else 503)
 
 
 def _add_answers(routes: APIRouter, service: Service) -> None:
-    for place in ("/models/{name}", "/models/{name}/versions/{version}"):
+    for place, more in _PLACES:
 
         @routes.post(
-            f"{place}/infer", responses=ANSWERS, openapi_extra=body(Header), summary="One reply to one request"
+            f"{place}/infer", responses=ANSWERS, openapi_extra=body(Header) | more, summary="One reply to one request"
         )
-        async def infer(name: str, request: Request, version: str = "") -> Response:
+        async def infer(name: Name, request: Request, version: Version) -> Response:
             adapter = card.adapter(service, name, version)
             asked = Infer.read(await read_body(request), request.headers.get(HEADER_LENGTH))
             native = _unstreamed(of_model(asked.native, adapter))
             job = await prepare(service, native, priority=asked.terms.priority)
-            reply = await while_connected(request, whole(service, job))
-            body, headers = asked.answer(name, reply)
-            return Response(body, headers=headers)
+            data, headers = asked.answer(name, await while_wanted(service, request, whole(service, job)))
+            return Response(data, headers=headers)
 
         @routes.post(
-            f"{place}/generate", responses=ANSWERS, openapi_extra=_GENERATE, summary="One reply, without tensors"
+            f"{place}/generate", responses=ANSWERS, openapi_extra=_GENERATE | more, summary="One reply, without tensors"
         )
-        async def generate(name: str, request: Request, version: str = "") -> Any:
+        async def generate(name: Name, request: Request, version: Version) -> Any:
             adapter = card.adapter(service, name, version)
             asked = Generate.read(parse_text(await read_body(request)))
             job = await prepare(service, _unstreamed(of_model(asked.native, adapter)), raw=asked.raw)
-            return asked.answer(name, await while_connected(request, whole(service, job)))
+            return asked.answer(name, await while_wanted(service, request, whole(service, job)))
 
         @routes.post(
             f"{place}/generate_stream",
             response_class=StreamingResponse,
             responses={**ANSWERS, 200: {"content": {"text/event-stream": {}}, "description": "Server-sent events"}},
-            openapi_extra=_GENERATE,
+            openapi_extra=_GENERATE | more,
             summary="Replies as they come, without tensors",
         )
-        async def generate_stream(name: str, request: Request, version: str = "") -> Response:
+        async def generate_stream(name: Name, request: Request, version: Version) -> Response:
             adapter = card.adapter(service, name, version)
             asked = Generate.read(parse_text(await read_body(request)))
             job = await prepare(service, of_model(asked.native, adapter), raw=asked.raw)
             streamed = job.request.stream is not False
             found = parts(service, job, stream=streamed)
-            first = await begin(request, found)
+            first = await begin(service, request, found)
 
             tell = asked.part if streamed else asked.answer
 
