@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from kserve_server import free_port, running
 from oarsmith.errors import ConfigError
-from oarsmith.serve.errors import ApiError
+from oarsmith.serve.keys import Keys, new_key
 from oarsmith.serve.kserve import messages
 from oarsmith.serve.kserve.grpc_server import serve_grpc
 from oarsmith.serve.service import Limits
@@ -357,40 +357,57 @@ def test_names_that_are_taken_and_a_queue_that_is_full(endless):
     endless.wait_idle()
 
 
-class Keys:
-    def check(self, token):
-        if token != "right":
-            raise ApiError(401, "no such key", "authentication_error")
-
-
 @pytest.fixture
-def locked(chain_model):
+def locked(chain_model, tmp_path):
+    """A client of a server with keys, and two of them: the second one may ask twice a minute."""
+    found = [new_key("free"), new_key("few")]
+    (tmp_path / "keys").write_text(f"{found[0][1]}\n{found[1][1]} requests_per_minute=2\n")
     with (
-        running(chain_model("one two"), keys=Keys(), num_threads=1) as server,
+        running(chain_model("one two"), keys=Keys(tmp_path / "keys"), num_threads=1) as server,
         triton.InferenceServerClient(server.grpc) as client,
     ):
-        yield client
+        yield client, [{"authorization": f"Bearer {key}"} for key, _ in found]
 
 
 def test_keys(locked):
-    assert locked.is_server_ready() and locked.is_model_ready("model")
+    client, (free, _) = locked
+    assert client.is_server_ready() and client.is_model_ready("model")
     request = [tensor({"text": "a", "topp": 0})]
-    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "right"}):
+    wrong = ({"authorization": "Bearer wrong"}, {"authorization": free["authorization"].split()[1]}, {})
+    for headers in wrong:
         for call in (
-            lambda headers=headers: locked.infer("model", request, headers=headers),
-            lambda headers=headers: locked.get_model_metadata("model", headers=headers),
+            lambda headers=headers: client.infer("model", request, headers=headers),
+            lambda headers=headers: client.get_model_metadata("model", headers=headers),
         ):
-            with pytest.raises(InferenceServerException, match="no such key") as raised:
+            with pytest.raises(InferenceServerException, match="API key") as raised:
                 call()
             assert raised.value.status() == "StatusCode.UNAUTHENTICATED"
-    headers = {"authorization": "Bearer right"}
-    assert native(locked.infer("model", request, headers=headers))["result"] == "one two"
-    locked.start_stream(replies := Replies(), headers=headers)
-    locked.async_stream_infer("model", request)
+    assert native(client.infer("model", request, headers=free))["result"] == "one two"
+    client.start_stream(replies := Replies(), headers=free)
+    client.async_stream_infer("model", request)
     assert replies.until_last()[-1]["tokens_all"] == "one two"
-    locked.stop_stream()
-    locked.start_stream(replies := Replies())
-    assert "no such key" in replies.next()[1].message()
+    client.stop_stream()
+    client.start_stream(replies := Replies())
+    assert "no API key" in replies.next()[1].message()
+
+
+def test_requests_of_a_key_are_counted(locked):
+    """Those of a stream one by one; looking around costs nothing."""
+    client, (_, few) = locked
+    request = [tensor({"text": "a", "topp": 0})]
+    for _ in range(3):
+        assert client.get_model_metadata("model", headers=few)
+    client.start_stream(replies := Replies(), headers=few)
+    for _ in range(2):
+        client.async_stream_infer("model", request)
+        assert replies.until_last()[-1]["tokens_all"] == "one two"
+    client.async_stream_infer("model", request)
+    [refused] = replies.until_last()
+    assert "may ask 2 times a minute" in refused["error_msg"]
+    client.stop_stream()
+    with pytest.raises(InferenceServerException, match="times a minute") as raised:
+        client.infer("model", request, headers=few)
+    assert raised.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
 
 
 def test_a_port_that_is_taken_and_files_that_are_not_there(server, tmp_path):

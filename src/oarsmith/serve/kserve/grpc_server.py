@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Container
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,8 +53,11 @@ _CODES = {
 class Keys(Protocol):
     """Who may ask."""
 
-    def check(self, token: str | None) -> object:
+    def holder(self, token: str | None) -> object:
         """Raises ApiError where the token is no key."""
+
+    def check(self, token: str | None) -> object:
+        """The same, and counts a request; raises ApiError where there were too many."""
 
 
 async def serve_grpc(
@@ -137,9 +140,12 @@ class _Servicer:
             raise invalid("ModelInfer gives one reply; use ModelStreamInfer", "stream")
         return response(request, await whole(self._service, job))
 
-    async def replies(self, request: Any) -> AsyncGenerator[Any, None]:
-        """What a stream is told of one of its requests. As with the suite's server, what is wrong with the native
-        request is said in the output; what is wrong with the tensor around it is the stream's error message."""
+    async def replies(self, request: Any, admit: Callable[[], object]) -> AsyncGenerator[Any, None]:
+        """What a stream is told of one of its requests, once it is admitted.
+
+        As with the suite's server, what is wrong with the native request is said in the output; what is wrong with the
+        tensor around it is the stream's error message.
+        """
         try:
             adapter = card.adapter(self._service, request.model_name, request.model_version)
             text, terms = read_request(request)
@@ -150,6 +156,7 @@ class _Servicer:
         try:
             body = parse_text(text)
             name = req_id_in(body) or name
+            admit()
             job = await self._job(request, body, terms, adapter)
             stream = job.request.stream is not False
             async with aclosing(parts(self._service, job, stream=stream)) as found:
@@ -164,12 +171,12 @@ class _Servicer:
         native = of_model(under_terms(parse(body), terms, request.id), adapter)
         return await prepare(self._service, native, priority=terms.priority)
 
-    async def model_stream_infer(self, requests: AsyncIterator[Any], context: Any) -> None:
+    async def model_stream_infer(self, requests: AsyncIterator[Any], context: Any, admit: Callable[[], object]) -> None:
         seats, line = anyio.Semaphore(_MOST_OF_A_STREAM), anyio.Lock()
 
         async def answer(request: Any) -> None:
             try:
-                async with aclosing(self.replies(request)) as found:
+                async with aclosing(self.replies(request, admit)) as found:
                     async for reply in found:
                         async with line:
                             await context.write(reply)
@@ -198,24 +205,34 @@ def _handler(servicer: _Servicer, keys: Keys | None) -> grpc.GenericRpcHandler:
     }
     methods = {
         name: grpc.unary_unary_rpc_method_handler(
-            _unary(method, keys if name in held else None),
+            _unary(method, _door(keys, name, free)),
             request_deserializer=message(request).FromString,
             response_serializer=message(answer).SerializeToString,
         )
         for name, (request, answer, method) in {**free, **held}.items()
     }
     methods["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
-        _stream(servicer.model_stream_infer, keys),
+        _stream(servicer, keys),
         request_deserializer=message("ModelInferRequest").FromString,
         response_serializer=message("ModelStreamInferResponse").SerializeToString,
     )
     return grpc.method_handlers_generic_handler(SERVICE, methods)
 
 
-def _unary(method: Callable[[Any], Awaitable[Any]], keys: Keys | None) -> Callable[[Any, Any], Awaitable[Any]]:
+def _door(keys: Keys | None, name: str, free: Container[str]) -> Callable[[str | None], object] | None:
+    """What a method asks of a key; None: nothing. Only what makes work is counted."""
+    if keys is None or name in free:
+        return None
+    return keys.check if name == "ModelInfer" else keys.holder
+
+
+def _unary(
+    method: Callable[[Any], Awaitable[Any]], door: Callable[[str | None], object] | None
+) -> Callable[[Any, Any], Awaitable[Any]]:
     async def handle(request: Any, context: Any) -> Any:
         try:
-            _check(keys, context)
+            if door is not None:
+                door(_token(context))
             return await method(request)
         except ApiError as error:
             return await context.abort(_CODES.get(error.status, grpc.StatusCode.INTERNAL), error.message)
@@ -226,13 +243,14 @@ def _unary(method: Callable[[Any], Awaitable[Any]], keys: Keys | None) -> Callab
     return handle
 
 
-def _stream(
-    method: Callable[[AsyncIterator[Any], Any], Awaitable[None]], keys: Keys | None
-) -> Callable[[AsyncIterator[Any], Any], Awaitable[None]]:
+def _stream(servicer: _Servicer, keys: Keys | None) -> Callable[[AsyncIterator[Any], Any], Awaitable[None]]:
     async def handle(requests: AsyncIterator[Any], context: Any) -> None:
         try:
-            _check(keys, context)
-            await method(requests, context)
+            token = _token(context)
+            if keys is not None:
+                keys.holder(token)
+            # Each request is counted by itself; its task has a context of its own, where the caller is noted.
+            await servicer.model_stream_infer(requests, context, lambda: keys and keys.check(token))
         except ApiError as error:
             await context.abort(_CODES.get(error.status, grpc.StatusCode.INTERNAL), error.message)
         except Exception as error:
@@ -248,9 +266,8 @@ async def _fault(context: Any, error: Exception) -> None:
     await context.abort(grpc.StatusCode.INTERNAL, "the server has a fault; its log says which")
 
 
-def _check(keys: Keys | None, context: Any) -> None:
-    if keys is None:
-        return
+def _token(context: Any) -> str | None:
+    """What a call shows as ``authorization: Bearer ...``."""
     given = dict(context.invocation_metadata() or ()).get("authorization", "")
     kind, _, token = str(given).partition(" ")
-    keys.check(token.strip() if kind.lower() == "bearer" and token else None)
+    return token.strip() if kind.lower() == "bearer" and token else None
