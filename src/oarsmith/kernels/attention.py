@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from oarsmith.kernels.document_attention import document_attention, document_bounds
-from oarsmith.kernels.select import Library, native_for
+from oarsmith.kernels.select import Library, native_for, triton_for
 
 # (first query, end of queries, first key slot, end of key slots, keys that all queries see); beside those, the last
 # query sees up to the last key.
@@ -66,6 +66,10 @@ def attention(
         ranges: where the keys lie that the spans speak of, in their order; not given: key i is in slot i. No gradient.
     """
     assert scores.softcap is None or scores.bias_HP is None, "no model has both"
+    on_gpu = triton_for(q_THK, k_SGK, v_SGV)
+    if on_gpu is not None and on_gpu.covers(q_THK, k_SGK, v_SGV, scores):
+        out_THV: Tensor = on_gpu.attention(q_THK, k_SGK, v_SGV, spans, scores, ranges)
+        return out_THV
     if ranges is not None:
         if native_for(q_THK, k_SGK, v_SGV) is not None:
             return _forward(q_THK, k_SGK, v_SGV, spans, _wide(scores), ranges)[0]

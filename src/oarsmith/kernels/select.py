@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -17,6 +20,8 @@ from oarsmith.kernels.build import load_library
 
 Backend = Literal["auto", "native", "torch"]
 
+_log = logging.getLogger(__name__)
+_GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _TYPES: dict[str, type[ctypes._SimpleCData[Any]]] = {
     "p": ctypes.c_void_p,
@@ -99,6 +104,32 @@ def native_for(*tensors: Tensor) -> Library | None:
     if first.dtype not in _SUFFIX or any(t.device.type != "cpu" or t.dtype != first.dtype for t in tensors):
         return None
     return library()
+
+
+def triton_for(*tensors: Tensor) -> ModuleType | None:
+    """The Triton kernel's module when it can work on these tensors (GPU, one dtype, no gradients), else None."""
+    if _choice.backend == "torch" or torch.compiler.is_compiling() or not _on_gpu(tensors[0]):
+        return None
+    dtype = tensors[0].dtype
+    if dtype not in _GPU_DTYPES or any(not _on_gpu(t) or t.dtype != dtype for t in tensors):
+        return None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return None
+    return _triton_attention()
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
+
+
+@functools.cache
+def _triton_attention() -> ModuleType | None:
+    try:
+        from oarsmith.kernels import triton_attention
+    except ImportError as error:
+        _log.warning("attention in plain PyTorch, not by the Triton kernel: %s", error)
+        return None
+    return triton_attention
 
 
 def library() -> Library | None:
