@@ -180,6 +180,9 @@ class _Servicer:
                     async for reply in found:
                         async with line:
                             await context.write(reply)
+            except grpc.aio.InternalError:
+                # Nobody is there to read it; that the call is cancelled is told a moment later.
+                group.cancel_scope.cancel()
             finally:
                 seats.release()
 
