@@ -64,7 +64,7 @@ def ours(weights: str) -> Callable[[str, str, int, int, int], list[str]]:
     def command(program: str, model: str, port: int, clients: int, threads: int) -> list[str]:
         words = [program, "-m", "oarsmith", "serve", model, "--weights", weights, "--dtype", "bf16"]
         words += ["--port", str(port), "--num_threads", str(threads), "--batch_size", str(clients)]
-        return words
+        return [*words, "--log_requests", "false"]
 
     return command
 
