@@ -1,0 +1,1 @@
+"""How families of models write calls of functions in their answers; see `oarsmith.text.tool_parsing`."""
