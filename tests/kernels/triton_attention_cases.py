@@ -135,6 +135,15 @@ def test_prefixes(name: str, splits: int) -> None:
     check(normal(25, 2, 16), normal(64, 1, 16), normal(64, 1, 16), spans, rule(name, 2), random.Random(0))
 
 
+def test_a_prefix_that_ends_behind_a_tile() -> None:
+    """The first tile's queries see keys of the prefix that come after all of them."""
+    spans, scores = [(0, 30, 0, 33, 31)], Scores(0.4)
+    q, k, v = normal(30, 6, 16), normal(33, 1, 16), normal(33, 1, 16)
+    check(q, k, v, spans, scores, random.Random(0))
+    (group,) = triton_attention._groups(tuple(spans), triton_attention.Sizes(6, 16, 16, 4), q.device)
+    assert len(group.table) > 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["plain", "soft cap", "sinks and window"])
 def test_16_bits(name: str, dtype: torch.dtype) -> None:
