@@ -229,3 +229,20 @@ def test_weights_that_are_no_numbers_stop_the_answer(tiny_model):
         model.final_norm.weight[3] = float("nan")
     with pytest.raises(ModelError, match="not finite"):
         Engine(model).generate([1, 2])
+
+
+def test_special_tokens_are_in_the_text_where_asked_for(chain_model):
+    folder = chain_model("one")
+    tokenizer = oarsmith.load_tokenizer(folder)
+    special = next(
+        token
+        for index in sorted(tokenizer.special_ids - set(tokenizer.stop_ids))
+        if (token := tokenizer.id_to_token(index)) is not None
+    )
+    engine = Engine(chain_model(f"on{special}e two"))
+    for shown, text in ((False, "one two"), (True, f"on{special}e two")):
+        sampling = Sampling(skip_special_tokens=not shown)
+        (answer,) = engine.generate("\n", sampling)
+        assert answer.text == text == "".join(engine.stream("\n", sampling))
+        (answer,) = engine.generate("\n", Sampling(skip_special_tokens=not shown, stop=("two",)))
+        assert answer.text == text[:-3]

@@ -27,6 +27,7 @@ NAN, INF = float("nan"), float("inf")
         ("stop_ids", ((-1,), ("a",))),
         ("bad_words", (("",), ((),), ((-3,),))),
         ("ignore_eos", (1,)),
+        ("skip_special_tokens", (1,)),
         ("seed", (1.5, "x")),
         ("n", (0,)),
         ("best_of", (0,)),

@@ -137,7 +137,13 @@ class Intake:
         return requests
 
     def _reader(self, ids: Sequence[int], sampling: Sampling) -> TextReader:
-        return TextReader(self._needed_tokenizer(), sampling.stop, self._lead(ids), least=sampling.min_new_tokens)
+        return TextReader(
+            self._needed_tokenizer(),
+            sampling.stop,
+            self._lead(ids),
+            least=sampling.min_new_tokens,
+            skip_special_tokens=sampling.skip_special_tokens,
+        )
 
     def _lead(self, prompt: Sequence[int]) -> str:
         return "" if self._tokenizer is None else self._tokenizer.answer_lead(prompt)
@@ -158,7 +164,7 @@ class Intake:
         if request.reader is not None:
             text = request.reader.text
         elif self._tokenizer is not None:
-            text = self._tokenizer.decode(request.text_ids, skip_special_tokens=True)
+            text = self._tokenizer.decode(request.text_ids, request.state.sampling.skip_special_tokens)
             text = without_lead(text, self._lead(request.prompt))
         else:
             text = ""

@@ -50,15 +50,24 @@ class TextReader:
         lead: white space that is no part of the answer (`Tokenizer.answer_lead`): an answer that begins with it is
             shown from its first character on.
         least: tokens before which no stop text is looked for.
+        skip_special_tokens: leave them out of the text.
 
     Attributes:
         text: all that was given out so far.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], lead: str = "", *, least: int = 0) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        lead: str = "",
+        *,
+        least: int = 0,
+        skip_special_tokens: bool = True,
+    ) -> None:
         self.text = ""
         self._least = least
-        self._decoder = StreamDecoder(tokenizer)
+        self._decoder = StreamDecoder(tokenizer, skip_special_tokens)
         self._filter = StopFilter(stops)
         self._taken = 0
         self._lead = lead

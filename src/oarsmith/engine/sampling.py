@@ -44,6 +44,7 @@ class Sampling:
         stop: texts that end an answer; they are not part of it.
         stop_ids: token ids that end an answer, besides the tokenizer's.
         ignore_eos: do not end at the tokenizer's end-of-sequence and end-of-turn tokens.
+        skip_special_tokens: leave special tokens out of the text; if not, all but the one that ends it are in it.
         seed: the draws of request number i of a call follow from (seed, i) alone; None: a new one for each call.
         n: answers to each prompt, each with draws of its own.
         best_of: generate this many and keep the n with the highest mean log-probability of their tokens; None: n.
@@ -81,6 +82,7 @@ class Sampling:
     stop: Sequence[str] = ()
     stop_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     seed: int | None = None
     n: int = 1
     best_of: int | None = None
@@ -241,6 +243,7 @@ _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("stop", _all_of(_text), "texts that are not empty"),
     ("stop_ids", _all_of(_whole(0)), "token ids, 0 or above"),
     ("ignore_eos", _flag, "true or false"),
+    ("skip_special_tokens", _flag, "true or false"),
     ("seed", _optional(_whole(-(2**63))), "a whole number, or not given"),
     ("n", _whole(1), "at least 1"),
     ("best_of", _optional(_whole(1)), "at least 1, or not given"),

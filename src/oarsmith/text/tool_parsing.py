@@ -36,6 +36,11 @@ class ToolFormat:
     dropped: tuple[str, ...] = ()
     keeps_special: tuple[str, ...] = ()
 
+    def needs_special(self, tokenizer: Tokenizer) -> bool:
+        """Whether what it is read by are special tokens there, so that the text must be made with them."""
+        ids = (tokenizer.backend.token_to_id(token) for token in (*self.anywhere, *self.keeps_special))
+        return any(index in tokenizer.special_ids for index in ids)
+
     def parse(self, text: str, tools: Sequence[Mapping[str, Any]] = ()) -> tuple[str, list[ToolCall]]:
         """What is said, and what is called. Equal to what `stream` gives, put together.
 
