@@ -93,6 +93,20 @@ COMMANDS: dict[str, Command] = {
     "chat": Command(
         _RUN, "talk to a model in the terminal", "oarsmith.jobs.chat:run", "MODEL", "oarsmith chat runs/sft"
     ),
+    "serve": Command(
+        _RUN,
+        "serve a model: OpenAI's API, KServe over HTTP and gRPC, a page to chat on",
+        "oarsmith.jobs.serve:run",
+        "MODEL",
+        "oarsmith serve model/ --port 8011",
+    ),
+    "request": Command(
+        _RUN,
+        "ask a server over HTTP",
+        "oarsmith.jobs.request:run",
+        "PROMPT",
+        "oarsmith request 'Who are you?' --url http://127.0.0.1:8011",
+    ),
     "convert": Command(
         _REWRITE,
         "bring a model or adapter into another layout: Hugging Face, .bin, GGUF, PaddleNLP",

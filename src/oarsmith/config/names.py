@@ -64,6 +64,14 @@ ALIASES: dict[str, str] = {
     "system_prompt": "system",
     "output_path": "output_dir",
     "quant_type": "weights",
+    "quantize": "weights",
+    "lora_modules": "adapters",
+    "model_name": "served_model_name",
+    "api_keys_file": "api_keys",
+    "ssl_certfile": "tls_certfile",
+    "ssl_keyfile": "tls_keyfile",
+    "allowed_origins": "cors_origins",
+    "max_num_seqs": "batch_size",
     "cachekv_int8_type": "cache_dtype",
     "draft_model": "speculative",
     "draft_model_name_or_path": "speculative",
@@ -79,7 +87,7 @@ ALIASES: dict[str, str] = {
 
 # Names that mean our key only in jobs without a key of that very name: PaddleNLP's predictor calls the longest
 # answer max_length, which in training is the longest row.
-ALIASES_WHERE_FREE: dict[str, str] = {"max_length": "max_new_tokens"}
+ALIASES_WHERE_FREE: dict[str, str] = {"max_length": "max_new_tokens", "adapter": "adapters"}
 
 # (key, other name of a value) -> our value. Only exact renames; what is another thing stays an error.
 VALUE_NAMES: dict[tuple[str, str], str] = {

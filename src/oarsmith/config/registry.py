@@ -13,6 +13,8 @@ CONFIG_CLASSES: dict[str, tuple[str, str]] = {
     "sft": ("sft", "SftConfig"),
     "generate": ("inference", "GenerateConfig"),
     "chat": ("inference", "ChatConfig"),
+    "serve": ("serve", "ServeConfig"),
+    "request": ("request", "RequestConfig"),
     "convert": ("checkpoints", "ConvertConfig"),
     "merge-adapter": ("checkpoints", "MergeAdapterConfig"),
     "preview": ("tools", "PreviewConfig"),

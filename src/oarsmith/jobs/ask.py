@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,8 @@ from oarsmith.config.base import JobConfig
 from oarsmith.config.bench import BenchConfig
 from oarsmith.config.eval import EvalConfig
 from oarsmith.config.groups import ModelKeys, SamplingKeys
-from oarsmith.config.inference import CacheKeys, ChatConfig, GenerateConfig, ModeKeys, SpeculativeKeys
+from oarsmith.config.inference import AdapterKeys, CacheKeys, ChatConfig, GenerateConfig, ModeKeys, SpeculativeKeys
+from oarsmith.config.serve import ServeConfig
 from oarsmith.engine import Completion, Engine, Sampling
 from oarsmith.engine.native_model import obstacle
 from oarsmith.engine.options import NGRAM
@@ -20,9 +21,15 @@ from oarsmith.model_path import find_tokenizer
 from oarsmith.text import Tokenizer
 from oarsmith.text.choose import with_named_template
 
+Asking = GenerateConfig | ChatConfig | EvalConfig | BenchConfig | ServeConfig
 
-def open_engine(config: GenerateConfig | ChatConfig | EvalConfig | BenchConfig, batch_size: int = 1) -> Engine:
-    """The model with its tokenizer, and the chat template that the configuration names."""
+
+def open_engine(config: Asking, batch_size: int = 1, adapters: Mapping[str, str] | None = None) -> Engine:
+    """The model with its tokenizer, and the chat template that the configuration names.
+
+    Args:
+        adapters: folders of LoRA adapters by the names under which requests choose them.
+    """
     if isinstance(config, ModeKeys) and config.mode == "static":
         from oarsmith.engine.static import StaticEngine
 
@@ -35,7 +42,8 @@ def open_engine(config: GenerateConfig | ChatConfig | EvalConfig | BenchConfig, 
         _tokenizer(config),
         dtype=config.dtype,
         device=config.device,
-        adapter=config.adapter,
+        adapter=_adapter(config),
+        adapters=adapters or None,
         weights=None if config.weights == "none" else config.weights,
         compute=config.kernels,
         num_threads=config.num_threads,
@@ -47,9 +55,9 @@ def open_engine(config: GenerateConfig | ChatConfig | EvalConfig | BenchConfig, 
 
 
 @contextmanager
-def answering(config: GenerateConfig | ChatConfig | BenchConfig) -> Iterator[None]:
+def answering(config: GenerateConfig | ChatConfig | BenchConfig | ServeConfig) -> Iterator[None]:
     """What PyTorch is to be told before it computes; where the compiled step will, it is not even imported."""
-    static = config.mode == "static" or config.speculative not in (None, NGRAM)
+    static = (isinstance(config, ModeKeys) and config.mode == "static") or config.speculative not in (None, NGRAM)
     if not static and config.kernels != "torch" and obstacle(config.device) is None:
         yield
         return
@@ -75,10 +83,14 @@ def is_raw(config: SamplingKeys) -> bool:
     return config.raw or (isinstance(config, ModelKeys) and config.chat_template == "none")
 
 
-def _tokenizer(config: GenerateConfig | ChatConfig | EvalConfig | BenchConfig) -> Tokenizer:
+def _adapter(config: JobConfig) -> str | None:
+    return config.adapter if isinstance(config, AdapterKeys) else None
+
+
+def _tokenizer(config: Asking) -> Tokenizer:
     path, model = config.tokenizer_name_or_path, config.model_name_or_path
     # "Not given" is the model's path by the time a job runs; then an adapter's own tokenizer comes first.
-    found = find_tokenizer(model, config.adapter) if path in (None, model) else find_tokenizer(path)
+    found = find_tokenizer(model, _adapter(config)) if path in (None, model) else find_tokenizer(path)
     return with_named_template(found, config.chat_template)
 
 

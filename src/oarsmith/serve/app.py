@@ -41,6 +41,7 @@ def create_app(service: Service, routers: Iterable[APIRouter], *, grace_seconds:
     app.add_exception_handler(OarsmithError, _oarsmith_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _our_error)
     return app
 
 
@@ -70,3 +71,10 @@ async def _validation_error(_: Request, error: Exception) -> JSONResponse:
 async def _http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     return _answer(ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})))
+
+
+async def _our_error(request: Request, _: Exception) -> JSONResponse:
+    """A bug: the log has its traceback, the client the number to ask about."""
+    id = request.scope.get("state", {}).get("request_id")
+    message = "the server made a mistake" + (f"; its log says more about request {id}" if id else "")
+    return _answer(ApiError(500, message, "server_error", code="internal_error"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from oarsmith.errors import OarsmithError
+from oarsmith.serve.callers import LimitError
 from oarsmith.serve.worker import BusyError, ClosedError
 
 
@@ -42,6 +43,9 @@ def from_oarsmith(error: OarsmithError) -> ApiError:
     """What the engine refuses. Its own words name fields, not files."""
     if isinstance(error, BusyError):
         return ApiError(429, said(error), "rate_limit_error", code="queue_full", headers={"Retry-After": "1"})
+    if isinstance(error, LimitError):
+        headers = {"Retry-After": str(error.seconds)}
+        return ApiError(429, said(error), "rate_limit_error", code="rate_limit_exceeded", headers=headers)
     if isinstance(error, ClosedError):
         return ApiError(503, said(error), "server_error", code="closing", headers={"Retry-After": "5"})
     # Places that are no fields (an order's name) say nothing to a client.
