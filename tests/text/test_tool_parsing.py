@@ -1,13 +1,16 @@
 """Calls in answers, as the model cards show them."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oarsmith.text.tool_parsing import _FORMATS, PLAIN, ToolCall, ToolFormat, forced_schema
+from oarsmith.text import ChatTemplate, load_tokenizer
+from oarsmith.text.tool_parsing import _FORMATS, PLAIN, ToolCall, ToolFormat, find_tool_format, forced_schema
 
+TOKENIZER = Path(__file__).parents[1] / "fixtures" / "tokenizers" / "qwen25_bpe_json"
 FORMATS = {form.name: form for _, form in _FORMATS} | {"json": PLAIN}
 PARIS = '{"city": "Paris"}'
 TOOLS = [
@@ -198,3 +201,32 @@ def test_markers_and_brackets_within_arguments_are_theirs() -> None:
 def test_forced_schema_allows_calls_of_the_named_functions_only() -> None:
     assert forced_schema(TOOLS, "weather")["properties"]["name"] == {"const": "weather"}
     assert len(forced_schema([*TOOLS, {"name": "now"}])["anyOf"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("chatml", "tool_call"),
+        ("mistral", "mistral"),
+        ("llama-3", "json"),
+        ("{{ '<|observation|>' }}", "glm"),
+        ("{{ '<|tool_call|>' }}", "tool_list"),
+        ("{{ '<｜tool▁calls▁begin｜>' }}", "deepseek"),
+        ("{{ '<|channel|>' }}", "harmony"),
+        ("{{ '<|python_tag|>' }}", "llama"),
+    ],
+)
+def test_the_chat_template_tells_the_format(template: str, name: str) -> None:
+    chat = ChatTemplate.from_jinja(template) if "{" in template else ChatTemplate.builtin(template)
+    form = find_tool_format(load_tokenizer(TOKENIZER).with_chat_template(chat))
+    assert form is FORMATS[name]
+
+
+def test_without_a_chat_template_there_is_no_format() -> None:
+    assert find_tool_format(load_tokenizer(TOKENIZER).with_chat_template(None)) is None
+
+
+def test_special_tokens_are_needed_where_markers_are_such() -> None:
+    tokenizer = load_tokenizer(TOKENIZER)
+    assert not FORMATS["tool_call"].needs_special(tokenizer)  # added there, but not special
+    assert ToolFormat("x", keeps_special=("<|object_ref_start|>",)).needs_special(tokenizer)
