@@ -208,6 +208,7 @@ def test_forced_schema_allows_calls_of_the_named_functions_only() -> None:
     [
         ("chatml", "tool_call"),
         ("mistral", "mistral"),
+        ("chatglm3", "glm"),
         ("llama-3", "json"),
         ("{{ '<|observation|>' }}", "glm"),
         ("{{ '<|tool_call|>' }}", "tool_list"),

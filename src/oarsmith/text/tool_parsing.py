@@ -147,6 +147,7 @@ _LIST = readers.read_json("<|/tool_call|>", "</tool_call>")
 _DEEPSEEK = dict.fromkeys(("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"), readers.read_deepseek)
 _HARMONY = dict.fromkeys(("<|start|>", "<|channel|>"), readers.read_harmony)
 _FUNCTION = {"<function=": readers.read_function}
+_GLM = ToolFormat("glm", leading={**_JSON, "": readers.read_glm}, dropped=("<|assistant|>",))
 _PLUGIN = "<|action_start|><|plugin|>"
 
 _FORMATS: tuple[tuple[str, ToolFormat], ...] = (
@@ -187,7 +188,8 @@ _FORMATS: tuple[tuple[str, ToolFormat], ...] = (
         ),
     ),
     ("Action: ```json", ToolFormat("cohere", {"Action:": readers.read_json()})),
-    ("<|observation|>", ToolFormat("glm", leading={**_JSON, "": readers.read_glm}, dropped=("<|assistant|>",))),
+    ("<|observation|>", _GLM),
+    ("'observation'", _GLM),
     ("<|python_tag|>", _marked("llama", {"<|python_tag|>": readers.read_json(), **_FUNCTION})),
     ("functools[", ToolFormat("functools", {"functools": readers.read_json()}, _JSON)),
 )
