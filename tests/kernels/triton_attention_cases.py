@@ -218,6 +218,13 @@ def test_scores_that_are_large_or_infinite(splits: int) -> None:
     assert triton_attention.attention(q, k, v, span, Scores(0.5))[2].isnan().all()
 
 
+def test_scores_that_rise() -> None:
+    """Each turn of the loop finds a higher score: what came before is scaled down."""
+    q, k, v = normal(2, 2, 16).abs(), normal(200, 1, 16).abs(), normal(200, 1, 16)
+    k *= torch.linspace(0.1, 1, 200, device=DEVICE)[:, None, None]
+    check(q, k, v, [(0, 2, 0, 200, 0)], Scores(0.3))
+
+
 def test_nothing_to_do() -> None:
     assert triton_attention.attention(normal(0, 2, 4), normal(3, 1, 4), normal(3, 1, 6), [], Scores(1.0)).shape == (
         0,
