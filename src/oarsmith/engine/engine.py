@@ -272,6 +272,12 @@ class Engine:
         """Whether anything is not finished, or was not told yet."""
         return self._desk.busy
 
+    def embed(self, documents: Sequence[Sequence[int]]) -> list[list[float]]:
+        """A vector of length 1 for each document's ids: the mean of its last hidden states. PyTorch computes it."""
+        from oarsmith.engine.embedding import embed
+
+        return embed(self.model, documents)
+
     def forget(self) -> None:
         """Compute everything anew from now on: the model's weights are others."""
         self.runner.scheduler.forget()

@@ -18,6 +18,8 @@ from oarsmith.serve.errors import ApiError, from_oarsmith, invalid
 from oarsmith.serve.service import Service
 
 _log = logging.getLogger(__name__)
+# What a chat's body may be (openai/routes.py).
+KINDS = ("openai", "native")
 
 
 def create_app(service: Service, routers: Iterable[APIRouter], *, grace_seconds: float = 30.0) -> FastAPI:
@@ -62,8 +64,9 @@ async def _oarsmith_error(_: Request, error: Exception) -> JSONResponse:
 async def _validation_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    # The place begins with "body"; what was sent is not repeated.
-    place = ".".join(str(part) for part in first["loc"][1:]) or None
+    # The place begins with "body" and, where there are several kinds of them, its kind; what was sent is not repeated.
+    parts = [str(part) for part in first["loc"][1:]]
+    place = ".".join(parts[1:] if parts[:1] and parts[0] in KINDS else parts) or None
     message = jsonable_encoder(first["msg"])
     return _answer(invalid(f"{place}: {message}" if place else str(message), place))
 

@@ -9,7 +9,7 @@ from oarsmith.serve.callers import LimitError
 from oarsmith.serve.worker import BusyError, ClosedError
 
 
-@dataclass
+@dataclass(eq=False)
 class ApiError(Exception):
     """An answer that is an error.
 
