@@ -34,11 +34,28 @@ EXTRAS = {
     "eval": ("BLEU and ROUGE of generated answers (eval_with_do_generation)", ["sacrebleu", "rouge-score"]),
     "lm-eval": ("oarsmith eval --tasks", ["lm_eval"]),
     "constrained": ("answers held to a JSON schema, regex or grammar", ["llguidance"]),
-    "serve": ("an HTTP server to come; no command needs it yet", ["fastapi", "uvicorn", "prometheus-client"]),
-    "ray": ("oarsmith preprocess --engine ray", ["ray"]),
+    "serve": ("oarsmith serve", ["fastapi", "uvicorn", "prometheus-client"]),
+    "grpc": ("oarsmith serve --grpc_port", ["grpcio", "protobuf"]),
+    "ui": ("oarsmith serve --ui_port", ["gradio", "httpx"]),
+    "ray": ("oarsmith preprocess --engine ray, oarsmith serve --replicas", ["ray"]),
     "oracles": ("tests against transformers and PEFT", ["transformers", "peft"]),
     "bench": ("benchmarks beside transformers, PEFT and TRL", ["transformers", "peft", "trl"]),
-    "dev": ("work on Oarsmith itself", ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "pre-commit"]),
+    "dev": (
+        "work on Oarsmith itself",
+        [
+            "openai",
+            "tritonclient",
+            "schemathesis",
+            "triton",
+            "pytest",
+            "hypothesis",
+            "hatchling",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "pre-commit",
+        ],
+    ),
 }
 
 
