@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from oarsmith.serve.openai.old_names import modernized
 
@@ -111,6 +111,16 @@ class Message(Strict):
     annotations: list[Any] | None = None
     audio: None = None
     function_call: None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _texts_only(cls, value: Any) -> Any:
+        kinds = (
+            {str(part.get("type")) for part in value if isinstance(part, dict)} if isinstance(value, list) else set()
+        )
+        if other := sorted(kinds - {"text"}):
+            raise ValueError(f"parts of type {other[0][:40]} cannot be read, only text")
+        return value
 
 
 class Function(Strict):
