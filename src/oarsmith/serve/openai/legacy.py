@@ -13,7 +13,7 @@ from starlette.responses import StreamingResponse
 from oarsmith.errors import OarsmithError
 from oarsmith.serve.errors import from_oarsmith
 from oarsmith.serve.openai.old_names import conversation
-from oarsmith.serve.openai.schemas import Count, Probability, Strict
+from oarsmith.serve.openai.schemas import Count, Share, Strict
 from oarsmith.serve.service import Service
 
 
@@ -28,7 +28,7 @@ class OldChatRequest(Strict):
     context: Annotated[str, Field(min_length=1)]
     history: list[str | OldTurn] = Field(default_factory=list)
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    top_p: Probability = 0.7
+    top_p: Share = 0.7
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.95
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
     max_length: Count | None = None

@@ -8,13 +8,13 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from oarsmith.engine import Sampling
 from oarsmith.engine.request import Completion
-from oarsmith.serve.openai.schemas import Count, Probability, Strict
+from oarsmith.serve.openai.schemas import Count, Share, Strict
 from oarsmith.serve.service import Service
 from oarsmith.serve.watch import stream, while_wanted
 
@@ -54,12 +54,19 @@ class ResponsesRequest(Strict):
     instructions: str | None = None
     max_output_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Probability | None = None
+    top_p: Share | None = None
     stream: bool = False
     text: TextOptions | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
-    store: Literal[False] | None = None
+    store: bool | None = None
+
+    @field_validator("store")
+    @classmethod
+    def _nothing_is_kept(cls, value: bool | None) -> bool | None:
+        if value:
+            raise ValueError("this server keeps no answers; leave store out")
+        return value
 
 
 async def respond(service: Service, request: Request, body: ResponsesRequest) -> Response:

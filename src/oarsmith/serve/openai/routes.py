@@ -34,6 +34,14 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
+# A native request is streamed in lines.
+_ANY_FORM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}, "application/x-ndjson": {}}}
+}
+_LINES: dict[int | str, dict[str, Any]] = {200: {"content": {"application/x-ndjson": {}}}}
+
+
 def _kind(body: Any) -> str:
     native = isinstance(body, NativeRequest) or (isinstance(body, dict) and {"text", "input_ids"} & set(body))
     return "native" if native else "openai"
@@ -49,17 +57,17 @@ def router(service: Service) -> APIRouter:
     """OpenAI's routes, and the old Flask server's."""
     routes = APIRouter(responses=_ERRORS)
 
-    @routes.post("/v1/chat/completions", response_model=None)
+    @routes.post("/v1/chat/completions", response_model=None, responses=_ANY_FORM)
     async def chat_completions(request: Request, body: ChatBody) -> Response:
         if isinstance(body, NativeRequest):
             return await answer_native(service, body.model_dump(exclude_unset=True), request)
         return await chat(service, request, body)
 
-    @routes.post("/v1/completions", response_model=None)
+    @routes.post("/v1/completions", response_model=None, responses=_STREAMED)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         return await complete(service, request, body)
 
-    @routes.post("/v1/responses", response_model=None)
+    @routes.post("/v1/responses", response_model=None, responses=_STREAMED)
     async def responses(request: Request, body: ResponsesRequest) -> Response:
         return await respond(service, request, body)
 
@@ -83,7 +91,7 @@ def router(service: Service) -> APIRouter:
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         return listing.detokenize(service, body)
 
-    @routes.post("/api/chat", response_model=None)
+    @routes.post("/api/chat", response_model=None, responses=_LINES)
     async def old(request: Request, body: OldChatRequest) -> Response:
         return await old_chat(service, request, body)
 
