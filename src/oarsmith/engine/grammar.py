@@ -80,10 +80,13 @@ class Constraints:
                 grammar = LLMatcher.grammar_from_json_schema(text, overrides=options)
             except ValueError as error:
                 raise _refused(name, str(error)) from error
-        elif name == "regex":
-            grammar = LLMatcher.grammar_from_regex(text)
         else:
-            grammar = LLMatcher.grammar_from_lark(text)
+            made = LLMatcher.grammar_from_regex if name == "regex" else LLMatcher.grammar_from_lark
+            try:
+                grammar = made(text)
+            except ValueError as error:
+                # Half a surrogate pair, which JSON can spell, has no UTF-8.
+                raise _refused(name, "it holds a lone surrogate") from error
         matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=_limits())
         fault = "" if not matcher.is_error() else matcher.get_error()
         if not fault:
