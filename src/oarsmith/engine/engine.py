@@ -225,7 +225,7 @@ class Engine:
         Args:
             tools: JSON schemas of functions, for a conversation.
             where: names the prompt in errors.
-            variables: what else the chat template reads.
+            variables: what else the chat template reads; ``add_generation_prompt`` is True unless it is among them.
 
         Raises:
             OarsmithError: empty, no room for an answer in the context, ids outside the vocabulary, no tokenizer.

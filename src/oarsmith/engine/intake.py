@@ -89,7 +89,7 @@ class Intake:
             return self._needed_tokenizer().encode(prompt)
         if len(prompt) > 0 and isinstance(prompt[0], Mapping):
             messages = cast(Sequence[Mapping[str, Any]], prompt)
-            return self._needed_tokenizer().encode_chat(messages, tools, True, **variables)
+            return self._needed_tokenizer().encode_chat(messages, tools, **{"add_generation_prompt": True, **variables})
         return [int(index) for index in cast(Sequence[int], prompt)]
 
     def _needed_tokenizer(self) -> Tokenizer:

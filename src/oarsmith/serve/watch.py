@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -54,11 +54,27 @@ def event(value: object) -> bytes:
     return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-async def stream(service: Service, events: AsyncGenerator[bytes, None]) -> StreamingResponse:
+def _failed(error: ApiError) -> bytes:
+    return event(error.body())
+
+
+async def stream(
+    service: Service,
+    request: Request,
+    events: AsyncGenerator[bytes, None],
+    *,
+    failed: Callable[[ApiError], bytes] = _failed,
+    end: bytes = b"data: [DONE]\n\n",
+    media_type: str = "text/event-stream",
+) -> StreamingResponse:
     """A response that sends the events as they come. The first is waited for: what is refused has a status of its own.
 
+    Args:
+        failed: how a stream that has begun tells an error.
+        end: what follows the last event, also after an error.
+
     Raises:
-        ApiError: the engine refuses the prompt, or time is up before anything came.
+        ApiError: the engine refuses the prompt, the client leaves or time is up before anything came.
     """
     loop = asyncio.get_running_loop()
     until = loop.time() + service.limits.seconds
@@ -73,7 +89,7 @@ async def stream(service: Service, events: AsyncGenerator[bytes, None]) -> Strea
         except OarsmithError as error:
             raise from_oarsmith(error) from error
 
-    first = await following()
+    first = await while_wanted(service, request, following())
 
     async def body() -> AsyncIterator[bytes]:
         one = first
@@ -82,10 +98,10 @@ async def stream(service: Service, events: AsyncGenerator[bytes, None]) -> Strea
                 yield one
                 one = await following()
         except ApiError as error:
-            yield event(error.body())
+            yield failed(error)
         finally:
             await events.aclose()
-        yield b"data: [DONE]\n\n"
+        yield end
 
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(body(), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(body(), media_type=media_type, headers=headers)

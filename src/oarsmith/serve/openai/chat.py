@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -10,9 +10,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from oarsmith.engine import Sampling
+from oarsmith.engine.choice import Choice
 from oarsmith.engine.ticket import Output
 from oarsmith.serve.errors import invalid
-from oarsmith.serve.openai.mapping import copies_of, messages_of, sampling_of
+from oarsmith.serve.openai.mapping import copies_of, messages_of, sampling_of, template_variables
 from oarsmith.serve.openai.objects import answers_of, chat_logprobs, head, usage_of
 from oarsmith.serve.openai.schemas import ChatRequest
 from oarsmith.serve.openai.tool_use import ToolUse
@@ -30,7 +31,10 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
     adapter = service.adapter_of(body.model)
     tools = ToolUse.of(body, service.tokenizer)
     ids = await service.encode(
-        messages_of(body.messages), tools=tools.schemas or None, param="messages", **(body.chat_template_kwargs or {})
+        messages_of(body.messages),
+        tools=tools.schemas or None,
+        param="messages",
+        **template_variables(body.chat_template_kwargs, body.add_generation_prompt),
     )
     if body.src_length is not None and len(ids) > body.src_length:
         raise invalid(f"the conversation has {len(ids)} tokens, more than src_length", "src_length")
@@ -48,7 +52,7 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
     talk = _Talk(service, body, ids, sampling, adapter, tools)
     if not body.stream:
         return JSONResponse(await while_wanted(service, request, talk.whole()))
-    return await stream(service, talk.events())
+    return await stream(service, request, talk.events())
 
 
 class _Talk:
@@ -100,10 +104,14 @@ class _Talk:
         readers = [self._tools.stream() for _ in range(sampling.n)]
         count, shown, begun, num_new = sampling.n * self._copies, sampling.num_samples == sampling.n, False, 0
 
-        def parts(index: int, deltas: list[dict[str, Any]], **more: Any) -> list[bytes]:
-            """For an answer and those that are the same."""
-            same = range(count) if self._copies > 1 else [index]
-            return [event({**chunk, "choices": [{**_delta(i, delta), **more}]}) for delta in deltas for i in same]
+        def parts(index: int, deltas: list[dict[str, Any]], tokens: Sequence[Choice], **more: Any) -> list[bytes]:
+            """For an answer and those that are the same; the first delta has the tokens."""
+            same, fields = range(count) if self._copies > 1 else [index], more | self._logprobs(tokens)
+            found = []
+            for delta in deltas or ([{"content": ""}] if "logprobs" in fields else []):
+                found += [event({**chunk, "choices": [{**_delta(i, delta), **fields}]}) for i in same]
+                fields = more
+            return found
 
         try:
             async with aclosing(_outputs(answer)) as outputs:
@@ -113,30 +121,30 @@ class _Talk:
                         for index in range(count):
                             yield event({**chunk, "choices": [_delta(index, {"role": "assistant", "content": ""})]})
                     if shown:
-                        deltas, logprobs = readers[output.index].feed(output.text), self._logprobs(output)
-                        for part in parts(output.index, deltas or ([{"content": ""}] if logprobs else []), **logprobs):
+                        tokens = [] if output.choice is None else [output.choice]
+                        for part in parts(output.index, readers[output.index].feed(output.text), tokens):
                             yield part
                     if output.completion is not None:
                         answers = answers_of(output.completion, 1)
                         num_new = sum(one.num_tokens for one in answers)
                         for index, (one, reader) in enumerate(zip(answers, readers, strict=True)):
-                            last = [] if shown else reader.feed(one.text)
-                            for part in parts(index, [*last, *reader.finish()]):
+                            last, tokens = ([], []) if shown else (reader.feed(one.text), list(one.logprobs or ()))
+                            for part in parts(index, [*last, *reader.finish()], tokens):
                                 yield part
                             finish = (
                                 "tool_calls" if reader.num_calls and one.finish_reason == "stop" else one.finish_reason
                             )
-                            for part in parts(index, [{}], finish_reason=finish):
+                            for part in parts(index, [{}], [], finish_reason=finish):
                                 yield part
         finally:
             answer.close()
         if wants_usage:
             yield event({**chunk, "choices": [], "usage": usage_of(len(self._ids), num_new)})
 
-    def _logprobs(self, output: Output) -> dict[str, Any]:
-        if self._sampling.logprobs is None or output.choice is None:
+    def _logprobs(self, tokens: Sequence[Choice]) -> dict[str, Any]:
+        if self._sampling.logprobs is None or not tokens:
             return {}
-        return {"logprobs": chat_logprobs(self._service.tokenizer, [output.choice])}
+        return {"logprobs": chat_logprobs(self._service.tokenizer, tokens)}
 
 
 async def _outputs(answer: Answer) -> AsyncGenerator[Output, None]:

@@ -52,7 +52,7 @@ async def complete(service: Service, request: Request, body: CompletionRequest) 
     work = _Continuations(service, body, ids, sampling, adapter)
     if not body.stream:
         return JSONResponse(await while_wanted(service, request, work.whole()))
-    return await stream(service, work.events())
+    return await stream(service, request, work.events())
 
 
 class _Continuations:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from oarsmith.errors import OarsmithError
-from oarsmith.serve.errors import from_oarsmith
+from oarsmith.serve.errors import ApiError
 from oarsmith.serve.openai.old_names import conversation
 from oarsmith.serve.openai.schemas import Count, Share, Strict
 from oarsmith.serve.service import Service
+from oarsmith.serve.watch import stream
 
 
 class OldTurn(Strict):
@@ -51,22 +51,23 @@ async def old_chat(service: Service, request: Request, body: OldChatRequest) -> 
         temperature=body.temperature,
         repetition_penalty=body.repetition_penalty,
     )
-    answer = service.ask(ids, sampling)
 
-    async def lines() -> AsyncIterator[bytes]:
+    async def lines() -> AsyncGenerator[bytes, None]:
+        answer = service.ask(ids, sampling)
         try:
             async for output in answer:
                 if output.error is not None:
                     raise output.error
                 if output.text:
                     yield _line({"response": {"role": "bot", "utterance": output.text}})
-        except OarsmithError as error:
-            told = from_oarsmith(error)
-            yield json.dumps({"error_code": 1, "error_msg": told.message}, ensure_ascii=False).encode() + b"\n"
         finally:
             answer.close()
 
-    return StreamingResponse(lines(), media_type="application/x-ndjson")
+    return await stream(service, request, lines(), failed=_failed, end=b"", media_type="application/x-ndjson")
+
+
+def _failed(error: ApiError) -> bytes:
+    return json.dumps({"error_code": 1, "error_msg": error.message}, ensure_ascii=False).encode() + b"\n"
 
 
 def _line(result: dict[str, Any]) -> bytes:

@@ -6,9 +6,11 @@ import base64
 from array import array
 from typing import Any
 
+import anyio.to_thread
+
 from oarsmith.serve.errors import invalid
 from oarsmith.serve.openai.completions import prompts_of
-from oarsmith.serve.openai.mapping import messages_of
+from oarsmith.serve.openai.mapping import messages_of, template_variables
 from oarsmith.serve.openai.schemas import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from oarsmith.serve.service import Service
 
@@ -69,9 +71,10 @@ async def tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
     if (body.prompt is None) == (body.messages is None):
         raise invalid("give either prompt or messages", "prompt")
     if body.messages is not None:
-        ids = await service.encode(messages_of(body.messages), param="messages")
+        variables = template_variables(body.chat_template_kwargs, body.add_generation_prompt)
+        ids = await service.encode(messages_of(body.messages), param="messages", **variables)
     else:
-        ids = service.tokenizer.encode(body.prompt or "", body.add_special_tokens)
+        ids = await anyio.to_thread.run_sync(service.tokenizer.encode, body.prompt or "", body.add_special_tokens)
     names = [service.tokenizer.id_to_token(token) for token in ids] if body.return_token_strs else None
     most = service.worker.engine.context_length
     return {"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": names}

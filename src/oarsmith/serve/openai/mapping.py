@@ -13,6 +13,8 @@ from oarsmith.serve.service import Service
 
 # OpenAI's default.
 _TEMPERATURE = 1.0
+# Names that functions on the way to the template have for other things; where a field exists, it is the one to use.
+_NOT_VARIABLES = frozenset({"add_generation_prompt", "messages", "param", "prompt", "self", "tools", "where"})
 
 
 def sampling_of(service: Service, request: SamplingFields, max_new_tokens: int | None, **more: Any) -> Sampling:
@@ -48,6 +50,8 @@ def sampling_of(service: Service, request: SamplingFields, max_new_tokens: int |
         "seed": request.seed,
     }
     values |= {name: value for name, value in optional.items() if value is not None}
+    if request.best_of is not None and request.best_of < request.n:
+        raise invalid(f"best_of {request.best_of} is less than n {request.n}", "best_of")
     if not _is_greedy(request):
         values |= {"n": request.n, "best_of": request.best_of}
     return service.sampling(**values)
@@ -87,6 +91,18 @@ def _constraint(request: SamplingFields) -> dict[str, Any]:
             raise invalid("response_format and guided_json both give a schema", "guided_json")
         found["json_schema"] = form.json_schema.schema_
     return {name: value for name, value in found.items() if value is not None}
+
+
+def template_variables(given: dict[str, Any] | None, add_generation_prompt: bool) -> dict[str, Any]:
+    """What a chat template reads beside the conversation.
+
+    Raises:
+        ApiError: a name that stands for something else.
+    """
+    taken = sorted(_NOT_VARIABLES & set(given or {}))
+    if taken:
+        raise invalid(f"chat_template_kwargs cannot set {taken[0]}", "chat_template_kwargs")
+    return {**(given or {}), "add_generation_prompt": add_generation_prompt}
 
 
 def messages_of(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -17,17 +17,20 @@ def modernized(body: Any) -> Any:
         if old in found and new not in found:
             found[new] = found.pop(old)
     if "messages" not in found and isinstance(found.get("context"), str):
-        found["messages"] = conversation(found.pop("history", None) or [], found.pop("context"))
+        history = found.pop("history", None) or []
+        if not isinstance(history, list):
+            raise ValueError("history is no list")
+        found["messages"] = conversation(history, found.pop("context"))
     if isinstance(found.get("messages"), (str, dict)):
         only = found["messages"]
         found["messages"] = [{"role": "user", "content": only} if isinstance(only, str) else only]
     return found
 
 
-def conversation(history: Any, context: str) -> list[dict[str, Any]]:
+def conversation(history: list[Any], context: str) -> list[dict[str, Any]]:
     """Earlier turns (texts of user and bot by turns, or objects with role and utterance) and the last message."""
     found: list[dict[str, Any]] = []
-    for number, turn in enumerate(history if isinstance(history, list) else []):
+    for number, turn in enumerate(history):
         if isinstance(turn, dict):
             role = str(turn.get("role", "user"))
             content = turn.get("utterance", turn.get("content", ""))

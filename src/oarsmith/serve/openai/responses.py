@@ -6,6 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator
+from itertools import count
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -14,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from oarsmith.engine import Sampling
 from oarsmith.engine.request import Completion
+from oarsmith.serve.errors import ApiError, invalid
 from oarsmith.serve.openai.schemas import Count, Share, Strict
 from oarsmith.serve.service import Service
 from oarsmith.serve.watch import stream, while_wanted
@@ -47,7 +49,7 @@ class TextOptions(Strict):
 
 
 class ResponsesRequest(Strict):
-    """Fields that would need a memory or tools on the server are refused."""
+    """Fields that would need a memory or tools on the server are refused; those of accounts change nothing."""
 
     input: str | Annotated[list[InputItem], Field(min_length=1)]
     model: str | None = None
@@ -60,6 +62,13 @@ class ResponsesRequest(Strict):
     metadata: dict[str, str] | None = None
     user: str | None = None
     store: bool | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    truncation: Literal["disabled"] | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
 
     @field_validator("store")
     @classmethod
@@ -80,14 +89,15 @@ async def respond(service: Service, request: Request, body: ResponsesRequest) ->
     values: dict[str, Any] = {"temperature": 1.0 if body.temperature is None else body.temperature}
     form = None if body.text is None else body.text.format
     if form is not None and form.type != "text":
-        schema = form.schema_ if form.type == "json_schema" else None
-        values |= {"json_object": True} if schema is None else {"json_schema": schema}
+        if form.type == "json_schema" and form.schema_ is None:
+            raise invalid("text.format is json_schema but has no schema", "text.format.schema")
+        values |= {"json_object": True} if form.type == "json_object" else {"json_schema": form.schema_}
     if body.top_p is not None:
         values["top_p"] = body.top_p
     work = _Response(service, body, ids, service.sampling(max_new_tokens=body.max_output_tokens, **values), adapter)
     if not body.stream:
         return JSONResponse(await while_wanted(service, request, work.whole()))
-    return await stream(service, work.events())
+    return await stream(service, request, work.events(), failed=work.failed, end=b"")
 
 
 def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
@@ -106,6 +116,7 @@ class _Response:
     ) -> None:
         self._service, self._ids, self._sampling, self._adapter = service, ids, sampling, adapter
         self._item = f"msg_{secrets.token_hex(12)}"
+        self._numbers = count()
         self._head: dict[str, Any] = {
             "id": f"resp_{secrets.token_hex(12)}",
             "object": "response",
@@ -151,16 +162,28 @@ class _Response:
     def _message(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
         return {"type": "message", "id": self._item, "status": status, "role": "assistant", "content": content}
 
+    def _event(self, type: str, **fields: Any) -> bytes:
+        value = {"type": type, "sequence_number": next(self._numbers), **fields}
+        return f"event: {type}\ndata: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+
+    def failed(self, error: ApiError) -> bytes:
+        """The events that end a stream that cannot go on."""
+        code = error.code or error.type
+        told = self._event("error", code=code, message=error.message, param=error.param)
+        response = {
+            **self._head,
+            "status": "failed",
+            "incomplete_details": None,
+            "output": [],
+            "usage": None,
+            # The only code of OpenAI's that says this much.
+            "error": {"code": "server_error", "message": error.message},
+        }
+        return told + self._event("response.failed", response=response)
+
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The events of OpenAI's stream, numbered."""
-        number = -1
-
-        def event(type: str, **fields: Any) -> bytes:
-            nonlocal number
-            number += 1
-            value = {"type": type, "sequence_number": number, **fields}
-            return f"event: {type}\ndata: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
-
+        event = self._event
         answer = self._service.ask(self._ids, self._sampling, adapter=self._adapter)
         begun = {**self._head, "status": "in_progress", "incomplete_details": None, "output": [], "usage": None}
         where = {"item_id": self._item, "output_index": 0, "content_index": 0}

@@ -24,6 +24,7 @@ from oarsmith.serve.openai.schemas import (
     TokenizeRequest,
 )
 from oarsmith.serve.service import Service
+from oarsmith.serve.watch import while_wanted
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "the request cannot be answered as it is"},
@@ -72,14 +73,14 @@ def router(service: Service) -> APIRouter:
         return await respond(service, request, body)
 
     @routes.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingRequest) -> dict[str, Any]:
-        return await listing.embed(service, body)
+    async def embeddings(request: Request, body: EmbeddingRequest) -> dict[str, Any]:
+        return await while_wanted(service, request, listing.embed(service, body))
 
     @routes.get("/v1/models")
     async def models() -> dict[str, Any]:
         return listing.list_models(service)
 
-    @routes.get("/v1/models/{model}")
+    @routes.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
         return listing.card(service, model)
 

@@ -71,7 +71,7 @@ class SamplingFields(Strict):
     bad_words: list[Annotated[str, Field(min_length=1)]] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
     guided_grammar: str | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
     user: str | None = None
@@ -80,6 +80,12 @@ class SamplingFields(Strict):
     service_tier: str | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> SamplingFields:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options without stream")
+        return self
 
 
 class Part(Strict):
@@ -158,6 +164,8 @@ class ChatRequest(SamplingFields):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    # False: the template does not open the answer; a last message of the assistant may then go on.
+    add_generation_prompt: bool = True
     # PaddleNLP's server: the most tokens of a prompt.
     src_length: Count | None = None
 
@@ -193,6 +201,8 @@ class TokenizeRequest(Strict):
     prompt: str | None = None
     messages: list[Message] | None = None
     add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool = False
 
 

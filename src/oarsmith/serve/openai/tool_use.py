@@ -19,8 +19,15 @@ class ToolUse:
         constraint: what of the sampling makes the answer a call, where one is demanded, and keeps it readable.
     """
 
-    def __init__(self, schemas: list[dict[str, Any]], constraint: dict[str, Any], format: ToolFormat | None) -> None:
+    def __init__(
+        self,
+        schemas: list[dict[str, Any]],
+        constraint: dict[str, Any],
+        format: ToolFormat | None,
+        most: int | None = None,
+    ) -> None:
         self.schemas = schemas
+        self._most = most
         self.constraint = constraint
         self._format = format
         self._functions = [schema["function"] for schema in schemas]
@@ -44,7 +51,7 @@ class ToolUse:
         if body.tool_choice in (None, "auto"):
             form = find_tool_format(tokenizer)
             shown = {"skip_special_tokens": False} if form is not None and form.needs_special(tokenizer) else {}
-            return ToolUse(schemas, shown, form)
+            return ToolUse(schemas, shown, form, 1 if body.parallel_tool_calls is False else None)
         if body.response_format is not None and body.response_format.type != "text":
             raise invalid("tool_choice demands a call and response_format something else", "response_format")
         return ToolUse(schemas, {"json_schema": forced_schema(functions, name)}, PLAIN)
@@ -54,11 +61,11 @@ class ToolUse:
         if self._format is None:
             return text, []
         said, calls = self._format.parse(text, self._functions)
-        return said, [_as_object(call) for call in calls]
+        return said, [_as_object(call) for call in calls[: self._most]]
 
     def stream(self) -> ToolReader:
         """Reads one answer as it comes."""
-        return ToolReader(None if self._format is None else self._format.stream(self._functions))
+        return ToolReader(None if self._format is None else self._format.stream(self._functions), self._most)
 
 
 class ToolReader:
@@ -68,25 +75,30 @@ class ToolReader:
         num_calls: so far.
     """
 
-    def __init__(self, stream: ToolStream | None) -> None:
+    def __init__(self, stream: ToolStream | None, most: int | None) -> None:
         self._stream = stream
+        self._most = most
         self.num_calls = 0
 
     def feed(self, text: str) -> list[dict[str, Any]]:
         """Deltas after some more text."""
         if self._stream is None:
             return [{"content": text}] if text else []
-        return [self._delta(part) for part in self._stream.feed(text)]
+        return self._deltas(self._stream.feed(text))
 
     def finish(self) -> list[dict[str, Any]]:
         """What is left at the end."""
-        return [] if self._stream is None else [self._delta(part) for part in self._stream.finish()]
+        return [] if self._stream is None else self._deltas(self._stream.finish())
 
-    def _delta(self, part: str | ToolCall) -> dict[str, Any]:
-        if isinstance(part, str):
-            return {"content": part}
-        self.num_calls += 1
-        return {"tool_calls": [{"index": self.num_calls - 1, **_as_object(part)}]}
+    def _deltas(self, parts: list[str | ToolCall]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for part in parts:
+            if isinstance(part, str):
+                found.append({"content": part})
+            elif self.num_calls != self._most:
+                found.append({"tool_calls": [{"index": self.num_calls, **_as_object(part)}]})
+                self.num_calls += 1
+        return found
 
 
 def _as_object(call: ToolCall) -> dict[str, Any]:
