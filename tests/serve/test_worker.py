@@ -132,6 +132,8 @@ def test_the_engines_death_reaches_everybody(model):
             worker.submit(ids, LONG)
         with pytest.raises(ClosedError):
             await worker.call(lambda engine: None)
+        # Its exception is told by this test's end, not in the next one.
+        await asyncio.to_thread(worker._thread.join, 10)
 
     asyncio.run(main())
 
@@ -152,6 +154,28 @@ def test_an_answer_counts_for_the_caller_that_asked(model):
         assert caller.num_open == 0
         assert (call.num_prompt_tokens, call.num_tokens) == (len(ids), completion.num_tokens)
         assert (call.prompts, call.answers) == ([ids], ["one two three"])
+        await worker.close(1.0)
+
+    asyncio.run(main())
+
+
+def test_a_request_that_breaks_something_ends_nothing_else(model, monkeypatch):
+    async def main():
+        engine = engine_of(model)
+        ids, add = engine.encode(COUNT), engine.add
+
+        def broken(prompt, sampling, **more):
+            if sampling.seed == 13:
+                raise RuntimeError("a fault")
+            return add(prompt, sampling, **more)
+
+        monkeypatch.setattr(engine, "add", broken)
+        worker = Worker(engine, max_waiting=10)
+        worker.start()
+        with pytest.raises(OarsmithError, match="cannot be taken"):
+            await worker.submit(ids, Sampling(seed=13)).completion()
+        assert (await worker.submit(ids, Sampling()).completion()).text == "one two three"
+        assert worker.alive and worker.num_open == 0
         await worker.close(1.0)
 
     asyncio.run(main())

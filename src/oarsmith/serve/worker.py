@@ -185,6 +185,10 @@ class Worker:
                 self.engine.add(ids, sampling, id=answer.id, adapter=adapter, priority=priority)
             except OarsmithError as error:
                 self._tell([Output(answer.id, 0, None, error=error)])
+            except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError):
+                # A fault of ours; it must not end the service for all others.
+                _log.exception("a request could not be taken")
+                self._tell([Output(answer.id, 0, None, error=OarsmithError("the request cannot be taken"))])
 
         self._commands.put(add)
         return answer
