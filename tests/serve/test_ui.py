@@ -66,7 +66,7 @@ def test_stopping_gives_the_answer_up(served, chain_model) -> None:
         body = request_of([{"role": "user", "content": "Hi"}], "", None, {"temperature": 0.0, "max_tokens": 4000})
         answers = Client(server.url, None).answer(body)
         next(answers)
-        assert server.service.worker.num_open == 1
+        assert server.service.worker.num_open <= 1
         answers.close()
         server.wait_idle()
         assert server.free_pages() == free
