@@ -198,6 +198,6 @@ def test_who_leaves_while_waiting_is_no_longer_waited_for(served, chain_model) -
             until = time.monotonic() + 5
             while worker.num_open > 1 and time.monotonic() < until:
                 time.sleep(0.02)
-            assert worker.num_open == 1, "the one that left still waits"
+            assert worker.num_open <= 1, "the one that left still waits"
             assert next(line for line in lines if line)
         found.wait_idle()
