@@ -21,26 +21,35 @@ from oarsmith import cli
 from oarsmith.serve.keys import new_key
 
 SOURCES = str(Path(oarsmith.__file__).parents[1])
-KILLER = """
-import sys
+SLOWLY = """
+# the command with an engine slow enough to be looked at while it works, and that breaks when the test says so
+import os, sys, time
 from oarsmith.engine import Engine
-step, num_steps = Engine.step, 0
-def wrong(engine):
-    global num_steps
-    num_steps += 1
-    if num_steps > 50:
+step = Engine.step
+def slow(engine):
+    time.sleep(0.01)
+    if os.path.exists(os.environ["BREAK"]):
         raise RuntimeError("a bug of the engine")
     return step(engine)
-Engine.step = wrong
+Engine.step = slow
 from oarsmith.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
 
 @contextmanager
-def process(*words, code=("-m", "oarsmith")):
-    environment = {**os.environ, "PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *code, "serve", *map(str, words), "--port", "0", "--num_threads", "1"]
+def process(*words, slowly=False, breaking="/never/there"):
+    environment = {**os.environ, "PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1", "BREAK": str(breaking)}
+    command = [
+        sys.executable,
+        *(("-c", SLOWLY) if slowly else ("-m", "oarsmith")),
+        "serve",
+        *map(str, words),
+        "--port",
+        "0",
+        "--num_threads",
+        "1",
+    ]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     lines = []
     found = threading.Event()
@@ -68,6 +77,11 @@ def process(*words, code=("-m", "oarsmith")):
 def ask(url, tokens=200, **more):
     body = {"messages": [{"role": "user", "content": "count"}], "max_tokens": tokens, "temperature": 0, **more}
     return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+
+
+def wait_for_open(url, num_requests):
+    while f"oarsmith_requests_open {num_requests}.0" not in httpx.get(f"{url}/metrics").text:
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -98,20 +112,18 @@ def test_sigterm_under_load_every_accepted_request_is_answered(endless):
 
 
 def test_what_is_not_finished_within_the_grace_gets_an_error(endless):
-    with process(endless, "--grace_seconds", 0.3) as (server, url, _), ThreadPoolExecutor(4) as pool:
+    with process(endless, "--grace_seconds", 0.3, slowly=True) as (server, url, _), ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(ask, url, 4000) for _ in range(3)]
-        while "oarsmith_requests_open 3.0" not in httpx.get(f"{url}/metrics").text:
-            pass
+        wait_for_open(url, 3)
         server.send_signal(signal.SIGTERM)
         assert {one.result().status_code for one in asked} == {503}
         assert server.wait(20) == 0
 
 
 def test_a_second_signal_ends_it_at_once(endless):
-    with process(endless, "--grace_seconds", 60) as (server, url, _), ThreadPoolExecutor(1) as pool:
+    with process(endless, "--grace_seconds", 60, slowly=True) as (server, url, _), ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask, url, 4000)
-        while "oarsmith_requests_open 1.0" not in httpx.get(f"{url}/metrics").text:
-            pass
+        wait_for_open(url, 1)
         server.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         server.send_signal(signal.SIGTERM)
@@ -119,10 +131,14 @@ def test_a_second_signal_ends_it_at_once(endless):
         assert isinstance(asked.exception(), httpx.HTTPError)
 
 
-def test_a_dead_engine_ends_the_process_and_answers_everybody(endless):
-    with process(endless, code=("-c", KILLER)) as (server, url, lines), ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: ask(url, 4000), range(8)))
-        assert {answer.status_code for answer in answers} <= {503}
+def test_a_dead_engine_ends_the_process_and_answers_everybody(endless, tmp_path):
+    broken = tmp_path / "broken"
+    with process(endless, slowly=True, breaking=broken) as (server, url, lines), ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(ask, url, 4000) for _ in range(8)]
+        wait_for_open(url, 8)
+        broken.touch()
+        answers = [one.result() for one in asked]
+        assert {answer.status_code for answer in answers} == {503}
         assert not [answer for answer in answers if "bug of the engine" in answer.text or "/" in answer.text]
         assert server.wait(20) == 1
     assert any("a bug of the engine" in line for line in lines)
