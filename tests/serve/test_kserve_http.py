@@ -9,20 +9,16 @@ import struct
 import httpx
 import numpy as np
 import pytest
-import torch
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
 from kserve_server import running
-from oarsmith.adapters.lora import LoraSegment, attach, lora_modules
-from oarsmith.adapters.peft_layout import write_adapter
-from oarsmith.adapters.targets import lora_rewrite, match_targets
-from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.engine import Engine, Sampling
 from oarsmith.errors import MissingExtraError
 from oarsmith.serve import kserve
 from oarsmith.serve.kserve import require_grpc
 from oarsmith.serve.service import Limits
+from random_adapter import make_adapter
 
 pytestmark = pytest.mark.usefixtures("few_threads")
 
@@ -300,21 +296,6 @@ def test_the_description_of_the_routes(http):
     assert {"text", "text_input", "max_dec_len", "req_id"} <= set(fields["properties"])
     assert "$ref" not in json.dumps(fields)
     assert {"200", "400", "404", "429"} <= set(paths["/v2/models/{name}/infer"]["post"]["responses"])
-
-
-def make_adapter(base, folder):
-    """A random LoRA adapter."""
-    segment = LoraSegment(name="", rank=2, scale=1.0)
-    rewrite = lora_rewrite(lambda modules: dict.fromkeys(match_targets(modules, "all-linear"), segment), 0.0)
-    model = load_decoder(base, rewrite=rewrite)
-    attach(model, 1)
-    with torch.no_grad():
-        for _, module in lora_modules(model):
-            for b in module.lora_B.values():
-                b.normal_(std=20.0, generator=torch.Generator().manual_seed(1))
-    folder.mkdir()
-    write_adapter(model, folder, base=str(base), settings={"r": 2, "lora_alpha": 2.0, "lora_dropout": 0.0})
-    return folder
 
 
 def test_adapters_by_their_names(chain_model, tmp_path):

@@ -1,77 +1,18 @@
 """The command as a process: it starts, answers, and ends in good order."""
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import pytest
 
-import oarsmith
 from oarsmith import cli
 from oarsmith.serve.keys import new_key
-
-SOURCES = str(Path(oarsmith.__file__).parents[1])
-SLOWLY = """
-# the command with an engine slow enough to be looked at while it works, and that breaks when the test says so
-import os, sys, time
-from oarsmith.engine import Engine
-step = Engine.step
-def slow(engine):
-    time.sleep(0.01)
-    if os.path.exists(os.environ["BREAK"]):
-        raise RuntimeError("a bug of the engine")
-    return step(engine)
-Engine.step = slow
-from oarsmith.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-@contextmanager
-def process(*words, slowly=False, breaking="/never/there"):
-    environment = {**os.environ, "PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1", "BREAK": str(breaking)}
-    command = [
-        sys.executable,
-        *(("-c", SLOWLY) if slowly else ("-m", "oarsmith")),
-        "serve",
-        *map(str, words),
-        "--port",
-        "0",
-        "--num_threads",
-        "1",
-    ]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    lines = []
-    found = threading.Event()
-
-    def read():
-        for line in server.stderr:
-            lines.append(line)
-            if "listening on" in line:
-                found.set()
-        found.set()
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    try:
-        assert found.wait(90), lines
-        address = re.search(r"listening on (\S+)", "".join(lines))
-        assert address is not None, lines
-        yield server, address.group(1).rstrip(","), lines
-    finally:
-        server.kill()
-        server.wait()
-        reader.join(10)
+from server_process import server_process
 
 
 def ask(url, tokens=200, **more):
@@ -90,7 +31,7 @@ def endless(chain_model):
 
 
 def test_sigterm_under_load_every_accepted_request_is_answered(endless):
-    with process(endless, "--batch_size", 4, "--grace_seconds", 60) as (server, url, lines):
+    with server_process(endless, "--batch_size", 4, "--grace_seconds", 60) as (server, url, lines):
         assert httpx.get(f"{url}/ready").status_code == 200
         with ThreadPoolExecutor(20) as pool, httpx.Client() as kept:
             asked = [pool.submit(ask, url, 400) for _ in range(16)]
@@ -112,7 +53,10 @@ def test_sigterm_under_load_every_accepted_request_is_answered(endless):
 
 
 def test_what_is_not_finished_within_the_grace_gets_an_error(endless):
-    with process(endless, "--grace_seconds", 0.3, slowly=True) as (server, url, _), ThreadPoolExecutor(4) as pool:
+    with (
+        server_process(endless, "--grace_seconds", 0.3, slowly=True) as (server, url, _),
+        ThreadPoolExecutor(4) as pool,
+    ):
         asked = [pool.submit(ask, url, 4000) for _ in range(3)]
         wait_for_open(url, 3)
         server.send_signal(signal.SIGTERM)
@@ -121,7 +65,7 @@ def test_what_is_not_finished_within_the_grace_gets_an_error(endless):
 
 
 def test_a_second_signal_ends_it_at_once(endless):
-    with process(endless, "--grace_seconds", 60, slowly=True) as (server, url, _), ThreadPoolExecutor(1) as pool:
+    with server_process(endless, "--grace_seconds", 60, slowly=True) as (server, url, _), ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask, url, 4000)
         wait_for_open(url, 1)
         server.send_signal(signal.SIGTERM)
@@ -133,7 +77,7 @@ def test_a_second_signal_ends_it_at_once(endless):
 
 def test_a_dead_engine_ends_the_process_and_answers_everybody(endless, tmp_path):
     broken = tmp_path / "broken"
-    with process(endless, slowly=True, breaking=broken) as (server, url, lines), ThreadPoolExecutor(8) as pool:
+    with server_process(endless, slowly=True, breaking=broken) as (server, url, lines), ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(ask, url, 4000) for _ in range(8)]
         wait_for_open(url, 8)
         broken.touch()
@@ -148,7 +92,7 @@ def test_keys_are_read_again_at_sighup(endless, tmp_path):
     (first, line), (second, other) = new_key("a"), new_key("b")
     file = tmp_path / "keys.txt"
     file.write_text(line)
-    with process(endless, "--api_keys", file) as (server, url, _):
+    with server_process(endless, "--api_keys", file) as (server, url, _):
         get = lambda key: httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"})  # noqa: E731
         assert (get(first).status_code, get(second).status_code) == (200, 401)
         file.write_text(other)

@@ -60,6 +60,11 @@ class ServeConfig(ModelKeys, WeightKeys, SpeculativeKeys, CacheKeys, RuntimeKeys
         description="LoRA adapters as NAME=DIR; requests choose one by giving NAME as model. Repeat the key for "
         "several, or put commas between them.",
     )
+    generation_config: Literal["auto", "none"] = Field(
+        "auto",
+        description="Where an OpenAI request says nothing of temperature, top_p, ...: auto takes what the model's "
+        "generation_config.json names, none takes OpenAI's temperature of 1.",
+    )
     batch_size: Int = Field(32, ge=1, description="Answers made at the same time; others wait.")
     max_waiting: Int = Field(256, ge=0, description="Requests that may wait; more are refused with 429.")
     max_prompt_tokens: Int | None = Field(

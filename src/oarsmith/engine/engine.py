@@ -259,6 +259,14 @@ class Engine:
         ask = replace(ask, index=index, where=id, read=self.tokenizer is not None, priority=priority)
         return self._desk.open(self._ticket(ask), id, told=True)
 
+    def prepare(self, sampling: Sampling) -> None:
+        """Compile a sampling's constraint, so that ``add`` finds it made; from any thread.
+
+        Raises:
+            OarsmithError: it cannot be followed.
+        """
+        self._intake.prepare(sampling)
+
     def step(self) -> list[Output]:
         """What one step, or those taken for others in the meantime, brought for the prompts that were added."""
         return self._desk.step()

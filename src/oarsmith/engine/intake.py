@@ -84,6 +84,10 @@ class Intake:
             find_prefix(rule, ids)
         return ids
 
+    def prepare(self, sampling: Sampling) -> None:
+        """See ``Engine.prepare``."""
+        self._constraints.of(sampling)
+
     def _ids(self, prompt: Prompt, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> list[int]:
         if isinstance(prompt, str):
             return self._needed_tokenizer().encode(prompt)

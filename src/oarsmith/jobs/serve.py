@@ -91,9 +91,14 @@ def _warn(config: ServeConfig) -> None:
 def make_service(config: ServeConfig, num_threads: int | None = None) -> Service:
     """The engine with its worker and limits."""
     from oarsmith.jobs.ask import open_engine
-    from oarsmith.serve.service import Limits, Service
+    from oarsmith.model_path import resolve
+    from oarsmith.serve.defaults import read_defaults
+    from oarsmith.serve.service import OPENAI_DEFAULTS, Limits, Service
     from oarsmith.serve.worker import Worker
 
+    defaults = OPENAI_DEFAULTS
+    if config.generation_config == "auto":
+        defaults = read_defaults(resolve(config.model_name_or_path).base)
     adapters = config.adapter_folders
     name = config.served_model_name or Path(config.model_name_or_path).resolve().name
     if name in adapters:
@@ -111,7 +116,8 @@ def make_service(config: ServeConfig, num_threads: int | None = None) -> Service
         max_answers=config.max_answers,
         seconds=config.request_seconds,
     )
-    return Service(Worker(engine, max_waiting=config.max_waiting), name, tuple(adapters), limits)
+    worker = Worker(engine, max_waiting=config.max_waiting)
+    return Service(worker, name, tuple(adapters), limits, defaults)
 
 
 def make_app(config: ServeConfig, service: Service, keys: Keys | None) -> Any:

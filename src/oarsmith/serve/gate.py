@@ -25,6 +25,8 @@ from oarsmith.serve.keys import Keys
 from oarsmith.serve.metrics import Metrics
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# Of a request that is refused so much more is read, for a client that still writes does not see the answer.
+_LINGER_BYTES, _LINGER_SECONDS = 32 << 20, 2.0
 _PROBES = re.compile(r"/(health|ready|version|v2/health/(live|ready))/?")
 _SECURITY = {
     "X-Content-Type-Options": "nosniff",
@@ -121,7 +123,8 @@ class Gate:
             self._admit(scope["path"], headers)
             body = await self._body(headers, receive)
         except ApiError as error:
-            # What is left of the body is not read, so the connection is of no more use.
+            # What may be left of the body is not read, so the connection is of no more use.
+            await _linger(receive)
             response_headers = {**error.headers, "Connection": "close"}
             response = JSONResponse(error.body(), status_code=error.status, headers=response_headers)
             await response(scope, receive, send)
@@ -166,6 +169,17 @@ class Gate:
         except TimeoutError as error:
             seconds = self._rules.body_seconds
             raise ApiError(408, f"the request did not come within {seconds:g} seconds", code="timeout") from error
+
+
+async def _linger(receive: Receive) -> None:
+    """Read on to the request's end, within bounds."""
+    size = 0
+    with anyio.move_on_after(_LINGER_SECONDS):
+        while size < _LINGER_BYTES:
+            message = await receive()
+            size += len(message.get("body", b""))
+            if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                return
 
 
 def _too_large(most: int) -> ApiError:

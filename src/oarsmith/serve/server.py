@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from oarsmith.errors import ConfigError
 from oarsmith.serve.access_log import JsonLines
@@ -24,6 +25,8 @@ _log = logging.getLogger("oarsmith.serve")
 # For answers to reach their clients once the engine has given its last one.
 _FLUSH_SECONDS = 5.0
 _IDLE_SECONDS = 30.0
+# For a request's first line and headers to come.
+_HEADER_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,44 @@ def check_certificate(place: Place) -> None:
         raise ConfigError(what, where="tls_certfile", fix="give a certificate and its key, in PEM") from error
 
 
+class _Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """HTTP, where a connection is closed that takes too long to say what it wants."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self._between_requests:
+            self._stop()
+        elif self._timer is None:
+            self._wait()
+
+    @property
+    def _between_requests(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _wait(self) -> None:
+        self._timer = self.loop.call_later(_HEADER_SECONDS, self._late)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _late(self) -> None:
+        self._timer = None
+        if self._between_requests and not self.transport.is_closing():
+            self.transport.close()
+
+
 class _Server(uvicorn.Server):
     """Signals are ours: uvicorn would close its port before the last requests are told anything."""
 
@@ -115,6 +156,7 @@ def run(
     """
     config = uvicorn.Config(
         app,
+        http=_Protocol,
         log_config=None,
         access_log=False,
         server_header=False,

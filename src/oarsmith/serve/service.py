@@ -16,6 +16,8 @@ from oarsmith.serve.errors import ApiError, from_oarsmith, invalid
 from oarsmith.serve.worker import Answer, Worker
 from oarsmith.text import Tokenizer
 
+OPENAI_DEFAULTS: Mapping[str, float] = {"temperature": 1.0}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -41,12 +43,14 @@ class Service:
     Args:
         name: of the model itself.
         adapters: names of models that are the same with a LoRA adapter.
+        defaults: how answers are drawn where a request of OpenAI's protocol does not say (``read_defaults``).
     """
 
     worker: Worker
     name: str
     adapters: Sequence[str] = ()
     limits: Limits = field(default_factory=Limits)
+    defaults: Mapping[str, float] = field(default_factory=lambda: OPENAI_DEFAULTS)
     started: float = field(default_factory=time.time)
 
     @property
@@ -107,6 +111,19 @@ class Service:
             raise invalid(f"{sampling.num_samples} answers to one prompt; this server gives at most {most}", "n")
         try:
             return self.worker.submit(ids, sampling, adapter=adapter, priority=priority)
+        except OarsmithError as error:
+            raise from_oarsmith(error) from error
+
+    async def prepare(self, sampling: Sampling) -> None:
+        """Compile an answer's constraint beside the engine, which would keep everybody waiting for it.
+
+        Raises:
+            ApiError: it cannot be followed.
+        """
+        if not sampling.constraints:
+            return
+        try:
+            await anyio.to_thread.run_sync(self.worker.engine.prepare, sampling)
         except OarsmithError as error:
             raise from_oarsmith(error) from error
 

@@ -127,7 +127,7 @@ class Worker:
         self._commands = queue.SimpleQueue[Callable[[], None]]()
         self._open: dict[str, Answer] = {}
         self._calls: set[asyncio.Future[Any]] = set()
-        self._closing = self._dead = False
+        self._closing = self._dead = self._ended = False
         self._num_orders = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -253,7 +253,7 @@ class Worker:
                 if self.engine.busy:
                     self._tell(self.engine.step())
         except _StopError:
-            pass
+            self._ended = True
         finally:
             self._call(self._died)
 
@@ -321,7 +321,7 @@ class Worker:
         for found in self._calls:
             if not found.done():
                 found.set_exception(ClosedError("the engine has stopped", fix="ask another one"))
-        if not self._closing:
+        if not self._ended:
             self.on_death()
 
     def _fail(self, why: str) -> None:

@@ -49,6 +49,7 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         **tools.constraint,
     )
+    await service.prepare(sampling)
     talk = _Talk(service, body, ids, sampling, adapter, tools)
     if not body.stream:
         return JSONResponse(await while_wanted(service, request, talk.whole()))
@@ -70,7 +71,7 @@ class _Talk:
         self._service, self._body, self._ids, self._sampling = service, body, ids, sampling
         self._adapter, self._tools = adapter, tools
         self._model = body.model or service.name
-        self._copies = copies_of(body)
+        self._copies = copies_of(service, body)
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""

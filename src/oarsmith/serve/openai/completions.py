@@ -49,6 +49,7 @@ async def complete(service: Service, request: Request, body: CompletionRequest) 
     # Without a new token there would be no step: one is computed, and not shown.
     wanted = {"prompt_logprobs": body.logprobs} if body.echo and body.logprobs is not None else {}
     sampling = sampling_of(service, body, body.max_tokens or 1, logprobs=body.logprobs, **wanted)
+    await service.prepare(sampling)
     work = _Continuations(service, body, ids, sampling, adapter)
     if not body.stream:
         return JSONResponse(await while_wanted(service, request, work.whole()))
@@ -63,7 +64,7 @@ class _Continuations:
     ) -> None:
         self._service, self._body, self._ids, self._sampling = service, body, ids, sampling
         self._adapter = adapter
-        self._copies = copies_of(body)
+        self._copies = copies_of(service, body)
         self._head = head("cmpl", "text_completion", body.model or service.name)
 
     def _ask(self) -> list[Answer]:

@@ -11,8 +11,6 @@ from oarsmith.serve.errors import invalid
 from oarsmith.serve.openai.schemas import Message, SamplingFields
 from oarsmith.serve.service import Service
 
-# OpenAI's default.
-_TEMPERATURE = 1.0
 # Names that functions on the way to the template have for other things; where a field exists, it is the one to use.
 _NOT_VARIABLES = frozenset({"add_generation_prompt", "messages", "param", "prompt", "self", "tools", "where"})
 
@@ -28,7 +26,7 @@ def sampling_of(service: Service, request: SamplingFields, max_new_tokens: int |
     """
     values: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
-        "temperature": _TEMPERATURE if request.temperature is None else request.temperature,
+        **service.defaults,
         "stop": (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ()),
         "stop_ids": tuple(request.stop_token_ids or ()),
         "ignore_eos": request.ignore_eos,
@@ -40,6 +38,7 @@ def sampling_of(service: Service, request: SamplingFields, max_new_tokens: int |
     if request.top_k is not None:
         values["top_k"] = max(request.top_k, 0)
     optional = {
+        "temperature": request.temperature,
         "top_p": request.top_p,
         "min_p": request.min_p,
         "typical_p": request.typical_p,
@@ -52,18 +51,19 @@ def sampling_of(service: Service, request: SamplingFields, max_new_tokens: int |
     values |= {name: value for name, value in optional.items() if value is not None}
     if request.best_of is not None and request.best_of < request.n:
         raise invalid(f"best_of {request.best_of} is less than n {request.n}", "best_of")
-    if not _is_greedy(request):
+    if not _is_greedy(service, request):
         values |= {"n": request.n, "best_of": request.best_of}
     return service.sampling(**values)
 
 
-def copies_of(request: SamplingFields) -> int:
+def copies_of(service: Service, request: SamplingFields) -> int:
     """How often the one answer is given: greedy answers are all alike."""
-    return request.n if _is_greedy(request) else 1
+    return request.n if _is_greedy(service, request) else 1
 
 
-def _is_greedy(request: SamplingFields) -> bool:
-    return request.temperature is not None and request.temperature < 1e-5
+def _is_greedy(service: Service, request: SamplingFields) -> bool:
+    temperature = service.defaults["temperature"] if request.temperature is None else request.temperature
+    return temperature < 1e-5
 
 
 def _bias(request: SamplingFields) -> dict[int, float]:

@@ -86,7 +86,9 @@ async def respond(service: Service, request: Request, body: ResponsesRequest) ->
     """
     adapter = service.adapter_of(body.model)
     ids = await service.encode(_messages(body), param="input")
-    values: dict[str, Any] = {"temperature": 1.0 if body.temperature is None else body.temperature}
+    values: dict[str, Any] = dict(service.defaults)
+    if body.temperature is not None:
+        values["temperature"] = body.temperature
     form = None if body.text is None else body.text.format
     if form is not None and form.type != "text":
         if form.type == "json_schema" and form.schema_ is None:
@@ -94,7 +96,9 @@ async def respond(service: Service, request: Request, body: ResponsesRequest) ->
         values |= {"json_object": True} if form.type == "json_object" else {"json_schema": form.schema_}
     if body.top_p is not None:
         values["top_p"] = body.top_p
-    work = _Response(service, body, ids, service.sampling(max_new_tokens=body.max_output_tokens, **values), adapter)
+    sampling = service.sampling(max_new_tokens=body.max_output_tokens, **values)
+    await service.prepare(sampling)
+    work = _Response(service, body, ids, sampling, adapter)
     if not body.stream:
         return JSONResponse(await while_wanted(service, request, work.whole()))
     return await stream(service, request, work.events(), failed=work.failed, end=b"")

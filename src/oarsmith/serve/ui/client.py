@@ -13,10 +13,15 @@ import httpx
 
 # An answer may take long to begin where many wait.
 _TIMEOUT = httpx.Timeout(10.0, read=600.0)
+_MAX_LINE = 300
 
 
 class PageError(Exception):
-    """One line for the page."""
+    """One short line for the page, whatever the server said."""
+
+    def __init__(self, text: str) -> None:
+        line = " ".join(text.split())
+        super().__init__(line if len(line) <= _MAX_LINE else line[: _MAX_LINE - 1] + "…")
 
 
 @dataclass
@@ -79,6 +84,8 @@ class Client:
             return [str(model["id"]) for model in response.json()["data"]]
         except httpx.HTTPError as error:
             raise _gone() from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise _unreadable() from error
 
     def answer(self, body: dict[str, Any]) -> Generator[Answering, None, None]:
         """The answer to a chat request, after each piece. To close the iterator is to give the answer up.
@@ -98,6 +105,10 @@ class Client:
                         yield answering
         except httpx.HTTPError as error:
             raise _gone() from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise _unreadable() from error
+        if answering.finish is None:
+            raise PageError("the answer broke off")
         answering.tick()
         yield answering
 
@@ -135,6 +146,10 @@ def _check(response: httpx.Response) -> None:
 
 def _gone() -> PageError:
     return PageError("the server does not answer; it may be starting or gone: try again in a moment")
+
+
+def _unreadable() -> PageError:
+    return PageError("what the server answers cannot be read; is it a server of Oarsmith or OpenAI's API?")
 
 
 def request_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 from oarsmith.errors import ConfigError, MissingExtraError
 from oarsmith.serve.ui.client import Client, PageError, request_of
+from oarsmith.serve.ui.guard import Guard
 from oarsmith.serve.ui.turns import Turns, asked, before_answer, edited, plain, undone
 
 # Nothing is told to anybody, and no font or script comes from elsewhere.
@@ -18,13 +20,16 @@ try:
     import gradio as gr
 except ImportError as error:
     raise MissingExtraError("gradio", "ui", "the chat page") from error
+from starlette.middleware import Middleware
 
 _CSS = """
 footer { display: none !important; }
 .gradio-container main { max-width: 60rem !important; width: 100% !important; margin: 0 auto !important; }
 .gradio-container main { padding: .75rem !important; }
 #chat { min-height: 16rem; height: 62vh !important; }
-#status { min-height: 1.4em; opacity: .75; font-size: .85em; }
+#status { min-height: 1.4em; font-size: .85em; overflow-wrap: anywhere; }
+#status .error { font-weight: 600; }
+#chat .message, #chat .message-content { overflow-wrap: anywhere; }
 """
 _FONT, _MONO = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
 _SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed")
@@ -70,6 +75,9 @@ def launch(
             share=False,
             ssr_mode=False,
             footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            app_kwargs={"middleware": [Middleware(Guard)]},
             theme=gr.themes.Default(font=_FONT, font_mono=_MONO),
             css=_CSS,
         )
@@ -92,7 +100,7 @@ def _build(client: Client, title: str) -> gr.Blocks:
             allow_file_downloads=False,
             placeholder="Ask something. Everything stays on this server.",
         )
-        status = gr.Markdown("", elem_id="status")
+        status = gr.HTML("", elem_id="status")
         with gr.Row():
             text = gr.Textbox(
                 show_label=False, placeholder="Your message", lines=1, max_lines=12, scale=8, autofocus=True
@@ -105,7 +113,8 @@ def _build(client: Client, title: str) -> gr.Blocks:
             clear = gr.Button("Clear", size="sm", min_width=90)
         with gr.Accordion("Settings", open=False):
             with gr.Row():
-                model = gr.Dropdown(label="Model", choices=[], scale=4, min_width=200)
+                # A choice made before this process began holds still: the server knows its models.
+                model = gr.Dropdown(label="Model", choices=[], allow_custom_value=True, scale=4, min_width=200)
                 refresh = gr.Button("Refresh", size="sm", scale=1, min_width=90)
             system = gr.Textbox(label="System prompt", lines=2, max_lines=8)
             settings = _settings()
@@ -118,7 +127,7 @@ def _build(client: Client, title: str) -> gr.Blocks:
             settings,
         )
         # Nobody waits for somebody else's answer: the server has a queue of its own.
-        blocks.load(lambda: _models(client), None, [model, status])
+        blocks.load(lambda chosen: _models(client, chosen), model, [model, status])
         blocks.queue(default_concurrency_limit=None, api_open=False)
     return blocks
 
@@ -137,19 +146,26 @@ def _settings() -> list[Any]:
         return [*first, gr.Textbox(label="Seed, a whole number (empty: a new one each time)", min_width=220)]
 
 
-def _models(client: Client) -> tuple[Any, str]:
+def _models(client: Client, chosen: str | None) -> tuple[Any, str]:
+    """The choice of models, which keeps what is chosen where it still is there; and the status."""
     try:
         names = client.models()
     except PageError as error:
-        return gr.update(), f"**{error}**"
-    return gr.update(choices=names, value=names[0]), ""
+        return gr.update(), _error(error)
+    if not names:
+        return gr.update(choices=[], value=None), _error(PageError("the server has no models"))
+    return gr.update(choices=names, value=chosen if chosen in names else names[0]), ""
+
+
+def _error(error: PageError) -> str:
+    return f'<span class="error" role="alert">{html.escape(str(error))}</span>'
 
 
 def _connect(client: Client, parts: dict[str, Any], more: dict[str, Any], settings: list[Any]) -> None:
     """What happens when something is pressed."""
     chat, status, text, stop, send = (parts[name] for name in ("chat", "status", "text", "stop", "send"))
     given = [chat, more["system"], more["model"], *settings]
-    told = [chat, status, more["shown"], send, stop]
+    told = [chat, status, more["shown"], send, stop, parts["again"]]
 
     def answer(history: Turns, system: str | None, model: str | None, *values: Any) -> Iterator[tuple[Any, ...]]:
         yield from _answer(client, history, system, model, dict(zip(_SETTINGS, values, strict=True)))
@@ -166,20 +182,21 @@ def _connect(client: Client, parts: dict[str, Any], more: dict[str, Any], settin
         running.append(event(ask, [text, chat], [text, chat], show_progress="hidden").then(answer, given, told))
     running.append(parts["again"].click(before_answer, chat, chat, show_progress="hidden").then(answer, given, told))
     running.append(chat.edit(edit, chat, chat, show_progress="hidden").then(answer, given, told))
-    # What is cancelled has no last word: the buttons are put back here.
-    stop.click(lambda: ("stopped", *_buttons(False)), None, [status, send, stop], cancels=running)
-    parts["undo"].click(undone, chat, [chat, text], cancels=running).then(
-        lambda: ("", *_buttons(False)), None, [status, send, stop]
+    # First cancelled, then changed: pieces on their way would undo the change. What is cancelled has no last word.
+    free = [status, *told[3:]]
+    stop.click(None, cancels=running).then(lambda: ("stopped", *_buttons(False)), None, free, show_progress="hidden")
+    parts["undo"].click(None, cancels=running).then(
+        lambda history: (*undone(history), "", *_buttons(False)), chat, [chat, text, *free], show_progress="hidden"
     )
-    more["clear"].click(
-        lambda: ([], "", {}, *_buttons(False)), None, [chat, status, more["shown"], send, stop], cancels=running
+    more["clear"].click(None, cancels=running).then(
+        lambda: ([], {}, "", *_buttons(False)), None, [chat, more["shown"], *free], show_progress="hidden"
     )
-    more["refresh"].click(lambda: _models(client), None, [more["model"], status])
+    more["refresh"].click(lambda chosen: _models(client, chosen), more["model"], [more["model"], status])
 
 
-def _buttons(busy: bool) -> tuple[Any, Any]:
-    """Send, or stop."""
-    return gr.update(visible=not busy), gr.update(visible=busy)
+def _buttons(busy: bool) -> tuple[Any, Any, Any]:
+    """Send, or stop; and regenerate, which would ask beside an answer that comes."""
+    return gr.update(visible=not busy), gr.update(visible=busy), gr.update(interactive=not busy)
 
 
 def _answer(
@@ -193,16 +210,17 @@ def _answer(
     try:
         body = request_of(turns, system or "", model, settings)
     except PageError as error:
-        yield turns, f"**{error}**", gr.skip(), *_buttons(False)
+        yield turns, _error(error), gr.skip(), *_buttons(False)
         return
     yield turns, "waiting", body, *_buttons(True)
     answers = client.answer(body)
+    now = turns
     try:
         for answering in answers:
-            said = {"role": "assistant", "content": answering.text}
-            yield [*turns, said], answering.line or "answering", gr.skip(), *_buttons(not answering.finish)
+            now = [*turns, {"role": "assistant", "content": answering.text}]
+            yield now, answering.line or "answering", gr.skip(), *_buttons(not answering.finish)
     except PageError as error:
-        yield turns, f"**{error}**", gr.skip(), *_buttons(False)
+        yield now, _error(error), gr.skip(), *_buttons(False)
     finally:
         # Stopped or left: the request is closed, and the server works on it no longer.
         answers.close()
