@@ -18,6 +18,7 @@ from oarsmith.config.serve import ServeConfig
 from oarsmith.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
+    from oarsmith.serve.access_log import AccessLog
     from oarsmith.serve.keys import Keys
     from oarsmith.serve.service import Service
 
@@ -123,7 +124,6 @@ def make_service(config: ServeConfig, num_threads: int | None = None) -> Service
 def make_app(config: ServeConfig, service: Service, keys: Keys | None) -> Any:
     """Every protocol on the service, behind the gate."""
     from oarsmith.serve import gate, health, metrics, openai
-    from oarsmith.serve.access_log import AccessLog
     from oarsmith.serve.app import create_app
     from oarsmith.serve.kserve import http as kserve
 
@@ -137,11 +137,17 @@ def make_app(config: ServeConfig, service: Service, keys: Keys | None) -> Any:
         open_metrics=config.metrics == "open",
         cors_origins=config.cors_origins,
     )
-    log = AccessLog(service, prompts=config.log_prompts) if config.log_requests else None
+    log = _log_of(config, service)
     app = create_app(service, routers, grace_seconds=config.grace_seconds)
     # As the application's outermost layer, so that Ray Serve gets an application too.
     app.add_middleware(functools.partial(gate.guarded, rules=rules, keys=keys, metrics=measured, log=log))
     return app
+
+
+def _log_of(config: ServeConfig, service: Service) -> AccessLog | None:
+    from oarsmith.serve.access_log import AccessLog
+
+    return AccessLog(service, prompts=config.log_prompts) if config.log_requests else None
 
 
 def _keys(config: ServeConfig) -> Keys | None:
@@ -210,7 +216,7 @@ async def _start_grpc(config: ServeConfig, service: Service, keys: Keys | None) 
 
     files = (config.tls_certfile, config.tls_keyfile)
     tls = None if files[0] is None or files[1] is None else (Path(files[0]), Path(files[1]))
-    return await serve_grpc(service, config.host, config.grpc_port, tls=tls, keys=keys)
+    return await serve_grpc(service, config.host, config.grpc_port, tls=tls, keys=keys, log=_log_of(config, service))
 
 
 async def _start_ui(config: ServeConfig, service: Service, url: str) -> Any:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Container
-from contextlib import aclosing
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Container, Iterator
+from contextlib import AbstractContextManager, aclosing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +15,8 @@ import anyio
 import grpc  # type: ignore[import-untyped]
 
 from oarsmith.errors import ConfigError
+from oarsmith.serve.access_log import AccessLog
+from oarsmith.serve.callers import Call, current_call
 from oarsmith.serve.errors import ApiError, invalid
 from oarsmith.serve.kserve import card
 from oarsmith.serve.kserve.answer import is_last, is_openai, parts, whole
@@ -67,18 +72,20 @@ async def serve_grpc(
     *,
     tls: tuple[Path, Path] | None = None,
     keys: Keys | None = None,
+    log: AccessLog | None = None,
 ) -> grpc.aio.Server:
     """Start the server, on the loop that the service's worker was started on; whoever starts it stops it.
 
     Args:
         tls: files of the certificate (with its chain) and of its private key, in PEM; None: unencrypted.
         keys: who may ask; None: anybody.
+        log: gets a line for each call, and for each request of a stream.
 
     Raises:
         ConfigError: the port cannot be had, or the certificate not be read.
     """
     server = grpc.aio.server(options=_OPTIONS)
-    server.add_generic_rpc_handlers((_handler(_Servicer(service), keys),))
+    server.add_generic_rpc_handlers((_handler(_Servicer(service), keys, log),))
     place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         if tls is None:
@@ -171,15 +178,22 @@ class _Servicer:
         native = of_model(under_terms(parse(body), terms, request.id), adapter)
         return await prepare(self._service, native, priority=terms.priority)
 
-    async def model_stream_infer(self, requests: AsyncIterator[Any], context: Any, admit: Callable[[], object]) -> None:
+    async def model_stream_infer(
+        self,
+        requests: AsyncIterator[Any],
+        context: Any,
+        admit: Callable[[], object],
+        written: Callable[[], AbstractContextManager[None]],
+    ) -> None:
         seats, line = anyio.Semaphore(_MOST_OF_A_STREAM), anyio.Lock()
 
         async def answer(request: Any) -> None:
             try:
-                async with aclosing(self.replies(request, admit)) as found:
-                    async for reply in found:
-                        async with line:
-                            await context.write(reply)
+                with written():
+                    async with aclosing(self.replies(request, admit)) as found:
+                        async for reply in found:
+                            async with line:
+                                await context.write(reply)
             except grpc.aio.InternalError:
                 # Nobody is there to read it; that the call is cancelled is told a moment later.
                 group.cancel_scope.cancel()
@@ -192,7 +206,7 @@ class _Servicer:
                 group.start_soon(answer, request)
 
 
-def _handler(servicer: _Servicer, keys: Keys | None) -> grpc.GenericRpcHandler:
+def _handler(servicer: _Servicer, keys: Keys | None, log: AccessLog | None) -> grpc.GenericRpcHandler:
     # Probes and clients that look around have no key: they learn nothing but the models' names.
     free = {
         "ServerLive": ("ServerLiveRequest", "ServerLiveResponse", servicer.server_live),
@@ -208,14 +222,14 @@ def _handler(servicer: _Servicer, keys: Keys | None) -> grpc.GenericRpcHandler:
     }
     methods = {
         name: grpc.unary_unary_rpc_method_handler(
-            _unary(method, _door(keys, name, free)),
+            _unary(name, method, _door(keys, name, free), log),
             request_deserializer=message(request).FromString,
             response_serializer=message(answer).SerializeToString,
         )
         for name, (request, answer, method) in {**free, **held}.items()
     }
     methods["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
-        _stream(servicer, keys),
+        _stream(servicer, keys, log),
         request_deserializer=message("ModelInferRequest").FromString,
         response_serializer=message("ModelStreamInferResponse").SerializeToString,
     )
@@ -229,14 +243,40 @@ def _door(keys: Keys | None, name: str, free: Container[str]) -> Callable[[str |
     return keys.check if name == "ModelInfer" else keys.holder
 
 
+@contextmanager
+def _written(log: AccessLog | None, method: str, context: Any) -> Iterator[None]:
+    """Within it runs one request, which gets its line in the log."""
+    call, began, status = Call(uuid.uuid4().hex), time.monotonic(), 0
+    call.keep_text = log is not None and log.prompts
+    current_call.set(call)
+    try:
+        yield
+        status = 200
+    except ApiError as error:
+        status = error.status
+        raise
+    except Exception:
+        status = 500
+        raise
+    finally:
+        if log is not None:
+            # "ipv4:127.0.0.1:5000"
+            client = context.peer().partition(":")[2].rpartition(":")[0]
+            log.write({"method": "gRPC", "path": f"/{SERVICE}/{method}", "client": (client,)}, call, status, began)
+
+
 def _unary(
-    method: Callable[[Any], Awaitable[Any]], door: Callable[[str | None], object] | None
+    name: str,
+    method: Callable[[Any], Awaitable[Any]],
+    door: Callable[[str | None], object] | None,
+    log: AccessLog | None,
 ) -> Callable[[Any, Any], Awaitable[Any]]:
     async def handle(request: Any, context: Any) -> Any:
         try:
-            if door is not None:
-                door(_token(context))
-            return await method(request)
+            with _written(log, name, context):
+                if door is not None:
+                    door(_token(context))
+                return await method(request)
         except ApiError as error:
             return await context.abort(_CODES.get(error.status, grpc.StatusCode.INTERNAL), error.message)
         except Exception as error:
@@ -246,14 +286,17 @@ def _unary(
     return handle
 
 
-def _stream(servicer: _Servicer, keys: Keys | None) -> Callable[[AsyncIterator[Any], Any], Awaitable[None]]:
+def _stream(
+    servicer: _Servicer, keys: Keys | None, log: AccessLog | None
+) -> Callable[[AsyncIterator[Any], Any], Awaitable[None]]:
     async def handle(requests: AsyncIterator[Any], context: Any) -> None:
         try:
             token = _token(context)
             if keys is not None:
                 keys.holder(token)
             # Each request is counted by itself; its task has a context of its own, where the caller is noted.
-            await servicer.model_stream_infer(requests, context, lambda: keys and keys.check(token))
+            written = partial(_written, log, "ModelStreamInfer", context)
+            await servicer.model_stream_infer(requests, context, lambda: keys and keys.check(token), written)
         except ApiError as error:
             await context.abort(_CODES.get(error.status, grpc.StatusCode.INTERNAL), error.message)
         except Exception as error:
