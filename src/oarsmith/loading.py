@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from oarsmith.adapters.lora import attach
+from oarsmith.adapters.linear import attach
 from oarsmith.adapters.peft_layout import adapter_rewrite, load_adapter_weights
 from oarsmith.atomic import atomic_directory
 from oarsmith.checkpoint.config_file import check_config, read_config
@@ -60,7 +60,7 @@ def load_model(
     Args:
         dtype: ``auto`` keeps what the files hold; or ``fp32``, ``bf16``, ``fp16`` or a torch dtype.
         device: ``auto`` is the GPU where there is one, else the CPU.
-        adapter: a LoRA adapter in PEFT's layout to put on top.
+        adapter: an adapter in PEFT's layout to put on top.
 
     Raises:
         OarsmithError: the path, the files or the architecture cannot be used; says what to do.

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from oarsmith.adapters.int8_base import Int8Base, Int8Linear, Int8LoraLinear, int8_rewrite
 from torch import Tensor, nn
 
-from oarsmith.adapters.int8_base import Int8Base, Int8Linear, Int8LoraLinear, int8_rewrite
 from oarsmith.adapters.lora import Lora, LoraLinear, LoraSegment, attach, lora_modules
 from oarsmith.adapters.merge import merge_lora
 from oarsmith.adapters.peft_layout import adapter_tensors, load_adapter_weights, write_adapter

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from oarsmith.adapters.merge import MergeProof, base_logits, merge_lora, prompt_logits, prove
+from oarsmith.adapters.merge import MergeProof, base_logits, merge_adapter, prompt_logits, prove
 from oarsmith.atomic import atomic_directory, atomic_write_text
 from oarsmith.checkpoint.hf import write_decoder
 from oarsmith.config.checkpoints import MergeAdapterConfig
@@ -66,7 +66,7 @@ def merge(
     model = load_model(base, dtype=dtype, adapter=adapter)
     ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
     adapted, plain = prompt_logits(model, ids), base_logits(model, ids)
-    merged = merge_lora(model)
+    merged = merge_adapter(model)
     proof = prove(adapted, prompt_logits(merged, ids), plain)
     if not proof.mean_kl <= kl_budget:
         raise ModelError(

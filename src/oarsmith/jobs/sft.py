@@ -53,7 +53,7 @@ def load_trainable(config: SftConfig, begin: Start, device: torch.device) -> Dec
 
 def weights_of(config: SftConfig, begin: Start, tokenizer: Tokenizer) -> Weights:
     """An adapter's files, or a model's."""
-    return weights.adapter(config, begin.base, tokenizer) if config.lora else weights.whole_model(tokenizer)
+    return weights.adapter(begin.base, tokenizer) if config.lora else weights.whole_model(tokenizer)
 
 
 def plan(config: SftConfig) -> str:
