@@ -42,7 +42,7 @@ CASES = [
     (PretrainConfig, "--metric_for_best_model rouge1", "a corpus has none"),
     (SftConfig, "--optimizer_in_backward", "clipped by their norm"),
     (SftConfig, "--optimizer_in_backward --max_grad_norm 0 --fp16", "overflow"),
-    (SftConfig, "--lora --optim galore", "LoRA's matrices are small already"),
+    (SftConfig, "--lora --optim galore", "an adapter's matrices are small already"),
     (SftConfig, "--lora --weight_quantize_algo a8w8linear --dtype fp16", "computes the rest"),
     (SftConfig, "--rope_scaling_type yarn", "do not go together"),
     (SftConfig, "--use_pose_convert", "nothing stretches it"),

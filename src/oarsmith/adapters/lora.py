@@ -12,6 +12,7 @@ from torch import Tensor
 
 from oarsmith.adapters.change import LowRank, Sitting, Size, Weight
 from oarsmith.adapters.peft_config import PeftConfig
+from oarsmith.config.adapters import AdapterKeys
 from oarsmith.errors import CheckpointError
 
 LORA_KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
@@ -59,6 +60,16 @@ class Lora(LowRank):
             "use_rslora": self.rslora,
             "init_lora_weights": True,
         }
+
+
+def make_lora(keys: AdapterKeys) -> Lora:
+    """LoRA as a configuration asks for it."""
+    return Lora(rank=keys.lora_rank, alpha=alpha_of(keys), rslora=keys.rslora, dropout=keys.lora_dropout)
+
+
+def alpha_of(keys: AdapterKeys) -> float:
+    """lora_alpha, or twice the rank."""
+    return keys.lora_alpha or 2.0 * keys.lora_rank
 
 
 # Options that change the arithmetic and are none of ours.

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from oarsmith.adapters.change import Change
-from oarsmith.adapters.lora import Lora, read_lora
+from oarsmith.adapters.lora import Lora, make_lora, read_lora
 from oarsmith.adapters.peft_config import PeftConfig
+from oarsmith.config.adapters import AdapterKeys
 from oarsmith.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -19,19 +20,32 @@ class Method:
     """A method.
 
     Attributes:
+        name: ours, the ``adapter_type`` of a configuration.
+        make: from a configuration's keys to the change of every projection it names.
         peft_type: what PEFT calls it.
         change: its class, which has the names of its tensors.
         read: from a file's config, a projection's name and its tensors' shapes to its change.
         matches: whether a config means this method, where several have the type.
     """
 
+    name: str
+    make: Callable[[AdapterKeys], Change]
     peft_type: str
     change: type[Change]
     read: Callable[[PeftConfig, str, Shapes], Change]
     matches: Callable[[PeftConfig], bool] = lambda config: True
 
 
-METHODS = (Method(peft_type="LORA", change=Lora, read=read_lora),)
+METHODS = (Method(name="lora", make=make_lora, peft_type="LORA", change=Lora, read=read_lora),)
+
+
+def change_of(keys: AdapterKeys) -> Change:
+    """The change that a configuration asks for.
+
+    Raises:
+        ConfigError: values that the method cannot have.
+    """
+    return next(method for method in METHODS if method.name == keys.adapter_type).make(keys)
 
 
 def find_method(config: PeftConfig) -> Method:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from .adapters import AdapterKeys, SharedAdapterKeys
 from .base import JobConfig
-from .groups import LoraKeys, ModelKeys, SamplingKeys
+from .groups import ModelKeys, SamplingKeys
 from .pretrain import PretrainConfig, split_shares
 from .sft import SftConfig
 from .train import TrainConfig
@@ -58,7 +59,8 @@ RULES: tuple[Rule[Any], ...] = (
         "1 packed row, or 8 samples without packing",
     ),
     Rule(PretrainConfig, "per_device_train_batch_size", lambda c: 8, "8 rows"),
-    Rule(SftConfig, "learning_rate", lambda c: 2e-4 if c.lora else 2e-5, "2e-4 with lora, 2e-5 without"),
+    Rule(SharedAdapterKeys, "adapter_type", lambda c: "lora" if c.lora else "none", "lora with lora true, else none"),
+    Rule(SftConfig, "learning_rate", lambda c: 2e-4 if c.has_adapter else 2e-5, "2e-4 with an adapter, 2e-5 without"),
     Rule(SftConfig, "evaluation_strategy", _evaluation_strategy, "epoch where eval data is named, else no"),
     Rule(PretrainConfig, "evaluation_strategy", _corpus_evaluation, "steps where split has a part for it, else no"),
     Rule(TrainConfig, "do_eval", lambda c: c.evaluation_strategy != "no", "true where there is an evaluation_strategy"),
@@ -75,10 +77,10 @@ RULES: tuple[Rule[Any], ...] = (
     Rule(TrainConfig, "projection_rank", _projection_rank, "128, 1 for apollo_mini; none for other optimizers"),
     Rule(TrainConfig, "projection_scale", _projection_scale, "the papers' values; none for other optimizers"),
     Rule(
-        LoraKeys,
+        AdapterKeys,
         "lora_alpha",
-        lambda c: (4.0 if c.rslora else 2.0 * c.lora_rank) if c.lora else None,
-        "2 x lora_rank, or 4 with rslora; none without lora",
+        lambda c: (4.0 if c.rslora else 2.0 * c.lora_rank) if c.has_adapter else None,
+        "2 x lora_rank, or 4 with rslora; none without an adapter",
     ),
     Rule(SamplingKeys, "decode_strategy", _decode_strategy, "sampling if another key asks for it"),
     Rule(

@@ -11,11 +11,12 @@ import torch
 
 from oarsmith.adapters.forms import INT8_ROWS
 from oarsmith.adapters.linear import attach
-from oarsmith.adapters.lora import Lora
+from oarsmith.adapters.methods import change_of
 from oarsmith.adapters.targets import adapt_rewrite, kept_as, match_targets
 from oarsmith.checkpoint.config_file import read_config
 from oarsmith.checkpoint.hf import DTYPES, load_decoder
-from oarsmith.config.groups import LoraKeys, ModelKeys
+from oarsmith.config.adapters import AdapterKeys
+from oarsmith.config.groups import ModelKeys
 from oarsmith.config.resolved import Resolved
 from oarsmith.config.train import TrainConfig
 from oarsmith.data.pose import Pose
@@ -110,13 +111,11 @@ def load_whole(config: TrainConfig, start: Start, device: torch.device) -> Decod
     return set_up(config, model)
 
 
-def load_with_adapter(config: TrainConfig, lora: LoraKeys, start: Start, device: torch.device) -> Decoder:
+def load_with_adapter(config: TrainConfig, keys: AdapterKeys, start: Start, device: torch.device) -> Decoder:
     """A frozen model with fresh adapters that train; with ``weight_quantize_algo`` its linear maps are in 8 bits."""
-    alpha = lora.lora_alpha or 2.0 * lora.lora_rank
-    change = Lora(rank=lora.lora_rank, alpha=alpha, rslora=lora.rslora, dropout=lora.lora_dropout)
-    targets = lora.lora_target_modules
+    change, targets = change_of(keys), keys.lora_target_modules
     rewrite = adapt_rewrite(lambda modules: dict.fromkeys(match_targets(modules, targets), change))
-    if lora.weight_quantize_algo == "a8w8linear":
+    if keys.weight_quantize_algo == "a8w8linear":
         rewrite = kept_as(INT8_ROWS, rewrite)
     model = load_decoder(start.base, dtype=DTYPES[config.dtype], device=device, rewrite=rewrite, config=start.config)
     attach(model, config.seed)
