@@ -15,8 +15,9 @@ def randomise(model, std, seed=1, tensors=("lora_B",)):
     generator = torch.Generator().manual_seed(seed)
     for _, module in adapted_modules(model):
         for table in module.adapter.values():
-            for name in set(tensors) & set(table):
-                table[name].normal_(std=std, generator=generator)
+            for name in table:
+                if name in tensors:
+                    table[name].normal_(std=std, generator=generator)
 
 
 def make_adapter(base, folder):

@@ -225,8 +225,9 @@ import torch
 from oarsmith.checkpoint.hf import load_decoder
 rewrite = None
 if sys.argv[4] == "int8":
-    from oarsmith.adapters.int8_base import int8_rewrite
-    rewrite = int8_rewrite(lambda family, spec: spec)
+    from oarsmith.adapters.forms import INT8_ROWS
+    from oarsmith.adapters.targets import kept_as
+    rewrite = kept_as(INT8_ROWS, lambda family, spec: spec)
 load_decoder(Path(sys.argv[1]), rewrite=rewrite)  # the small one: imports and first-time buffers
 def status(key):
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) * 1024

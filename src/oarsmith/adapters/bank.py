@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from oarsmith.adapters.linear import AdaptedLinear, Changed, adapted_modules, is_low_rank
+from oarsmith.adapters.change import Change
+from oarsmith.adapters.linear import AdaptedLinear, Changed, One, adapted_modules, is_low_rank
 from oarsmith.adapters.peft_layout import WEIGHTS, adapter_rewrite, load_adapter_weights
 from oarsmith.checkpoint.fill import meta_decoder
 from oarsmith.checkpoint.safetensors_stream import check_safetensors
@@ -109,7 +110,7 @@ class AdapterBank:
                 a_RI, b_OR = entry
                 y_TO[start:stop].addmm_(x_TI[start:stop] @ a_RI.t(), b_OR.t())
             elif entry is not None:
-                y_TO[start:stop] = _through(entry[0], base.weight, base.bias, x_TI[start:stop], y_TO[start:stop])
+                y_TO[start:stop] = _through(entry[0], base, None, x_TI[start:stop], y_TO[start:stop])
         return y_TO
 
     def adapted_experts(self, path: str, base: Linear, x_TI: Tensor, y_TO: Tensor, counts: Sequence[int]) -> Tensor:
@@ -121,10 +122,9 @@ class AdapterBank:
                 for (x, y), a_RI, b_OR in zip(parts, *map(torch.unbind, entry), strict=True):
                     y.addmm_(x @ a_RI.t(), b_OR.t())
             elif entry is not None:
-                biases = [None] * len(entry) if base.bias is None else base.bias.unbind()
-                for (x, y), own, weight, bias in zip(parts, entry, base.weight.unbind(), biases, strict=True):
+                for expert, ((x, y), own) in enumerate(zip(parts, entry, strict=True)):
                     if len(x):
-                        y.copy_(_through(own, weight, bias, x, y))
+                        y.copy_(_through(own, base, expert, x, y))
         return y_TO
 
     def _build(self) -> None:
@@ -195,7 +195,14 @@ def _share(target: nn.Module, source: nn.Module) -> None:
         setattr(target, name, parameter)
 
 
-def _through(changed: Changed, weight_OI: Tensor, bias_O: Tensor | None, x_TI: Tensor, y_TO: Tensor) -> Tensor:
+def _through(changed: Changed, base: Linear, expert: int | None, x_TI: Tensor, y_TO: Tensor) -> Tensor:
+    """What the base, or one expert of it, gives with these changes; y is what it gives without."""
+    if isinstance(base, AdaptedLinear):
+        return _through_adapted(changed, base, base.ones()[expert or 0], x_TI, y_TO)
+    # An index of Ellipsis is the whole tensor.
+    index = ... if expert is None else expert
+    weight_OI, bias_O = base.weight[index], None if base.bias is None else base.bias[index]
+
     def rows_of(x: Tensor, start: int, stop: int) -> Tensor:
         return functional.linear(x, weight_OI[start:stop], None if bias_O is None else bias_O[start:stop])
 
@@ -203,6 +210,25 @@ def _through(changed: Changed, weight_OI: Tensor, bias_O: Tensor | None, x_TI: T
         return weight_OI[start:stop].float()
 
     return changed(x_TI, y_TO, bias_O, rows_of, weight_of, training=False)
+
+
+def _through_adapted(changed: Changed, base: AdaptedLinear, one: One, x_TI: Tensor, y_TO: Tensor) -> Tensor:
+    """The same over a map that has an adapter of its own, or a weight in another form."""
+    weight_OI, bias_O = base.merged_one(one) if _scales(changed.changes) else (None, None)
+
+    def rows_of(x: Tensor, start: int, stop: int) -> Tensor:
+        return base.through(x, one)[..., start:stop]
+
+    def weight_of(start: int, stop: int) -> Tensor:
+        assert weight_OI is not None, changed.changes
+        return weight_OI[start:stop]
+
+    bias_O = None if bias_O is None else bias_O.to(y_TO.dtype)
+    return changed(x_TI, y_TO, bias_O, rows_of, weight_of, training=False)
+
+
+def _scales(changes: Mapping[str, Change]) -> bool:
+    return any(change.scales_output for change in changes.values())
 
 
 def _read(directory: Path, decoder: Decoder) -> Mapping[str, Entry]:
@@ -226,6 +252,15 @@ def _read(directory: Path, decoder: Decoder) -> Mapping[str, Entry]:
             for name in table:
                 table[name] = nn.Parameter(torch.empty(table[name].shape), requires_grad=False)
     load_adapter_weights(model, directory)
+    for path, module in adapted_modules(model):
+        under = decoder.get_submodule(path)
+        own = under.changes.values() if isinstance(under, AdaptedLinear) else ()
+        if _scales(module.changes) and not all(change.mergeable for change in own):
+            raise ConfigError(
+                f"{path} has an adapter that cannot be merged, and one over it would look at the merged weight",
+                where="adapter",
+                fix="serve the base without its adapter, and give both by name",
+            )
     weight = decoder.embedding.weight
     return {path: _entry(module, weight) for path, module in adapted_modules(model)}
 

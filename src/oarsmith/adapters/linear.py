@@ -9,19 +9,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from oarsmith.adapters.change import Change, LowRank, Sitting, Size
-from oarsmith.adapters.forms import DENSE, Parts, WeightForm, product
-from oarsmith.kernels.remake import recipe_of
+from oarsmith.adapters.forms import DENSE, Parts, WeightForm, low_rank_product, product
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.linear import Linear
 from oarsmith.models.spec_parts import LinearSpec, Segment
 
 Sittings = Mapping[str, Sitting]
+
+One = tuple[Parts, Tensor | None, Sittings]
+"""A single map: its weight [O, I] in its form, bias, and adapters by the segments they sit on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,22 +100,27 @@ class AdaptedLinear(Linear):
             for expert in range(self.spec.experts)
         ]
 
+    def ones(self) -> list[One]:
+        """The map, or that of each expert."""
+        parts = self.parts()
+        biases = [None] * len(parts) if self.bias is None else self.bias.view(len(parts), -1).unbind()
+        return list(zip(parts, biases, self.sittings(), strict=True))
+
     def forward(self, x_TI: Tensor, counts: Sequence[int] = ()) -> Tensor:
         """``counts``: for stacked maps, how many rows of x go through each."""
         if self.spec.experts is None:
-            return self._map(x_TI, self.parts()[0], self.bias, self.sittings()[0])
-        biases = [None] * self.spec.experts if self.bias is None else self.bias.unbind()
-        maps = zip(self.parts(), biases, self.sittings(), strict=True)
-        rows = zip(x_TI.split(list(counts)), maps, strict=True)
-        return torch.cat([self._map(x, *one) for x, one in rows if len(x)])
+            return self.through(x_TI, self.ones()[0])
+        rows = zip(x_TI.split(list(counts)), self.ones(), strict=True)
+        return torch.cat([self.through(x, one) for x, one in rows if len(x)])
 
-    def _map(self, x_TI: Tensor, parts: Parts, bias_O: Tensor | None, sittings: Sittings) -> Tensor:
+    def through(self, x_TI: Tensor, one: One) -> Tensor:
+        """What one of the maps gives."""
+        parts, bias_O, sittings = one
         if not (self.enabled and self.changes):
             return product(x_TI, parts, bias_O, self.form)
         if all(is_low_rank(change, self.training) for change in self.changes.values()):
             a_RI, b_OR = self.stacked(sittings, x_TI.dtype)
-            out: Tensor = _LowRankProduct.apply(x_TI, bias_O, a_RI, b_OR, self.form, *parts)
-            return out
+            return low_rank_product(x_TI, parts, bias_O, a_RI, b_OR, self.form)
         return self._changed(x_TI, parts, bias_O, sittings)
 
     def stacked(self, sittings: Sittings, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -174,14 +180,16 @@ class AdaptedLinear(Linear):
         Raises:
             ConfigError: there is none.
         """
-        biases = [None] * len(self.parts()) if self.bias is None else self.bias.view(len(self.parts()), -1).unbind()
-        found = [self._merged(*one) for one in zip(self.parts(), biases, self.sittings(), strict=True)]
+        found = [self.merged_one(one) for one in self.ones()]
         if self.spec.experts is None:
             return found[0]
         made = [bias for _, bias in found if bias is not None]
         return torch.stack([weight for weight, _ in found]), torch.stack(made) if made else None
 
-    def _merged(self, parts: Parts, bias_O: Tensor | None, sittings: Sittings) -> tuple[Tensor, Tensor | None]:
+    @torch.no_grad()
+    def merged_one(self, one: One) -> tuple[Tensor, Tensor | None]:
+        """The same of one of the maps."""
+        parts, bias_O, sittings = one
         weight_OI = self.form.dense(parts, self.spec.in_features).clone()
         bias_O = None if bias_O is None else bias_O.float()
         for segment, start, stop in self.spec.bounds():
@@ -245,39 +253,6 @@ def is_low_rank(change: Change, training: bool) -> bool:
     if not isinstance(change, LowRank) or change.turns_input or change.scales_output:
         return False
     return change.dropout == 0 or not training
-
-
-class _LowRankProduct(torch.autograd.Function):
-    """x W^T + b + (x A^T) B^T with the additions fused into the products and no gradient for a frozen W."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, form: WeightForm, *parts: Tensor
-    ) -> Tensor:
-        flat, recipe = x.reshape(-1, x.shape[-1]).contiguous(), recipe_of(x)
-        xa = flat @ a.t()
-        y = form.forward(flat, parts, bias)
-        y.addmm_(xa, b.t())
-        ctx.save_for_backward(xa, a, b, *parts, *recipe.inputs)
-        ctx.make, ctx.num_parts, ctx.has_bias, ctx.form = recipe.make, len(parts), bias is not None, form
-        return y.unflatten(0, x.shape[:-1])
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        xa, a, b, *rest = ctx.saved_tensors
-        parts, inputs = tuple(rest[: ctx.num_parts]), rest[ctx.num_parts :]
-        x = ctx.make(*inputs).reshape(-1, a.shape[1])
-        flat = dy.reshape(-1, dy.shape[-1]).contiguous()
-        dxa = flat @ b
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = ctx.form.backward(flat, parts, a.shape[1]).addmm_(dxa, a).unflatten(0, dy.shape[:-1])
-        d_bias = flat.sum(0) if ctx.has_bias and ctx.needs_input_grad[1] else None
-        # A plain weight that trains beside its adapter.
-        d_parts: list[Tensor | None] = [None] * ctx.num_parts
-        if ctx.form is DENSE and ctx.needs_input_grad[5]:
-            d_parts[0] = flat.t() @ x
-        return dx, d_bias, dxa.t() @ x, flat.t() @ xa, None, *d_parts
 
 
 def adapted_modules(model: Decoder) -> Iterator[tuple[str, AdaptedLinear]]:

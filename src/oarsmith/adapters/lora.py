@@ -107,11 +107,13 @@ def check_lora(config: PeftConfig) -> None:
         )
 
 
-def read_rank(config: PeftConfig, shapes: Mapping[str, tuple[int, ...]]) -> int:
+def read_rank(config: PeftConfig, module: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """The rank is what the file's A [r, I] has: patterns need not be followed."""
-    shape = shapes.get(LORA_KEYS["lora_A"], ())
+    shape = shapes.get(LORA_KEYS["lora_A"])
+    if shape is None:
+        raise CheckpointError(f"{module} has no {LORA_KEYS['lora_A']}", where=config.where)
     if len(shape) != 2 or shape[0] == 0:
-        raise CheckpointError(f"a lora_A of shape {shape} is not [rank, in]", where=config.where)
+        raise CheckpointError(f"{module} has a lora_A of shape {shape}, not [rank, in]", where=config.where)
     return shape[0]
 
 
@@ -119,7 +121,7 @@ def read_lora(config: PeftConfig, module: str, shapes: Mapping[str, tuple[int, .
     """LoRA on a projection, from PEFT's file."""
     check_lora(config)
     return Lora(
-        rank=read_rank(config, shapes),
+        rank=read_rank(config, module, shapes),
         alpha=config.for_module("lora_alpha", "alpha_pattern", module, 8.0),  # PEFT's default
         rslora=config.flag("use_rslora"),
         dropout=config.share("lora_dropout"),
