@@ -20,13 +20,13 @@ def randomise(model, std, seed=1, tensors=("lora_B",)):
                     table[name].normal_(std=std, generator=generator)
 
 
-def make_adapter(base, folder):
+def make_adapter(base, folder, seed=1):
     """A random LoRA adapter."""
     change = Lora(rank=2, alpha=2.0)
     rewrite = adapt_rewrite(lambda modules: dict.fromkeys(match_targets(modules, "all-linear"), change))
     model = load_decoder(base, rewrite=rewrite)
-    attach(model, 1)
-    randomise(model, std=20.0)
+    attach(model, seed)
+    randomise(model, std=20.0, seed=seed)
     folder.mkdir()
     write_adapter(model, folder, base=str(base))
     return folder

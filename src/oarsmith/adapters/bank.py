@@ -58,16 +58,16 @@ class AdapterBank:
     def names(self) -> list[str]:
         return list(self._maps)
 
-    def add(self, name: str, directory: Path) -> None:
-        """Take an adapter in PEFT's layout under a name.
+    def add(self, name: str, parts: Sequence[tuple[Path, float]]) -> None:
+        """Take an adapter in PEFT's layout under a name; or several, each with a weight, whose updates are added up.
 
         Raises:
-            ConfigError: the name is taken.
+            ConfigError: the name is taken, there is no part, or one with a weight does more than to add a product.
             CheckpointError: the adapter cannot be read, or does not fit the decoder.
         """
         if name in self._maps:
             raise ConfigError(f"there is an adapter {name!r} already", where="adapter", fix="remove it first")
-        self._maps[name] = _read(directory, self._base)
+        self._maps[name] = _together([(_read(directory, self._base), weight) for directory, weight in parts])
         self._num_added += 1
         self._versions[name] = self._num_added
         self._build()
@@ -263,6 +263,26 @@ def _read(directory: Path, decoder: Decoder) -> Mapping[str, Entry]:
             )
     weight = decoder.embedding.weight
     return {path: _entry(module, weight) for path, module in adapted_modules(model)}
+
+
+def _together(parts: Sequence[tuple[Mapping[str, Entry], float]]) -> Mapping[str, Entry]:
+    """Several adapters as one: A stacked, and B beside each other."""
+    if not parts:
+        raise ConfigError("no adapter is given", where="adapter", fix="name a folder")
+    if len(parts) == 1 and parts[0][1] == 1:
+        return parts[0][0]
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for maps, weight in parts:
+        for path, entry in maps.items():
+            if not isinstance(entry, tuple):
+                what = (
+                    "an adapter that does more than to add a product of matrices cannot be weighted or added to others"
+                )
+                raise ConfigError(what, where="adapter", fix="give it alone, or use LoRA and its relatives")
+            pairs.setdefault(path, []).append((entry[0], entry[1] * weight))
+    return {
+        path: (torch.cat([a for a, _ in own], -2), torch.cat([b for _, b in own], -1)) for path, own in pairs.items()
+    }
 
 
 def _entry(module: AdaptedLinear, like: Tensor) -> Entry:

@@ -9,7 +9,7 @@ Shapes: T tokens, I in features, O out features, r rank.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -48,7 +48,7 @@ class Change(ABC):
     functions are given one projection; experts, whose tensors lie stacked, are gone through one by one.
 
     Attributes:
-        keys: name of each tensor -> what follows the projection's name in PEFT's files.
+        keys: name of each tensor -> what follows the projection's name in PEFT's files. A projection may lack some.
         frozen: names of tensors that do not train.
         turns_input: there is a ``before``. ``scales_output``: there is an ``after``.
         mergeable: there is a plain projection that does the same.
@@ -94,16 +94,40 @@ class Change(ABC):
 
     def stored(self, on: Sitting) -> Mapping[str, Tensor]:
         """What a file holds, by what follows the projection's name there."""
-        return {ending: on[name] for name, ending in self.keys.items()}
+        return {ending: on[name] for name, ending in self.keys.items() if name in on.tensors}
 
     def restore(self, on: Sitting, found: Mapping[str, Tensor]) -> None:
         """Take what a file holds, of the shapes that ``stored`` gives."""
         for name, ending in self.keys.items():
-            on[name].copy_(found[ending])
+            if name in on.tensors:
+                on[name].copy_(found[ending])
+
+    def among(self, sizes: Sequence[Size]) -> Change:
+        """The change to put on all projections of a model that it was chosen for, which have these sizes."""
+        return self
+
+    def shared(self) -> Mapping[str, Tensor]:
+        """What a file holds once for all projections, by name."""
+        return {}
+
+    def restore_shared(self, found: Mapping[str, Tensor]) -> None:
+        """Take it, of the shapes that ``shared`` gives."""
 
     def peft_config(self) -> Mapping[str, Any]:
         """The method's part of ``adapter_config.json``."""
         raise NotImplementedError(type(self).__name__)
+
+    @classmethod
+    def peft_configs(cls, changes: Mapping[str, Change]) -> dict[str, Any]:
+        """That part for all projections, by name; where they differ, PEFT has patterns of ranks and factors."""
+        common, *others = (dict(change.peft_config()) for change in dict.fromkeys(changes.values()))
+        if not others:
+            return common
+        alpha = "lora_alpha" if "lora_alpha" in common else "alpha"
+        for patterns, key in (("rank_pattern", "r"), ("alpha_pattern", alpha)):
+            table = {name: change.peft_config()[key] for name, change in changes.items()}
+            common[patterns] = {name: value for name, value in table.items() if value != common[key]}
+        return common
 
     def merged_bias(self, on: Sitting, bias_O: Tensor | None) -> Tensor | None:
         """Its bias, fp32 to fp32."""

@@ -15,6 +15,11 @@ from oarsmith.models.linear import ExpertLinear, Linear
 from oarsmith.models.spec import rewrite_linears
 
 
+def mergeable(model: Decoder) -> bool:
+    """Whether there is a plain model that does what a model with its adapter does."""
+    return all(change.mergeable for _, module in adapted_modules(model) for change in module.changes.values())
+
+
 @torch.no_grad()
 def merge_adapter(model: Decoder) -> Decoder:
     """The model with every adapter folded into its weights, in fp32, rounded once to the weight's dtype.

@@ -1,7 +1,8 @@
 """Adapters in PEFT's layout: adapter_config.json + adapter_model.safetensors, read and written.
 
 Keys are ``base_model.model.{module}.`` and a tensor's name (``lora_A.weight``), with the module names of the base
-checkpoint; for Conv1D bases (GPT-2) the shapes are the same and ``fan_in_fan_out`` is true.
+checkpoint, and ``base_model.`` for what all modules share (``vera_A``). For Conv1D bases (GPT-2) the shapes are the same
+and ``fan_in_fan_out`` is true.
 """
 
 from __future__ import annotations
@@ -21,9 +22,15 @@ from oarsmith.adapters.peft_config import CONFIG, read_adapter_config
 from oarsmith.adapters.targets import SpecRewrite, adapt_rewrite
 from oarsmith.atomic import atomic_write_text
 from oarsmith.checkpoint.files import require_inside
+from oarsmith.checkpoint.fingerprint import fingerprint
 from oarsmith.checkpoint.hf import projection_places
 from oarsmith.checkpoint.safetensors_source import SafetensorsSource
-from oarsmith.checkpoint.safetensors_stream import SafetensorsWriter, TensorInfo, check_safetensors
+from oarsmith.checkpoint.safetensors_stream import (
+    SafetensorsWriter,
+    TensorInfo,
+    check_safetensors,
+    safetensors_metadata,
+)
 from oarsmith.checkpoint.tensors import FLOATS
 from oarsmith.errors import CheckpointError
 from oarsmith.models import families
@@ -32,6 +39,8 @@ from oarsmith.models.names import Place, transposed
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_BASE = "base_fingerprint"
+SHARED = "base_model."
 
 
 def adapter_rewrite(directory: Path) -> SpecRewrite:
@@ -92,9 +101,11 @@ def load_adapter_weights(model: Decoder, directory: Path) -> None:
                 raise CheckpointError(f"stored as {source.dtypes[name]}", where=f"{directory / WEIGHTS}: {name}")
             if name in biases:
                 source.read_into(name, biases[name])
-        for name, (on, change) in _sittings(model).items():
-            found = {ending: source.read(f"{PREFIX}{name}.{ending}") for ending in change.stored(on)}
-            change.restore(on, found)
+        sittings = _sittings(model)
+        for change in _distinct(sittings):
+            change.restore_shared({name: source.read(f"{SHARED}{name}") for name in change.shared()})
+        for name, (on, change) in sittings.items():
+            change.restore(on, {ending: source.read(f"{PREFIX}{name}.{ending}") for ending in change.stored(on)})
 
 
 def adapted_projections(model: Decoder) -> dict[str, tuple[AdaptedLinear, Place, Change]]:
@@ -120,11 +131,18 @@ def _sittings(model: Decoder) -> dict[str, tuple[Sitting, Change]]:
 
 def adapter_tensors(model: Decoder) -> dict[str, Tensor]:
     """PEFT key -> what a file holds: mostly the adapter's parameter itself, or an expert's share of it."""
-    return {
+    sittings = _sittings(model)
+    shared = {f"{SHARED}{name}": tensor for change in _distinct(sittings) for name, tensor in change.shared().items()}
+    own = {
         f"{PREFIX}{name}.{ending}": tensor
-        for name, (on, change) in _sittings(model).items()
+        for name, (on, change) in sittings.items()
         for ending, tensor in change.stored(on).items()
     }
+    return shared | own
+
+
+def _distinct(sittings: Mapping[str, tuple[Sitting, Change]]) -> list[Change]:
+    return list(dict.fromkeys(change for _, change in sittings.values()))
 
 
 def _bias_slots(model: Decoder) -> dict[str, Tensor]:
@@ -138,40 +156,46 @@ def _bias_slots(model: Decoder) -> dict[str, Tensor]:
     return found
 
 
-def write_adapter(model: Decoder, directory: Path, *, base: str) -> None:
+def require_base(directory: Path, base: Path) -> None:
+    """Refuse a base that is not the one an adapter was trained on, where its file tells.
+
+    Raises:
+        CheckpointError: it is another one.
+    """
+    wanted = safetensors_metadata(directory / WEIGHTS).get(_BASE)
+    if wanted is not None and wanted != fingerprint(base):
+        raise CheckpointError(
+            f"the adapter was trained on another model than {base}: the weights differ",
+            where=str(directory),
+            fix="name its own base, or say any_base true to use it all the same",
+        )
+
+
+def write_adapter(model: Decoder, directory: Path, *, base: str, base_hash: str | None = None) -> None:
     """Write the adapter into an existing directory (inside ``atomic_directory``).
 
     Args:
         base: what ``base_model_name_or_path`` shall say.
+        base_hash: its ``fingerprint``, for ``require_base``.
     """
     tensors = {name: tensor.detach() for name, tensor in adapter_tensors(model).items()}
     infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with SafetensorsWriter(directory / WEIGHTS, infos) as writer:
+    metadata = {"format": "pt"} | ({} if base_hash is None else {_BASE: base_hash})
+    with SafetensorsWriter(directory / WEIGHTS, infos, metadata=metadata) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
     projections = adapted_projections(model)
     places = projection_places(families.find(model.config).names(model.spec))
+    changes = {name: change for name, (_, _, change) in projections.items()}
     config = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "fan_in_fan_out": any(place.view is transposed for _, place, _ in projections.values()),
         "inference_mode": True,
         "target_modules": shortest_names(sorted(projections), list(places)),
-        **_settings({name: change for name, (_, _, change) in projections.items()}),
+        **next(iter(changes.values())).peft_configs(changes),
     }
     atomic_write_text(directory / CONFIG, json.dumps(config, indent=2) + "\n")
-
-
-def _settings(changes: Mapping[str, Change]) -> dict[str, Any]:
-    """The method's part of the config; where projections differ, PEFT has patterns of ranks and factors."""
-    common, *others = (dict(change.peft_config()) for change in dict.fromkeys(changes.values()))
-    if not others:
-        return common
-    alpha = "lora_alpha" if "lora_alpha" in common else "alpha"
-    for patterns, key in (("rank_pattern", "r"), ("alpha_pattern", alpha)):
-        table = {name: change.peft_config()[key] for name, change in changes.items()}
-        common[patterns] = {name: value for name, value in table.items() if value != common[key]}
-    return common
 
 
 def shortest_names(chosen: list[str], everything: list[str]) -> list[str]:

@@ -6,18 +6,20 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from oarsmith.adapters.change import Change
+from oarsmith.adapters.change import Change, Size
 from oarsmith.adapters.forms import WeightForm
 from oarsmith.adapters.linear import Adapt
 from oarsmith.checkpoint.hf import projection_places
 from oarsmith.errors import ConfigError
 from oarsmith.models.families import Family
 from oarsmith.models.names import Place
-from oarsmith.models.spec import DecoderSpec, rewrite_linears
+from oarsmith.models.spec import DecoderSpec, linear_specs, rewrite_linears
 from oarsmith.models.spec_parts import LinearSpec
 
 
-def match_targets(modules: Iterable[str], targets: str | tuple[str, ...]) -> list[str]:
+def match_targets(
+    modules: Iterable[str], targets: str | tuple[str, ...], *, where: str = "lora_target_modules"
+) -> list[str]:
     """The module names that ``targets`` selects.
 
     ``"all-linear"`` selects every projection of the blocks (never the head); a single word is a name; any other string
@@ -36,7 +38,7 @@ def match_targets(modules: Iterable[str], targets: str | tuple[str, ...]) -> lis
         try:
             pattern = re.compile(targets)
         except re.error as error:
-            raise ConfigError(f"not a regular expression: {error}", where="lora_target_modules") from error
+            raise ConfigError(f"not a regular expression: {error}", where=where) from error
         chosen = {targets: [name for name in names if pattern.fullmatch(name)]}
     else:
         chosen = {key: [name for name in names if name == key or name.endswith(f".{key}")] for key in targets}
@@ -45,7 +47,7 @@ def match_targets(modules: Iterable[str], targets: str | tuple[str, ...]) -> lis
         leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
         raise ConfigError(
             f"{', '.join(empty) or 'an empty list'} selects no projection of this model",
-            where="lora_target_modules",
+            where=where,
             fix=f"use all-linear or some of: {', '.join(leaves)}",
         )
     selected = {name for found in chosen.values() for name in found}
@@ -64,7 +66,7 @@ def adapt_rewrite(choose: Callable[[list[str]], Mapping[str, Change]]) -> SpecRe
 
     def rewrite(family: Family, spec: DecoderSpec) -> DecoderSpec:
         places = projection_places(family.names(spec))
-        chosen = choose(list(places))
+        chosen = _settled(choose(list(places)), places, spec)
         _check_experts(chosen, places)
         changes: dict[str, dict[str, Change]] = {}
         for module, change in chosen.items():
@@ -78,6 +80,19 @@ def adapt_rewrite(choose: Callable[[list[str]], Mapping[str, Change]]) -> SpecRe
         return rewrite_linears(spec, rule)
 
     return rewrite
+
+
+def _settled(chosen: Mapping[str, Change], places: Mapping[str, Place], spec: DecoderSpec) -> dict[str, Change]:
+    """The changes as they are beside each other (`Change.among`)."""
+    linears = dict(linear_specs(spec))
+    sizes: dict[Change, list[Size]] = {}
+    for module, change in chosen.items():
+        place = places[module]
+        linear = linears[place.parameter.removesuffix(".weight")]
+        rows = next(segment.size for segment in linear.segments if segment.name == place.segment)
+        sizes.setdefault(change, []).append(Size(rows, linear.in_features))
+    settled = {change: change.among(found) for change, found in sizes.items()}
+    return {module: settled[change] for module, change in chosen.items()}
 
 
 def kept_as(form: WeightForm, inner: SpecRewrite) -> SpecRewrite:

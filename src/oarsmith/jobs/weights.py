@@ -8,6 +8,7 @@ from pathlib import Path
 
 from oarsmith.adapters.peft_layout import load_adapter_weights, write_adapter
 from oarsmith.checkpoint.fill import fill
+from oarsmith.checkpoint.fingerprint import fingerprint
 from oarsmith.checkpoint.hf import write_decoder
 from oarsmith.checkpoint.source import open_source
 from oarsmith.models import families
@@ -41,8 +42,10 @@ def whole_model(tokenizer: Tokenizer) -> Weights:
 def adapter(base: Path, tokenizer: Tokenizer) -> Weights:
     """PEFT's layout; ``base`` is the model it belongs to."""
 
+    base_hash = fingerprint(base)
+
     def write(model: Decoder, folder: Path) -> None:
-        write_adapter(model, folder, base=str(base.resolve()))
+        write_adapter(model, folder, base=str(base.resolve()), base_hash=base_hash)
         tokenizer.save(folder)
 
     return Weights(name="adapter", write=write, load=load_adapter_weights)
