@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from oarsmith.adapters.change import Change, LowRank, Sitting, Size
-from oarsmith.adapters.forms import DENSE, Parts, WeightForm, low_rank_product, product
+from oarsmith.adapters.forms import AS_STORED, DENSE, Parts, Stored, WeightForm, low_rank_product, product
+from oarsmith.kernels.coded import CodedWeight
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.linear import Linear
 from oarsmith.models.spec_parts import LinearSpec, Segment
@@ -66,16 +67,30 @@ class AdaptedLinear(Linear):
         """Bring the weight into its form."""
         assert not self._filled, "the weight is in its form already"
         self._filled = True
+        if self.form is AS_STORED:
+            self.form = DENSE
         if self.form is DENSE:
             return
         weight = self.weight.detach()
-        if self.spec.experts is None:
-            parts = self.form.keep(weight)
-        else:
-            parts = tuple(map(torch.stack, zip(*map(self.form.keep, weight.unbind()), strict=True)))
+        self._keep([self.form.keep(one) for one in ([weight] if self.spec.experts is None else weight.unbind())])
+
+    @property
+    def wants_codes(self) -> bool:
+        """Whether it takes a quantized checkpoint's codes instead of the floats they stand for."""
+        return self.form is AS_STORED
+
+    def take_codes(self, weights: Sequence[CodedWeight]) -> None:
+        """The weight, or those of all experts, as a quantized checkpoint has it."""
+        assert self.form is AS_STORED and not self._filled, self.form
+        self._filled = True
+        self.form = form = Stored.form_of(weights[0])
+        self._keep([form.parts_of(weight) for weight in weights])
+
+    def _keep(self, every: Sequence[Parts]) -> None:
+        parts = every[0] if self.spec.experts is None else tuple(map(torch.stack, zip(*every, strict=True)))
         self.weight = nn.Parameter(parts[0], requires_grad=False)
         for name, part in zip(self.form.names[1:], parts[1:], strict=True):
-            setattr(self, name, part)
+            self.register_buffer(name, part)
 
     def parts(self) -> list[Parts]:
         """The weight in its form, or that of each expert."""
@@ -172,6 +187,14 @@ class AdaptedLinear(Linear):
         for segment_name, change in self.changes.items():
             for name in change.frozen:
                 self.adapter[segment_name].get_parameter(name).requires_grad_(False)
+
+    def look_at(self, base: Linear) -> None:
+        """Take another map's frozen weight, in its form, for one's own."""
+        self.weight = base.weight
+        if isinstance(base, AdaptedLinear) and base.form is not DENSE:
+            self.form, self._filled = base.form, True
+            for name in self.form.names[1:]:
+                self.register_buffer(name, base.get_buffer(name))
 
     @torch.no_grad()
     def merged(self) -> tuple[Tensor, Tensor | None]:

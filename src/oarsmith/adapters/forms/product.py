@@ -1,95 +1,18 @@
-"""Forms in which frozen weights are kept: as they are, or in fewer bits.
+"""Products with a frozen weight in any form, on their own and beside a low-rank update.
 
-A form makes a tuple of tensors of a weight W [O, I], computes x W^T and dy W with them, and gives W back as far as it
-is kept.
-
-Shapes: T tokens, I in features, O out features, E experts.
+Shapes: T tokens, I in features, O out features, R rank.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from oarsmith.kernels.int8 import Int8Weight, int8_backward, int8_forward, quantize_weight, rotate, rotation_size
+from oarsmith.adapters.forms.form import DENSE, Parts, WeightForm
 from oarsmith.kernels.remake import recipe_of
-
-Parts = tuple[Tensor, ...]
-
-
-class WeightForm(Protocol):
-    """How a frozen weight is kept. Instances are frozen dataclasses or without state.
-
-    Attributes:
-        names: of the tensors a weight becomes. The first one is the module's ``weight``, the others are buffers.
-    """
-
-    @property
-    def names(self) -> tuple[str, ...]: ...
-
-    def keep(self, weight_OI: Tensor) -> Parts:
-        """W in this form."""
-
-    def dense(self, parts: Parts, in_features: int) -> Tensor:
-        """W [O, I] in fp32 as far as it is kept."""
-
-    def rows(self, parts: Parts, start: int, stop: int, in_features: int) -> Parts:
-        """Rows of W in this form."""
-
-    def forward(self, x_TI: Tensor, parts: Parts, bias_O: Tensor | None) -> Tensor:
-        """x W^T + b of contiguous x, in its dtype, outside of autograd."""
-
-    def backward(self, dy_TO: Tensor, parts: Parts, in_features: int) -> Tensor:
-        """dy W of contiguous dy, in its dtype, outside of autograd."""
-
-
-class Dense:
-    """As it is."""
-
-    names = ("weight",)
-
-    def keep(self, weight_OI: Tensor) -> Parts:
-        return (weight_OI,)
-
-    def dense(self, parts: Parts, in_features: int) -> Tensor:
-        return parts[0].float()
-
-    def rows(self, parts: Parts, start: int, stop: int, in_features: int) -> Parts:
-        return (parts[0][start:stop],)
-
-    def forward(self, x_TI: Tensor, parts: Parts, bias_O: Tensor | None) -> Tensor:
-        return functional.linear(x_TI, parts[0], bias_O)
-
-    def backward(self, dy_TO: Tensor, parts: Parts, in_features: int) -> Tensor:
-        return dy_TO @ parts[0]
-
-
-class Int8Rows:
-    """8 bits with a scale a row, multiplied in 8 bits in both passes (``kernels/int8.py``)."""
-
-    names = ("weight", "scale")
-
-    def keep(self, weight_OI: Tensor) -> Parts:
-        return tuple(quantize_weight(weight_OI))
-
-    def dense(self, parts: Parts, in_features: int) -> Tensor:
-        return rotate(parts[0].float() * parts[1][:, None], rotation_size(in_features))
-
-    def rows(self, parts: Parts, start: int, stop: int, in_features: int) -> Parts:
-        return parts[0][start:stop], parts[1][start:stop]
-
-    def forward(self, x_TI: Tensor, parts: Parts, bias_O: Tensor | None) -> Tensor:
-        return int8_forward(x_TI, Int8Weight(*parts), bias_O)
-
-    def backward(self, dy_TO: Tensor, parts: Parts, in_features: int) -> Tensor:
-        return int8_backward(dy_TO, Int8Weight(*parts))
-
-
-DENSE: WeightForm = Dense()
-INT8_ROWS: WeightForm = Int8Rows()
 
 
 def product(x: Tensor, parts: Parts, bias_O: Tensor | None, form: WeightForm) -> Tensor:
