@@ -112,6 +112,7 @@ class Change(ABC):
 
     def restore_shared(self, found: Mapping[str, Tensor]) -> None:
         """Take it, of the shapes that ``shared`` gives."""
+        assert not found, type(self).__name__
 
     def peft_config(self) -> Mapping[str, Any]:
         """The method's part of ``adapter_config.json``."""

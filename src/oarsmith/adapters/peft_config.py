@@ -78,6 +78,13 @@ class PeftConfig:
                 return float(self._sane(patterns, value))
         return self.number(key, default)
 
+    def rank_of(self, module: str) -> int:
+        """The rank on a projection, for methods whose tensors do not tell."""
+        value = self.for_module("r", "rank_pattern", module, 8)
+        if value < 1 or value != int(value):
+            raise CheckpointError(f"{value} is not a whole number from 1", where=f"{self.where}: r")
+        return int(value)
+
     def _sane(self, key: str, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e6:
             raise CheckpointError(f"{value!r} is not a number of sane size", where=f"{self.where}: {key}")

@@ -1,16 +1,15 @@
 """Adapters in PEFT's layout: adapter_config.json + adapter_model.safetensors, read and written.
 
 Keys are ``base_model.model.{module}.`` and a tensor's name (``lora_A.weight``), with the module names of the base
-checkpoint, and ``base_model.`` for what all modules share (``vera_A``). For Conv1D bases (GPT-2) the shapes are the same
-and ``fan_in_fan_out`` is true.
+checkpoint, and ``base_model.`` for what all modules share (``vera_A``). For Conv1D bases (GPT-2) the shapes are the
+same and ``fan_in_fan_out`` is true.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +59,7 @@ def adapter_rewrite(directory: Path) -> SpecRewrite:
             module = name.removeprefix(PREFIX).removesuffix(f".{ending}")
             shapes.setdefault(module, {})[ending] = info.shape
 
-    def choose(modules: list[str]) -> Mapping[str, Change]:
+    def choose(modules: Collection[str]) -> Mapping[str, Change]:
         unknown = sorted(set(shapes) - set(modules))
         if unknown or not shapes:
             raise CheckpointError(

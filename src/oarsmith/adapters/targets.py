@@ -57,16 +57,16 @@ def match_targets(
 SpecRewrite = Callable[[Family, DecoderSpec], DecoderSpec]
 
 
-def adapt_rewrite(choose: Callable[[list[str]], Mapping[str, Change]]) -> SpecRewrite:
+def adapt_rewrite(choose: Callable[[Mapping[str, Place]], Mapping[str, Change]]) -> SpecRewrite:
     """A spec rewrite that puts changes on projections.
 
     Args:
-        choose: from the family's module names to the change of each chosen one.
+        choose: from the family's module names, and where their weights lie, to the change of each chosen one.
     """
 
     def rewrite(family: Family, spec: DecoderSpec) -> DecoderSpec:
         places = projection_places(family.names(spec))
-        chosen = _settled(choose(list(places)), places, spec)
+        chosen = _settled(choose(places), places, spec)
         _check_experts(chosen, places)
         changes: dict[str, dict[str, Change]] = {}
         for module, change in chosen.items():

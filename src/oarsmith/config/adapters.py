@@ -11,7 +11,19 @@ from .adapter_lora import LoraFamilyKeys
 from .adapter_virtual import VirtualKeys
 from .base import Bool, Float, Int, JobConfig, NamesOrPattern
 
-AdapterType = Literal["none", "lora"]
+AdapterType = Literal[
+    "none",
+    "lora",
+    "mora",
+    "vera",
+    "lokr",
+    "loha",
+    "ia3",
+    "fourierft",
+    "oft",
+    "boft",
+    "bottleneck",
+]
 
 
 class SharedAdapterKeys(JobConfig):
@@ -25,13 +37,15 @@ class SharedAdapterKeys(JobConfig):
     )
     lora_rank: Int = Field(8, ge=1, description="Rank r of the matrices: more can be learned, more memory.")
     lora_alpha: Float | None = Field(
-        None, gt=0, description="Scale: the update is multiplied by alpha/r. Not given: 2 r, or 4 with rslora."
+        None,
+        gt=0,
+        description="Scale: the update is multiplied by alpha/r. Not given: 2 r, 4 with rslora, r for lokr and loha.",
     )
     lora_dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the adapter's matrices.")
-    lora_target_modules: NamesOrPattern = Field(
-        "all-linear",
+    lora_target_modules: NamesOrPattern | None = Field(
+        None,
         description="Which linear layers: all-linear (all but the head), names separated by commas, or a regular "
-        "expression that matches a whole module name.",
+        "expression that matches a whole module name. Not given: all-linear; ia3 and bottleneck have their own.",
     )
     rslora: Bool = Field(False, description="Scale by alpha/sqrt(r) instead (rank-stabilised LoRA), for high ranks.")
     weight_quantize_algo: Literal["none", "a8w8linear"] = Field(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from .adapter_factors import ALPHA_IS_RANK, OWN_PLACES, WITHOUT_ALPHA
 from .adapters import AdapterKeys, SharedAdapterKeys
 from .base import JobConfig
 from .groups import ModelKeys, SamplingKeys
@@ -44,6 +45,14 @@ def _projection_rank(c: TrainConfig) -> int | None:
     return {"galore": 128, "apollo": 128, "apollo_mini": 1}.get(c.optim)
 
 
+def _lora_alpha(c: AdapterKeys) -> float | None:
+    if not c.has_adapter or c.adapter_type in WITHOUT_ALPHA:
+        return None
+    if c.adapter_type in ALPHA_IS_RANK:
+        return float(c.lora_rank)
+    return 4.0 if c.rslora else 2.0 * c.lora_rank
+
+
 def _decode_strategy(c: SamplingKeys) -> str:
     drawn = bool(c.temperature) or (c.temperature is None and c.asks_for_draws)
     return "sampling" if drawn else "greedy"
@@ -79,8 +88,14 @@ RULES: tuple[Rule[Any], ...] = (
     Rule(
         AdapterKeys,
         "lora_alpha",
-        lambda c: (4.0 if c.rslora else 2.0 * c.lora_rank) if c.has_adapter else None,
-        "2 x lora_rank, or 4 with rslora; none without an adapter",
+        _lora_alpha,
+        "2 x lora_rank, or 4 with rslora; lora_rank for lokr and loha; none where there is no such scale",
+    ),
+    Rule(
+        AdapterKeys,
+        "lora_target_modules",
+        lambda c: "all-linear" if c.has_adapter and c.adapter_type not in OWN_PLACES else None,
+        "all-linear; ia3 and bottleneck have places of their own",
     ),
     Rule(SamplingKeys, "decode_strategy", _decode_strategy, "sampling if another key asks for it"),
     Rule(

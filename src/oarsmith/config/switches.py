@@ -17,7 +17,11 @@ from .base import Bool
 from .entries import Entry
 
 # PaddleNLP's and PEFT's, beside lora true.
-_ADAPTERS: dict[str, str] = {}
+_ADAPTERS: dict[str, str] = {
+    "use_mora": "mora",
+    "vera": "vera",
+    "lokr": "lokr",
+}
 
 SWITCHES = frozenset(
     {"bf16", "fp16", "greedy_zero_padding", "no_cuda", "use_cpu", "use_long_sequence_strategies", *_ADAPTERS}

@@ -9,6 +9,7 @@ from typing import Any
 
 from .adapters import AdapterKeys
 from .base import JobConfig
+from .factor_combinations import FACTORS
 from .groups import EvalRowKeys, RunKeys
 from .impossible import Impossible
 from .pretrain import PretrainConfig, split_shares
@@ -49,6 +50,7 @@ def _nothing_to_evaluate_on(c: SftConfig) -> bool:
 
 
 TRAINING: tuple[Impossible[Any], ...] = (
+    *FACTORS,
     Impossible(
         RunKeys,
         lambda c: int(os.environ.get("WORLD_SIZE", "1")) > 1,

@@ -11,8 +11,8 @@ import torch
 
 from oarsmith.adapters.forms import INT8_ROWS
 from oarsmith.adapters.linear import attach
-from oarsmith.adapters.methods import change_of
-from oarsmith.adapters.targets import adapt_rewrite, kept_as, match_targets
+from oarsmith.adapters.methods import changes_of
+from oarsmith.adapters.targets import adapt_rewrite, kept_as
 from oarsmith.checkpoint.config_file import read_config
 from oarsmith.checkpoint.hf import DTYPES, load_decoder
 from oarsmith.config.adapters import AdapterKeys
@@ -113,8 +113,7 @@ def load_whole(config: TrainConfig, start: Start, device: torch.device) -> Decod
 
 def load_with_adapter(config: TrainConfig, keys: AdapterKeys, start: Start, device: torch.device) -> Decoder:
     """A frozen model with fresh adapters that train; with ``weight_quantize_algo`` its linear maps are in 8 bits."""
-    change, targets = change_of(keys), keys.lora_target_modules
-    rewrite = adapt_rewrite(lambda modules: dict.fromkeys(match_targets(modules, targets), change))
+    rewrite = adapt_rewrite(lambda places: changes_of(keys, places))
     if keys.weight_quantize_algo == "a8w8linear":
         rewrite = kept_as(INT8_ROWS, rewrite)
     model = load_decoder(start.base, dtype=DTYPES[config.dtype], device=device, rewrite=rewrite, config=start.config)
