@@ -11,6 +11,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from oarsmith.kernels.coded import CodedWeight
+
 FLOATS = {"F64": torch.float32, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -52,6 +54,14 @@ class TensorSource(ABC):
         """Some of a tensor's numbers in order: so many pieces of so many, evenly spread; all of a small one."""
         flat = self.read(name).flatten()
         return torch.cat([flat[start : start + length] for start in sample_starts(len(flat), pieces, length)])
+
+    def coded(self, name: str) -> CodedWeight | None:
+        """The tensor as the quantized weight that the files have; None: they have floats, or codes of another kind.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        return None
 
     @abstractmethod
     def close(self) -> None:
