@@ -8,6 +8,7 @@ from pydantic import Field
 
 from .adapter_factors import FactorKeys
 from .adapter_lora import LoraFamilyKeys
+from .adapter_lowbit import LowBitKeys
 from .adapter_virtual import VirtualKeys
 from .base import Bool, Float, Int, JobConfig, NamesOrPattern
 
@@ -48,14 +49,9 @@ class SharedAdapterKeys(JobConfig):
         "expression that matches a whole module name. Not given: all-linear; ia3 and bottleneck have their own.",
     )
     rslora: Bool = Field(False, description="Scale by alpha/sqrt(r) instead (rank-stabilised LoRA), for high ranks.")
-    weight_quantize_algo: Literal["none", "a8w8linear"] = Field(
-        "none",
-        description="How frozen weights under an adapter are kept. a8w8linear: in 8 bits, multiplied in 8 bits in "
-        "both passes: half the memory and faster on CPUs with VNNI; the loss is a little higher.",
-    )
 
 
-class AdapterKeys(SharedAdapterKeys, LoraFamilyKeys, FactorKeys, VirtualKeys):
+class AdapterKeys(SharedAdapterKeys, LowBitKeys, LoraFamilyKeys, FactorKeys, VirtualKeys):
     """All of them, for commands that train."""
 
     title: ClassVar[str] = "Adapters"

@@ -56,6 +56,10 @@ ALIASES: dict[str, str] = {
     "block_share": "oft_block_share",
     "boft_block_num": "boft_blocks",
     "boft_n_butterfly_factor": "boft_factors",
+    "bnb_4bit_quant_type": "weight_quantize_algo",
+    "quantization_bit": "weight_quantize_algo",
+    "bnb_4bit_use_double_quant": "weight_double_quant",
+    "double_quantization": "weight_double_quant",
     "lora_target": "lora_target_modules",
     "target_modules": "lora_target_modules",
     "use_rslora": "rslora",
@@ -115,6 +119,11 @@ VALUE_NAMES: dict[tuple[str, str], str] = {
     ("optim", "paged_adamw_8bit"): "adamw_8bit",
     ("optim", "galore_adamw"): "galore",
     ("optim", "apollo_adamw"): "apollo",
+    ("weight_quantize_algo", "4"): "nf4",
+    ("weight_quantize_algo", "8"): "weight_only_int8",
+    ("weight_quantize_algo", "int4"): "weight_only_int4",
+    ("weight_quantize_algo", "int8"): "weight_only_int8",
+    ("weight_quantize_algo", ""): "none",
     ("lr_scheduler_type", "warmup_stable_decay"): "wsd",
     ("rope_scaling_type", "rotaryembedding"): "none",
     ("rope_scaling_type", "linearscalingrotaryembedding"): "linear",
@@ -179,7 +188,7 @@ def canonical_value(key: str, value: object) -> tuple[object, str | None]:
     """Our spelling of a value and a note for the user, if the rename needs one."""
     if isinstance(value, list) and len(value) == 1 and key == "report_to":
         value = value[0]
-    word = str(value).lower() if isinstance(value, (str, bool)) else None
+    word = str(value).lower() if isinstance(value, (str, bool, int)) else None
     if word is None or (key, word) not in VALUE_NAMES:
         return value, None
     return VALUE_NAMES[key, word], VALUE_NOTES.get((key, word))

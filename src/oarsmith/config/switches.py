@@ -23,8 +23,11 @@ _ADAPTERS: dict[str, str] = {
     "lokr": "lokr",
 }
 
+# transformers' words for weights in fewer bits.
+_LOAD_IN: dict[str, dict[bool, object]] = {"load_in_4bit": {True: "nf4"}, "load_in_8bit": {True: "weight_only_int8"}}
+
 SWITCHES = frozenset(
-    {"bf16", "fp16", "greedy_zero_padding", "no_cuda", "use_cpu", "use_long_sequence_strategies", *_ADAPTERS}
+    {"bf16", "fp16", "greedy_zero_padding", "no_cuda", "use_cpu", "use_long_sequence_strategies", *_ADAPTERS, *_LOAD_IN}
 )
 
 _BOOL: TypeAdapter[bool] = TypeAdapter(Bool)
@@ -47,6 +50,8 @@ def resolve_switches(given: dict[str, Entry], keys: Collection[str]) -> dict[str
         _drop_unless_on(result, "use_long_sequence_strategies", "rope_scaling_type", "rope_scaling_factor")
     if "adapter_type" in keys:
         _resolve(result, "adapter_type", {switch: {True: name} for switch, name in _ADAPTERS.items()})
+    if "weight_quantize_algo" in keys:
+        _resolve(result, "weight_quantize_algo", _LOAD_IN)
     if "device" in keys:
         _resolve(result, "device", {"no_cuda": {True: "cpu"}, "use_cpu": {True: "cpu"}})
     return result

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from .adapter_lowbit import IN_BLOCKS, WITH_ABSMAX
 from .adapters import AdapterKeys
 from .base import JobConfig
 from .factor_combinations import FACTORS
@@ -89,6 +90,24 @@ TRAINING: tuple[Impossible[Any], ...] = (
         "lower warmup_steps",
     ),
     _in_vain(AdapterKeys, _LORA_KEYS, lambda c: c.has_adapter, "lora true (all weights would be trained)"),
+    _in_vain(
+        AdapterKeys,
+        ("weight_blocksize",),
+        lambda c: c.weight_quantize_algo in IN_BLOCKS,
+        "weight_quantize_algo nf4, fp4 or weight_only_int4",
+    ),
+    _in_vain(
+        AdapterKeys,
+        ("weight_double_quant",),
+        lambda c: c.weight_quantize_algo in WITH_ABSMAX,
+        "weight_quantize_algo nf4 or fp4",
+    ),
+    _in_vain(
+        AdapterKeys,
+        ("weight_double_quant_block_size",),
+        lambda c: c.weight_double_quant,
+        "weight_double_quant true",
+    ),
     _in_vain(TrainConfig, ("muon_momentum",), lambda c: c.optim == "muon", "optim muon"),
     _in_vain(TrainConfig, _PROJECTION_KEYS, lambda c: c.optim in _PROJECTED, "optim galore or apollo"),
     _in_vain(TrainConfig, ("power",), lambda c: c.lr_scheduler_type == "polynomial", "lr_scheduler_type polynomial"),
@@ -142,7 +161,7 @@ TRAINING: tuple[Impossible[Any], ...] = (
     ),
     Impossible(
         SftConfig,
-        lambda c: c.weight_quantize_algo != "none" and c.dtype == "fp16",
+        lambda c: c.weight_quantize_algo == "a8w8linear" and c.dtype == "fp16",
         "weight_quantize_algo {weight_quantize_algo} computes the rest in bf16 or fp32",
         "set dtype to auto",
     ),

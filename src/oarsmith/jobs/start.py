@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from oarsmith.adapters.forms import INT8_ROWS
-from oarsmith.adapters.linear import attach
+from oarsmith.adapters.forms import AS_STORED, DENSE
+from oarsmith.adapters.forms.chosen import chosen_form
+from oarsmith.adapters.linear import AdaptedLinear, attach
 from oarsmith.adapters.methods import changes_of
 from oarsmith.adapters.targets import adapt_rewrite, kept_as
 from oarsmith.checkpoint.config_file import read_config
@@ -112,11 +113,22 @@ def load_whole(config: TrainConfig, start: Start, device: torch.device) -> Decod
 
 
 def load_with_adapter(config: TrainConfig, keys: AdapterKeys, start: Start, device: torch.device) -> Decoder:
-    """A frozen model with fresh adapters that train; with ``weight_quantize_algo`` its linear maps are in 8 bits."""
+    """A frozen model with fresh adapters that train, its linear maps kept as ``weight_quantize_algo`` says.
+
+    Raises:
+        ConfigError: the checkpoint's codes are to be kept, but it has none.
+    """
+    form = chosen_form(keys)
     rewrite = adapt_rewrite(lambda places: changes_of(keys, places))
-    if keys.weight_quantize_algo == "a8w8linear":
-        rewrite = kept_as(INT8_ROWS, rewrite)
+    if form is not DENSE:
+        rewrite = kept_as(form, rewrite)
     model = load_decoder(start.base, dtype=DTYPES[config.dtype], device=device, rewrite=rewrite, config=start.config)
+    if form is AS_STORED and not any(isinstance(m, AdaptedLinear) and m.form is not DENSE for m in model.modules()):
+        raise ConfigError(
+            f"{start.base} has no quantized weights that can be kept as they are",
+            where="weight_quantize_algo",
+            fix="set it to none, or to nf4 to quantize the weights",
+        )
     attach(model, config.seed)
     return set_up(config, model)
 
