@@ -127,7 +127,7 @@ def read_bottleneck(config: PeftConfig, module: str, shapes: Mapping[str, tuple[
     """A bottleneck on a projection, from a file."""
     config.refuse("modules_to_save")
     activation = config.values.get("activation")
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise CheckpointError(f"{activation!r} is no activation", where=f"{config.where}: activation")
     kind = Parallel if config.flag("parallel") else Serial
     return kind(width=config.whole("r", 8), activation=activation, scale=config.number("scale", 1.0))
