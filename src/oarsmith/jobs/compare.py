@@ -83,9 +83,9 @@ def contestants_of(resolved: Resolved[CompareConfig]) -> list[Contestant]:
     shared = {key: dumped[key] for key, origin in resolved.provenance.items() if key not in _OWN and is_given(origin)}
     for text in config.methods:
         method, *settings = text.split(":")
-        values = {**shared, "adapter_type": "none" if method == FULL else method}
-        if method == FULL:
-            values = {key: value for key, value in values.items() if key not in AdapterKeys.model_fields}
+        kind = "none" if method == FULL else method
+        values = {key: value for key, value in shared.items() if _concerns(kind, key, value)}
+        values["adapter_type"] = kind
         for setting in settings:
             key, equals, value = setting.partition("=")
             if not equals or key in _OWN:
@@ -101,6 +101,13 @@ def contestants_of(resolved: Resolved[CompareConfig]) -> list[Contestant]:
     return found
 
 
+def _concerns(kind: str, key: str, value: Any) -> bool:
+    """Whether a key that all runs share means anything to a method: a rank is nothing to all weights."""
+    if key not in AdapterKeys.model_fields:
+        return True
+    return _fault({"adapter_type": kind, key: value}) is None
+
+
 def _plain(text: str) -> Any:
     """A number or truth value as such, anything else as text."""
     try:
@@ -110,13 +117,21 @@ def _plain(text: str) -> Any:
 
 
 def _check(contestant: Contestant) -> None:
+    if (fault := _fault(contestant.values)) is not None:
+        raise ConfigError(f"{contestant.name}: {fault.what}", where="methods", fix=fault.fix) from fault
+
+
+def _fault(values: Mapping[str, Any]) -> ConfigError | None:
+    """What `oarsmith sft` would say of these values; a model and data need not be among them."""
+    named = {"model_name_or_path": "model", "dataset_name_or_path": "data", **values}
     with tempfile.TemporaryDirectory(prefix="oarsmith-compare-") as name:
         file = Path(name) / _SETTINGS
-        file.write_text(json.dumps(contestant.values), encoding="utf-8")
+        file.write_text(json.dumps(named), encoding="utf-8")
         try:
             load_config(SftConfig, file)
         except ConfigError as error:
-            raise ConfigError(f"{contestant.name}: {error.what}", where="methods", fix=error.fix) from error
+            return error
+    return None
 
 
 def _train(contestant: Contestant, *, overwrite: bool) -> OarsmithError | None:
