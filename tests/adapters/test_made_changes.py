@@ -205,7 +205,7 @@ def test_rows_of_one_call(base_of: MakeBase, tmp_path: Path) -> None:
     bank, x = AdapterBank(load_decoder(base)), torch.randn(9, 24, generator=torch.Generator().manual_seed(1))
     models = {"made": adapted(base, "q_proj"), "lora": adapted(base, ("q_proj", "v_proj"), LORA)}
     for key, model in models.items():
-        bank.add(key, save(model, tmp_path / key))
+        bank.add(key, [(save(model, tmp_path / key), 1.0)])
     with torch.no_grad(), bank.rows([("made", 1, 3), ("lora", 4, 8)]):
         found = bank.decoder.layers[0].attention.qkv(x)
         plain, made, lora = (m.layers[0].attention.qkv(x) for m in (load_decoder(base), *models.values()))
@@ -236,7 +236,7 @@ def test_over_8_bits(base_of: MakeBase, tmp_path: Path) -> None:
     model = load_decoder(base, rewrite=kept_as(INT8_ROWS, lambda family, spec: spec)).eval()
     alone = adapted(base, TARGETS["llama"], form=INT8_ROWS)
     bank, x = AdapterBank(model), torch.randn(9, 24, generator=torch.Generator().manual_seed(1))
-    bank.add("over", save(alone, tmp_path / "over"))
+    bank.add("over", [(save(alone, tmp_path / "over"), 1.0)])
     with torch.no_grad(), bank.rows([("over", 0, None)]):
         found = bank.decoder.layers[1].attention.qkv(x)
         expected, plain = (m.layers[1].attention.qkv(x) for m in (alone, model))
@@ -250,8 +250,8 @@ def test_over_one_that_cannot_be_merged(base_of: MakeBase, tmp_path: Path) -> No
     base = base_of("llama")
     bank = AdapterBank(adapted(base, "q_proj", Alone(factor=1.0)))
     with pytest.raises(ConfigError, match=r"layers\.0\.attention\.qkv has an adapter that cannot be merged"):
-        bank.add("made", save(adapted(base, "q_proj"), tmp_path / "made"))
+        bank.add("made", [(save(adapted(base, "q_proj"), tmp_path / "made"), 1.0)])
     assert bank.names == []
-    bank.add("elsewhere", save(adapted(base, "down_proj"), tmp_path / "elsewhere"))
-    bank.add("lora", save(adapted(base, "q_proj", LORA), tmp_path / "lora"))
+    bank.add("elsewhere", [(save(adapted(base, "down_proj"), tmp_path / "elsewhere"), 1.0)])
+    bank.add("lora", [(save(adapted(base, "q_proj", LORA), tmp_path / "lora"), 1.0)])
     assert bank.names == ["elsewhere", "lora"]
