@@ -104,8 +104,9 @@ class BitsAndBytesSource(CodedSource):
                 )
             )
         state, absmax = self._states[name], self._absmax(name)
-        values = tuple(self._inner.read(f"{name}.quant_map").tolist())
-        code = state.code if values == state.code.values else Code("table", 4, values)
+        values = self._inner.read(f"{name}.quant_map")
+        known = torch.equal(values, torch.tensor(state.code.values))
+        code = state.code if known else Code("table", 4, tuple(values.tolist()))
         rows, columns = state.shape
         # Blocks lie along the flat weight: where one goes on in the next row, there is but one row.
         flat = columns % state.block != 0
