@@ -184,8 +184,7 @@ def test_unknown_methods_are_refused(adapted: MakeAdapted, kind: str | None) -> 
         {"layer_replication": [[0, 2], [1, 3]]},
         {"alora_invocation_tokens": [5]},
         {"target_parameters": ["experts.gate_up_proj"]},
-        {"init_lora_weights": "pissa_niter_4"},
-        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "lora_ga"},
         {"init_lora_weights": "loftq"},
     ],
 )

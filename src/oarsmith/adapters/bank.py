@@ -246,11 +246,16 @@ def _read(directory: Path, decoder: Decoder) -> Mapping[str, Entry]:
     plain = rewrite_linears(decoder.spec, lambda _, linear: replace(linear, rewrite=None))
     spec = rewrite(families.find(decoder.config), plain)
     model = meta_decoder(spec, decoder.config, torch.float32)
-    for _, module in adapted_modules(model):
+    for path, module in adapted_modules(model):
         for table in module.adapter.values():
             assert isinstance(table, nn.ParameterDict)
             for name in table:
                 table[name] = nn.Parameter(torch.empty(table[name].shape), requires_grad=False)
+        if any(change.made_of_weight for change in module.changes.values()):
+            base = decoder.get_submodule(path)
+            assert isinstance(base, Linear), base
+            module.look_at(base)
+            module.reset(torch.Generator().manual_seed(0))
     load_adapter_weights(model, directory)
     for path, module in adapted_modules(model):
         under = decoder.get_submodule(path)

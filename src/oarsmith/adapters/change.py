@@ -102,6 +102,16 @@ class Change(ABC):
             if name in on.tensors:
                 on[name].copy_(found[ending])
 
+    def exact(self, on: Sitting) -> Mapping[str, Tensor]:
+        """What training goes on from and PEFT's file cannot say, by names of its own; in a file beside it, and
+        ``restore`` finds it with the rest where that file is there."""
+        return {}
+
+    @property
+    def made_of_weight(self) -> bool:
+        """Whether a file lacks tensors that ``reset`` makes of W."""
+        return False
+
     def among(self, sizes: Sequence[Size]) -> Change:
         """The change to put on all projections of a model that it was chosen for, which have these sizes."""
         return self

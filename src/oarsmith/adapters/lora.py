@@ -32,6 +32,7 @@ class Lora(LowRank):
     rank: int
     alpha: float
     rslora: bool = False
+    gaussian: bool = False
 
     @property
     def scale(self) -> float:
@@ -41,10 +42,15 @@ class Lora(LowRank):
         return {"lora_A": (self.rank, size.in_features), "lora_B": (size.out_features, self.rank)}
 
     def reset(self, on: Sitting, generator: torch.Generator, weight: Weight) -> None:
-        """A from U(-1/sqrt(I), 1/sqrt(I)), as in the paper's code."""
+        """A from U(-1/sqrt(I), 1/sqrt(I)), as in the paper's code, or PEFT's N(0, 1/r^2)."""
         bound = 1 / math.sqrt(on.size.in_features)
         # Drawn on the CPU: the same seed gives the same adapter on any device.
-        on["lora_A"].copy_(torch.empty(on["lora_A"].shape).uniform_(-bound, bound, generator=generator))
+        drawn = torch.empty(on["lora_A"].shape)
+        if self.gaussian:
+            drawn.normal_(std=1 / self.rank, generator=generator)
+        else:
+            drawn.uniform_(-bound, bound, generator=generator)
+        on["lora_A"].copy_(drawn)
         on["lora_B"].zero_()
 
     def factors(self, on: Sitting) -> tuple[Tensor, Tensor]:
@@ -64,7 +70,13 @@ class Lora(LowRank):
 
 def make_lora(keys: AdapterKeys) -> Lora:
     """LoRA as a configuration asks for it."""
-    return Lora(rank=keys.lora_rank, alpha=alpha_of(keys), rslora=keys.rslora, dropout=keys.lora_dropout)
+    return Lora(
+        rank=keys.lora_rank,
+        alpha=alpha_of(keys),
+        rslora=keys.rslora,
+        gaussian=keys.lora_start == "gaussian",
+        dropout=keys.lora_dropout,
+    )
 
 
 def alpha_of(keys: AdapterKeys) -> float:
@@ -91,13 +103,22 @@ _NOT_COMPUTED = (
 _KEEP_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
-def check_lora(config: PeftConfig) -> None:
-    """Refuse what the LoRA family's files can say and this version does not compute.
+def check_options(config: PeftConfig) -> None:
+    """Refuse options of the LoRA family's files that this version does not compute.
 
     Raises:
         CheckpointError: such an option is used.
     """
     config.refuse(*_NOT_COMPUTED)
+
+
+def check_lora(config: PeftConfig) -> None:
+    """The same, and adapters that fit a changed base only.
+
+    Raises:
+        CheckpointError: such an option is used.
+    """
+    check_options(config)
     start = config.values.get("init_lora_weights")
     if start not in _KEEP_BASE:
         raise CheckpointError(

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
+from oarsmith.adapters.adalora import AdaLora, make_adalora, read_adalora
 from oarsmith.adapters.boft import Boft, make_boft, read_boft
 from oarsmith.adapters.bottleneck import Bottleneck, choose_bottleneck, read_bottleneck
 from oarsmith.adapters.change import Change
+from oarsmith.adapters.dora import Dora, make_dora, read_dora
 from oarsmith.adapters.fourierft import FourierFt, make_fourierft, read_fourierft
 from oarsmith.adapters.ia3 import ScaledOutput, choose_ia3, read_ia3
 from oarsmith.adapters.loha import Loha, make_loha, read_loha
 from oarsmith.adapters.lokr import Lokr, make_lokr, read_lokr
 from oarsmith.adapters.lora import Lora, make_lora, read_lora
+from oarsmith.adapters.loraga import LoraGa, make_loraga
+from oarsmith.adapters.lorapro import LoraPro, make_lorapro
+from oarsmith.adapters.mixer import Mixed, make_mixed
 from oarsmith.adapters.mora import Mora, make_mora, read_mora
 from oarsmith.adapters.oft import Oft, make_oft, read_oft
 from oarsmith.adapters.peft_config import PeftConfig
+from oarsmith.adapters.started import (
+    Olora,
+    Pissa,
+    make_olora,
+    make_pissa,
+    read_olora,
+    read_pissa,
+    starts_with,
+)
 from oarsmith.adapters.targets import match_targets
 from oarsmith.adapters.vera import Vera, make_vera, read_vera
 from oarsmith.config.adapters import AdapterKeys
@@ -50,7 +65,36 @@ class Method:
 
 
 METHODS = (
+    Method(
+        name="dora",
+        make=make_dora,
+        peft_type="LORA",
+        change=Dora,
+        read=read_dora,
+        matches=lambda config: config.flag("use_dora"),
+    ),
+    Method(
+        name="pissa",
+        make=make_pissa,
+        peft_type="LORA",
+        change=Pissa,
+        read=read_pissa,
+        matches=partial(starts_with, "pissa"),
+    ),
+    Method(
+        name="olora",
+        make=make_olora,
+        peft_type="LORA",
+        change=Olora,
+        read=read_olora,
+        matches=partial(starts_with, "olora"),
+    ),
     Method(name="lora", make=make_lora, peft_type="LORA", change=Lora, read=read_lora),
+    # Their files are LoRA's.
+    Method(name="loraga", make=make_loraga, peft_type="LORA", change=LoraGa, read=read_lora),
+    Method(name="lorapro", make=make_lorapro, peft_type="LORA", change=LoraPro, read=read_lora),
+    Method(name="moslora", make=make_mixed, peft_type="LORA", change=Mixed, read=read_lora),
+    Method(name="adalora", make=make_adalora, peft_type="ADALORA", change=AdaLora, read=read_adalora),
     Method(name="mora", make=make_mora, peft_type="MORA", change=Mora, read=read_mora),
     Method(name="vera", make=make_vera, peft_type="VERA", change=Vera, read=read_vera),
     Method(name="lokr", make=make_lokr, peft_type="LOKR", change=Lokr, read=read_lokr),

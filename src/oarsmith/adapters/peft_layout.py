@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from oarsmith.adapters.change import Change, Sitting
+from oarsmith.adapters.exact_file import read_exact, write_exact
 from oarsmith.adapters.linear import AdaptedLinear, Sittings, adapted_modules
 from oarsmith.adapters.methods import find_method
 from oarsmith.adapters.peft_config import CONFIG, read_adapter_config
@@ -103,8 +104,10 @@ def load_adapter_weights(model: Decoder, directory: Path) -> None:
         sittings = _sittings(model)
         for change in _distinct(sittings):
             change.restore_shared({name: source.read(f"{SHARED}{name}") for name in change.shared()})
+        exact = read_exact(directory, {name: change.exact(on) for name, (on, change) in sittings.items()})
         for name, (on, change) in sittings.items():
-            change.restore(on, {ending: source.read(f"{PREFIX}{name}.{ending}") for ending in change.stored(on)})
+            own = {ending: source.read(f"{PREFIX}{name}.{ending}") for ending in change.stored(on)}
+            change.restore(on, {**own, **exact.get(name, {})})
 
 
 def adapted_projections(model: Decoder) -> dict[str, tuple[AdaptedLinear, Place, Change]]:
@@ -183,6 +186,7 @@ def write_adapter(model: Decoder, directory: Path, *, base: str, base_hash: str 
     with SafetensorsWriter(directory / WEIGHTS, infos, metadata=metadata) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
+    write_exact(directory, {name: change.exact(on) for name, (on, change) in _sittings(model).items()})
     projections = adapted_projections(model)
     places = projection_places(families.find(model.config).names(model.spec))
     changes = {name: change for name, (_, _, change) in projections.items()}

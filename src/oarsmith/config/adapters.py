@@ -15,6 +15,13 @@ from .base import Bool, Float, Int, JobConfig, NamesOrPattern
 AdapterType = Literal[
     "none",
     "lora",
+    "dora",
+    "pissa",
+    "olora",
+    "loraga",
+    "lorapro",
+    "moslora",
+    "adalora",
     "mora",
     "vera",
     "lokr",
@@ -40,7 +47,8 @@ class SharedAdapterKeys(JobConfig):
     lora_alpha: Float | None = Field(
         None,
         gt=0,
-        description="Scale: the update is multiplied by alpha/r. Not given: 2 r, 4 with rslora, r for lokr and loha.",
+        description="Scale: the update is multiplied by alpha/r. Not given: 2 r, 4 with rslora, r for pissa, "
+        "olora, lokr and loha, 16 for loraga.",
     )
     lora_dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the adapter's matrices.")
     lora_target_modules: NamesOrPattern | None = Field(

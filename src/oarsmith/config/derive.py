@@ -48,8 +48,10 @@ def _projection_rank(c: TrainConfig) -> int | None:
 def _lora_alpha(c: AdapterKeys) -> float | None:
     if not c.has_adapter or c.adapter_type in WITHOUT_ALPHA:
         return None
-    if c.adapter_type in ALPHA_IS_RANK:
+    if c.adapter_type in ALPHA_IS_RANK or c.adapter_type in ("pissa", "olora"):
         return float(c.lora_rank)
+    if c.adapter_type == "loraga":
+        return 16.0
     return 4.0 if c.rslora else 2.0 * c.lora_rank
 
 
@@ -89,7 +91,7 @@ RULES: tuple[Rule[Any], ...] = (
         AdapterKeys,
         "lora_alpha",
         _lora_alpha,
-        "2 x lora_rank, or 4 with rslora; lora_rank for lokr and loha; none where there is no such scale",
+        "2 x lora_rank, 4 with rslora; what its description says for other methods; none where there is no such scale",
     ),
     Rule(
         AdapterKeys,

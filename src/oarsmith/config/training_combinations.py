@@ -13,6 +13,7 @@ from .base import JobConfig
 from .factor_combinations import FACTORS
 from .groups import EvalRowKeys, RunKeys
 from .impossible import Impossible
+from .lora_combinations import LORA
 from .pretrain import PretrainConfig, split_shares
 from .sft import SftConfig
 from .train import TrainConfig
@@ -52,6 +53,7 @@ def _nothing_to_evaluate_on(c: SftConfig) -> bool:
 
 TRAINING: tuple[Impossible[Any], ...] = (
     *FACTORS,
+    *LORA,
     Impossible(
         RunKeys,
         lambda c: int(os.environ.get("WORLD_SIZE", "1")) > 1,

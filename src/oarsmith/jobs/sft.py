@@ -12,6 +12,7 @@ from oarsmith.config.sft import SftConfig
 from oarsmith.jobs import start as starting
 from oarsmith.jobs import train as training
 from oarsmith.jobs import weights
+from oarsmith.jobs.adapter_training import with_terms
 from oarsmith.jobs.console import make_console
 from oarsmith.jobs.runtime import fit_max_length, make_tokenizer
 from oarsmith.jobs.start import Start
@@ -82,7 +83,7 @@ def generation_scores(
 
 
 RECIPE: training.Recipe[SftConfig] = training.Recipe(
-    objective=lambda config: TokenCrossEntropy(z_loss=config.z_loss),
+    objective=lambda config: with_terms(config, TokenCrossEntropy(z_loss=config.z_loss)),
     start=start,
     tokenizer=make_tokenizer,
     inputs=lambda config: [config.dataset_name_or_path, config.eval_dataset_path],

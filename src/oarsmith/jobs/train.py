@@ -18,6 +18,7 @@ from oarsmith.config.idle import idle_keys
 from oarsmith.config.resolved import RUN_FILE, Resolved
 from oarsmith.config.train import TrainConfig
 from oarsmith.errors import ConfigError
+from oarsmith.jobs.adapter_training import prepare
 from oarsmith.jobs.loop_parts import make_loop, total_steps
 from oarsmith.jobs.runtime import runtime
 from oarsmith.jobs.start import Start, require_vocabulary, with_skipped_positions
@@ -129,11 +130,14 @@ def train(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainRe
         weights = recipe.weights(config, start, tokenizer)
         objective = recipe.objective(config)
         extra = recipe.extra_scores(config, model, tokenizer, data)
+        loader = with_skipped_positions(config, start, data.train)
+        if checkpoint is None:
+            prepare(config, model, objective, loader, console)
         loop = make_loop(
             config,
             model=model,
             objective=objective,
-            loader=with_skipped_positions(config, start, data.train),
+            loader=loader,
             store=store,
             progress=progress,
             weights=weights,
