@@ -24,14 +24,17 @@ import remote_tokenizers
 from oarsmith import Engine, Sampling
 from oarsmith.adapters.linear import attach
 from oarsmith.adapters.lora import Lora
-from oarsmith.adapters.merge import merge_adapter
+from oarsmith.adapters.merge import merge_adapter, mergeable
+from oarsmith.adapters.methods import METHODS, changes_of
 from oarsmith.adapters.peft_layout import adapter_rewrite, adapter_tensors, load_adapter_weights, write_adapter
 from oarsmith.adapters.targets import adapt_rewrite
 from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.config.load import load_config
 from oarsmith.config.pretrain import PretrainConfig
+from oarsmith.config.sft import SftConfig
 from oarsmith.data.batch import make_batch
 from oarsmith.data.corpus.indexed import IndexedBuilder
+from oarsmith.errors import ConfigError
 from oarsmith.jobs.optimizers import make_optimizer
 from oarsmith.jobs.pretrain import opening
 from oarsmith.jobs.start import Start
@@ -221,6 +224,49 @@ def lora(bench: Bench) -> str:
     close(packed_logits(merged, documents)[0], expected)
     oarsmith.save_model(merged, bench.folder / "merged")
     return "yes"
+
+
+def adapters(bench: Bench) -> str:
+    """Every other method on every projection it takes: its file gives the same model back, and merging changes nothing.
+
+    What does not fit is named: blocks have to divide a layer's width.
+    """
+    missing, documents = [], [bench.document(13, 3)]
+    plain = packed_logits(bench.model(), documents)[0]
+    for method in METHODS:
+        if method.name == "lora":
+            continue
+        words = ["--model_name_or_path=m", "--dataset_name_or_path=d", f"--adapter_type={method.name}"]
+        keys = load_config(SftConfig, None, words).config
+        try:
+            model = load_decoder(bench.path, rewrite=adapt_rewrite(lambda places, keys=keys: changes_of(keys, places)))
+        except ConfigError:
+            missing.append(method.name)
+            continue
+        attach(model.eval(), seed=0)
+        close(packed_logits(model, documents)[0], plain, 1e-4)
+        _moved(model)
+        expected = packed_logits(model, documents)[0]
+        assert not torch.allclose(expected, plain, atol=1e-4), method.name
+        folder = bench.folder / f"adapter-{method.name}"
+        folder.mkdir()
+        write_adapter(model, folder, base="base")
+        again = load_decoder(bench.path, rewrite=adapter_rewrite(folder)).eval()
+        attach(again, seed=1)
+        load_adapter_weights(again, folder)
+        close(packed_logits(again, documents)[0], expected, 1e-4)
+        if mergeable(model):
+            close(packed_logits(merge_adapter(model), documents)[0], expected, 1e-3)
+    return f"not {', '.join(missing)}" if missing else "yes"
+
+
+@torch.no_grad()
+def _moved(model: Decoder) -> None:
+    """Everything that trains, a little away from where it begins."""
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
 def packing(bench: Bench) -> str:
