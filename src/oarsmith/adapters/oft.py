@@ -100,7 +100,8 @@ class Oft(Change):
             return vector_NE
         radius = self.within / math.sqrt(len(vector_NE))
         norm_N1 = vector_NE.norm(dim=1, keepdim=True) * math.sqrt(2)
-        return torch.where(norm_N1 <= radius, vector_NE, vector_NE * (radius / norm_N1))
+        # One that was moved there is not moved again by the rounding of its norm: a run that goes on is the same run.
+        return torch.where(norm_N1 <= radius * (1 + 1e-6), vector_NE, vector_NE * (radius / norm_N1))
 
     def _blocks(self, vector_NE: Tensor, side: int) -> Tensor:
         rows_E, columns_E = _triangle(side, vector_NE.device)
