@@ -89,13 +89,14 @@ def test_the_ranks_of_adalora(folder: Path, tmp_path: Path) -> None:
 
 def test_lora_plus_learns_faster_in_b(folder: Path, tmp_path: Path) -> None:
     """One step of Adam moves every weight by its learning rate."""
-    moved = {}
-    for scale in (1, 16):
-        keys = KEYS | {"lora": True, "lora_plus_scale": scale, "max_steps": 1, "max_grad_norm": 0}
-        assert run_sft(folder / "llama", folder / "rows.jsonl", tmp_path / str(scale), **keys) == 0
-        stored = load_file(tmp_path / str(scale) / "adapter" / "adapter_model.safetensors")
-        moved[scale] = max(float(tensor.abs().max()) for key, tensor in stored.items() if "lora_B" in key)
-    assert moved[16] == pytest.approx(16 * moved[1], rel=1e-4)
+    moved = []
+    for number, (scale, in_backward) in enumerate([(1, False), (16, False), (16, True)]):
+        keys = KEYS | {"lora": True, "lora_plus_scale": scale, "optimizer_in_backward": in_backward}
+        run = tmp_path / str(number)
+        assert run_sft(folder / "llama", folder / "rows.jsonl", run, **keys | {"max_steps": 1, "max_grad_norm": 0}) == 0
+        stored = load_file(run / "adapter" / "adapter_model.safetensors")
+        moved.append(max(float(tensor.abs().max()) for key, tensor in stored.items() if "lora_B" in key))
+    assert moved[1:] == pytest.approx([16 * moved[0]] * 2, rel=1e-4)
 
 
 def test_loraga_looks_at_the_data(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
