@@ -243,8 +243,14 @@ def _read(directory: Path, decoder: Decoder) -> Mapping[str, Entry]:
             where=str(directory / WEIGHTS),
             fix="load the model with this adapter on top (adapter=)",
         )
-    plain = rewrite_linears(decoder.spec, lambda _, linear: replace(linear, rewrite=None))
+    plain = replace(rewrite_linears(decoder.spec, lambda _, linear: replace(linear, rewrite=None)), parts=())
     spec = rewrite(families.find(decoder.config), plain)
+    if spec.parts:
+        raise ConfigError(
+            f"{spec.parts[0].what} cannot be chosen by single requests: it changes more than projections",
+            where=str(directory),
+            fix="load the model with this adapter on top (adapter=)",
+        )
     model = meta_decoder(spec, decoder.config, torch.float32)
     for path, module in adapted_modules(model):
         for table in module.adapter.values():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from oarsmith.adapters.change import Change, LowRank, Sitting, Size
 from oarsmith.adapters.forms import AS_STORED, DENSE, Parts, Stored, WeightForm, low_rank_product, product
+from oarsmith.adapters.part import adapter_parts
 from oarsmith.kernels.coded import CodedWeight
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.linear import Linear
@@ -291,17 +292,24 @@ def attach(model: Decoder, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _, module in adapted_modules(model):
         module.reset(generator)
+    for part in adapter_parts(model):
+        part.reset(model, generator)
 
 
 @contextmanager
 def disabled(model: Decoder) -> Iterator[None]:
     """Within it the model is its base."""
     modules = [module for _, module in adapted_modules(model)]
+    parts = [part for part in adapter_parts(model) if part.enabled]
     before = [module.enabled for module in modules]
     for module in modules:
         module.enabled = False
+    for part in parts:
+        part.enable(False)
     try:
         yield
     finally:
         for module, enabled in zip(modules, before, strict=True):
             module.enabled = enabled
+        for part in parts:
+            part.enable(True)

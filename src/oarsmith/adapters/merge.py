@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from oarsmith.adapters.forms import DENSE
 from oarsmith.adapters.linear import adapted_modules, disabled
+from oarsmith.adapters.part import adapter_parts
+from oarsmith.errors import ConfigError
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.linear import ExpertLinear, Linear
 from oarsmith.models.spec import rewrite_linears
@@ -17,7 +19,8 @@ from oarsmith.models.spec import rewrite_linears
 
 def mergeable(model: Decoder) -> bool:
     """Whether there is a plain model that does what a model with its adapter does."""
-    return all(change.mergeable for _, module in adapted_modules(model) for change in module.changes.values())
+    changes = (change for _, module in adapted_modules(model) for change in module.changes.values())
+    return all(change.mergeable for change in changes) and all(p.unmergeable is None for p in adapter_parts(model))
 
 
 @torch.no_grad()
@@ -29,6 +32,10 @@ def merge_adapter(model: Decoder) -> Decoder:
     Raises:
         ConfigError: an adapter that no plain model is.
     """
+    for part in adapter_parts(model):
+        if part.unmergeable is not None:
+            what = f"{part.what} cannot be merged: {part.unmergeable}"
+            raise ConfigError(what, where="adapter", fix="use it as it is: --adapter, or Engine(adapter=)")
     for path, module in list(adapted_modules(model)):
         assert module.form is DENSE, f"{path} has 8-bit weights: merge into the checkpoint's own"
         weight, bias = module.merged()
@@ -41,7 +48,10 @@ def merge_adapter(model: Decoder) -> Decoder:
         if bias is not None and plain.bias is not None:
             plain.bias.copy_(bias)
         model.set_submodule(path, plain)
-    model.spec = rewrite_linears(model.spec, lambda _, linear: replace(linear, rewrite=None))
+    for part in adapter_parts(model):
+        part.merge(model)
+    model.parts = nn.ModuleList()
+    model.spec = replace(rewrite_linears(model.spec, lambda _, linear: replace(linear, rewrite=None)), parts=())
     return model
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from oarsmith.adapters.change import Change, Sitting
 from oarsmith.adapters.exact_file import read_exact, write_exact
 from oarsmith.adapters.linear import AdaptedLinear, Sittings, adapted_modules
 from oarsmith.adapters.methods import find_method
+from oarsmith.adapters.part import adapter_parts, with_parts
+from oarsmith.adapters.parts import parts_in_file
 from oarsmith.adapters.peft_config import CONFIG, read_adapter_config
 from oarsmith.adapters.targets import SpecRewrite, adapt_rewrite
 from oarsmith.atomic import atomic_write_text
@@ -31,7 +34,7 @@ from oarsmith.checkpoint.safetensors_stream import (
     check_safetensors,
     safetensors_metadata,
 )
-from oarsmith.checkpoint.tensors import FLOATS
+from oarsmith.checkpoint.tensors import FLOATS, TensorSource
 from oarsmith.errors import CheckpointError
 from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
@@ -50,11 +53,15 @@ def adapter_rewrite(directory: Path) -> SpecRewrite:
         CheckpointError: not an adapter that this version computes.
     """
     config = read_adapter_config(directory)
+    infos = check_safetensors(require_inside(directory, directory / WEIGHTS))
+    makers, alone = parts_in_file(config, {name: info.shape for name, info in infos.items()})
+    if alone:
+        return with_parts(lambda _, spec: spec, makers)
     method = find_method(config)
     # The longest first: one name may end another.
     endings = sorted(method.change.keys.values(), key=len, reverse=True)
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, info in check_safetensors(require_inside(directory, directory / WEIGHTS)).items():
+    for name, info in infos.items():
         ending = next((e for e in endings if name.endswith(f".{e}")), None)
         if ending is not None:
             module = name.removeprefix(PREFIX).removesuffix(f".{ending}")
@@ -70,7 +77,7 @@ def adapter_rewrite(directory: Path) -> SpecRewrite:
             )
         return {module: method.read(config, module, own) for module, own in shapes.items()}
 
-    return adapt_rewrite(choose)
+    return with_parts(adapt_rewrite(choose), makers)
 
 
 @torch.no_grad()
@@ -108,6 +115,22 @@ def load_adapter_weights(model: Decoder, directory: Path) -> None:
         for name, (on, change) in sittings.items():
             own = {ending: source.read(f"{PREFIX}{name}.{ending}") for ending in change.stored(on)}
             change.restore(on, {**own, **exact.get(name, {})})
+        _restore_parts(model, directory, source)
+
+
+def _restore_parts(model: Decoder, directory: Path, source: TensorSource) -> None:
+    exact = read_exact(directory, _exact_parts(model))
+    for index, part in enumerate(adapter_parts(model)):
+        own = {name: source.read(name) for name in part.stored(model)}
+        part.restore(model, {**own, **exact.get(_part_name(index), {})})
+
+
+def _exact_parts(model: Decoder) -> dict[str, Mapping[str, Tensor]]:
+    return {_part_name(index): part.exact() for index, part in enumerate(adapter_parts(model))}
+
+
+def _part_name(index: int) -> str:
+    return f"parts.{index}"
 
 
 def adapted_projections(model: Decoder) -> dict[str, tuple[AdaptedLinear, Place, Change]]:
@@ -140,7 +163,8 @@ def adapter_tensors(model: Decoder) -> dict[str, Tensor]:
         for name, (on, change) in sittings.items()
         for ending, tensor in change.stored(on).items()
     }
-    return shared | own
+    parts = {name: tensor for part in adapter_parts(model) for name, tensor in part.stored(model).items()}
+    return shared | own | parts
 
 
 def _distinct(sittings: Mapping[str, tuple[Sitting, Change]]) -> list[Change]:
@@ -186,18 +210,24 @@ def write_adapter(model: Decoder, directory: Path, *, base: str, base_hash: str 
     with SafetensorsWriter(directory / WEIGHTS, infos, metadata=metadata) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
-    write_exact(directory, {name: change.exact(on) for name, (on, change) in _sittings(model).items()})
+    exact = {name: change.exact(on) for name, (on, change) in _sittings(model).items()}
+    write_exact(directory, exact | _exact_parts(model))
     projections = adapted_projections(model)
     places = projection_places(families.find(model.config).names(model.spec))
     changes = {name: change for name, (_, _, change) in projections.items()}
-    config = {
+    config: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "fan_in_fan_out": any(place.view is transposed for _, place, _ in projections.values()),
         "inference_mode": True,
-        "target_modules": shortest_names(sorted(projections), list(places)),
-        **next(iter(changes.values())).peft_configs(changes),
     }
+    if changes:
+        config |= {
+            "fan_in_fan_out": any(place.view is transposed for _, place, _ in projections.values()),
+            "target_modules": shortest_names(sorted(projections), list(places)),
+            **next(iter(changes.values())).peft_configs(changes),
+        }
+    for part in adapter_parts(model):
+        config |= part.peft_config(model)
     atomic_write_text(directory / CONFIG, json.dumps(config, indent=2) + "\n")
 
 

@@ -80,6 +80,11 @@ def write_decoder(model: Decoder, directory: Path, *, max_shard_bytes: int = MAX
             f"the model carries an adapter on {len(rewritten)} linear maps, first {rewritten[0]}",
             fix="save the adapter, or merge it first (oarsmith merge-adapter)",
         )
+    if model.spec.parts:
+        raise ModelError(
+            f"the model carries an adapter: {model.spec.parts[0].what}",
+            fix="save the adapter, or merge it first (oarsmith merge-adapter)",
+        )
     family = families.find(model.config)
     write_named(dict(iter_named(model, family.names(model.spec))), directory, max_shard_bytes=max_shard_bytes)
     dtype = _NAMES[next(model.parameters()).dtype]

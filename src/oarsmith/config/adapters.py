@@ -31,6 +31,12 @@ AdapterType = Literal[
     "oft",
     "boft",
     "bottleneck",
+    "prefix_tuning",
+    "prompt_tuning",
+    "p_tuning",
+    "reft",
+    "bitfit",
+    "trainable_tokens",
 ]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from .adapter_factors import ALPHA_IS_RANK, OWN_PLACES, WITHOUT_ALPHA
+from .adapter_virtual import PART_RATES, PARTS
 from .adapters import AdapterKeys, SharedAdapterKeys
 from .base import JobConfig
 from .groups import ModelKeys, SamplingKeys
@@ -46,7 +47,7 @@ def _projection_rank(c: TrainConfig) -> int | None:
 
 
 def _lora_alpha(c: AdapterKeys) -> float | None:
-    if not c.has_adapter or c.adapter_type in WITHOUT_ALPHA:
+    if not c.has_adapter or c.adapter_type in WITHOUT_ALPHA | PARTS:
         return None
     if c.adapter_type in ALPHA_IS_RANK or c.adapter_type in ("pissa", "olora"):
         return float(c.lora_rank)
@@ -71,7 +72,12 @@ RULES: tuple[Rule[Any], ...] = (
     ),
     Rule(PretrainConfig, "per_device_train_batch_size", lambda c: 8, "8 rows"),
     Rule(SharedAdapterKeys, "adapter_type", lambda c: "lora" if c.lora else "none", "lora with lora true, else none"),
-    Rule(SftConfig, "learning_rate", lambda c: 2e-4 if c.has_adapter else 2e-5, "2e-4 with an adapter, 2e-5 without"),
+    Rule(
+        SftConfig,
+        "learning_rate",
+        lambda c: PART_RATES.get(c.adapter_type or "", 2e-4) if c.has_adapter else 2e-5,
+        "2e-4 with an adapter, more for those that change no projections, 2e-5 without",
+    ),
     Rule(SftConfig, "evaluation_strategy", _evaluation_strategy, "epoch where eval data is named, else no"),
     Rule(PretrainConfig, "evaluation_strategy", _corpus_evaluation, "steps where split has a part for it, else no"),
     Rule(TrainConfig, "do_eval", lambda c: c.evaluation_strategy != "no", "true where there is an evaluation_strategy"),
@@ -96,8 +102,8 @@ RULES: tuple[Rule[Any], ...] = (
     Rule(
         AdapterKeys,
         "lora_target_modules",
-        lambda c: "all-linear" if c.has_adapter and c.adapter_type not in OWN_PLACES else None,
-        "all-linear; ia3 and bottleneck have places of their own",
+        lambda c: "all-linear" if c.has_adapter and c.adapter_type not in OWN_PLACES | PARTS else None,
+        "all-linear; ia3 and bottleneck have places of their own, and some methods sit elsewhere",
     ),
     Rule(SamplingKeys, "decode_strategy", _decode_strategy, "sampling if another key asks for it"),
     Rule(

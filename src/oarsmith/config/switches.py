@@ -28,6 +28,8 @@ _ADAPTERS: dict[str, str] = {
     "use_mora": "mora",
     "vera": "vera",
     "lokr": "lokr",
+    "prefix_tuning": "prefix_tuning",
+    "reft": "reft",
 }
 
 # PaddleNLP's rsLoRA+: what its script sets.

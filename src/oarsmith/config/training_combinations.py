@@ -17,6 +17,7 @@ from .lora_combinations import LORA
 from .pretrain import PretrainConfig, split_shares
 from .sft import SftConfig
 from .train import TrainConfig
+from .virtual_combinations import VIRTUAL
 
 _LORA_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "rslora", "weight_quantize_algo")
 _PROJECTION_KEYS = ("projection_rank", "projection_steps", "projection_scale")
@@ -54,6 +55,7 @@ def _nothing_to_evaluate_on(c: SftConfig) -> bool:
 TRAINING: tuple[Impossible[Any], ...] = (
     *FACTORS,
     *LORA,
+    *VIRTUAL,
     Impossible(
         RunKeys,
         lambda c: int(os.environ.get("WORLD_SIZE", "1")) > 1,

@@ -160,7 +160,7 @@ class Engine:
     @property
     def context_length(self) -> int:
         """Most tokens of prompt and answer together."""
-        return self._served.facts.max_positions
+        return self._served.facts.room
 
     @property
     def guesses(self) -> tuple[int, int]:

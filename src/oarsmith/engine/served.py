@@ -154,6 +154,8 @@ def open_guesser(
         raise ConfigError(what, where="speculative", fix="leave speculative out")
     if by == NGRAM:
         return None
+    if served.facts.num_virtual:
+        raise _no_guesser("a draft model cannot read the virtual tokens of this adapter", "use ngram")
     own: Tokenizer | None = None
     if not isinstance(by, (str, Path)):
         if by.training:

@@ -12,8 +12,8 @@ import torch
 from oarsmith.adapters.forms import AS_STORED, DENSE
 from oarsmith.adapters.forms.chosen import chosen_form
 from oarsmith.adapters.linear import AdaptedLinear, attach
-from oarsmith.adapters.methods import changes_of
-from oarsmith.adapters.targets import adapt_rewrite, kept_as
+from oarsmith.adapters.parts import rewrite_of
+from oarsmith.adapters.targets import kept_as
 from oarsmith.checkpoint.config_file import read_config
 from oarsmith.checkpoint.hf import DTYPES, load_decoder
 from oarsmith.config.adapters import AdapterKeys
@@ -119,7 +119,7 @@ def load_with_adapter(config: TrainConfig, keys: AdapterKeys, start: Start, devi
         ConfigError: the checkpoint's codes are to be kept, but it has none.
     """
     form = chosen_form(keys)
-    rewrite = adapt_rewrite(lambda places: changes_of(keys, places))
+    rewrite = rewrite_of(keys, start.base)
     if form is not DENSE:
         rewrite = kept_as(form, rewrite)
     model = load_decoder(start.base, dtype=DTYPES[config.dtype], device=device, rewrite=rewrite, config=start.config)
