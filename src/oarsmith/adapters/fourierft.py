@@ -2,8 +2,11 @@
 
 W + scaling * Re(F^-1 S), eq. 2 to 4, where S [O, I] has n entries at random places, which a seed says (PEFT's
 ``random_loc_seed``: all projections of one size have the same). The change is never built: the transform over columns
-goes to the tokens, n products are added up by rows, and the transform over rows follows. Unlike in the paper, where
-they are normally distributed, the coefficients begin at zero, so that training begins at the base model.
+goes to the tokens, n products are added up by rows, and the transform over rows follows. Tokens and results are real,
+so both are transforms of half the length, where an entry beyond the half is its mirror image's conjugate.
+
+In the paper the coefficients are normally distributed at first; here they are zero, so that training begins at the base
+model.
 
 Shapes: T tokens, I in features, O out features, N coefficients.
 """
@@ -34,6 +37,24 @@ def _entries(size: Size, number: int, seed: int, device: torch.device) -> tuple[
     return (places_N // columns).to(device), (places_N % columns).to(device)
 
 
+@table
+def _halved(size: Size, number: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The same among the first halves, and what their real and imaginary parts are multiplied by [N, 2]."""
+    rows_N, columns_N = _entries(size, number, seed, device)
+    height, width = size.out_features, size.in_features
+    row_mirrored, column_mirrored = 2 * rows_N > height, 2 * columns_N > width
+    near_N = torch.where(row_mirrored, height - rows_N, rows_N)
+    # The transform of rows adds the mirror image of all but the first entry and one in the middle.
+    share_N = torch.where((near_N == 0) | (2 * near_N == height), 1.0, 0.5) / width
+    # The inverse transform of columns is the conjugate of the forward one.
+    sign_N = torch.where(row_mirrored == column_mirrored, -1.0, 1.0)
+    return (
+        near_N,
+        torch.where(column_mirrored, width - columns_N, columns_N),
+        torch.stack([share_N, share_N * sign_N], 1),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class FourierFt(Change):
     """The coefficients [N]."""
@@ -59,12 +80,17 @@ class FourierFt(Change):
         on["spectrum"].zero_()
 
     def added(self, on: Sitting, x_TI: Tensor, *, training: bool) -> Tensor:
-        rows_N, columns_N = _entries(on.size, self.number, self.seed, x_TI.device)
+        rows_N, columns_N, parts_N2 = _halved(on.size, self.number, self.seed, x_TI.device)
         # The transforms are there in fp32 only.
-        dropped_TI = functional.dropout(x_TI.float(), self.dropout, training)
-        picked_TN = torch.fft.ifft(dropped_TI).index_select(-1, columns_N) * on["spectrum"]
-        sums_TO = picked_TN.new_zeros(*x_TI.shape[:-1], on.size.out_features).index_add(-1, rows_N, picked_TN)
-        return (torch.fft.ifft(sums_TO).real * self.scaling).to(x_TI.dtype)
+        dropped_TI = functional.dropout(x_TI.float().reshape(-1, on.size.in_features), self.dropout, training)
+        # Entries first: those of all tokens lie together, and are picked and added up in runs.
+        found_IT2 = torch.view_as_real(torch.fft.rfft(dropped_TI).t().contiguous())
+        scaled_N2 = parts_N2 * (self.scaling * on["spectrum"])[:, None]
+        picked_NT2 = found_IT2.index_select(0, columns_N) * scaled_N2[:, None]
+        height = on.size.out_features
+        sums_OT2 = picked_NT2.new_zeros(height // 2 + 1, *picked_NT2.shape[1:]).index_add(0, rows_N, picked_NT2)
+        y_TO = torch.fft.irfft(torch.view_as_complex(sums_OT2).t().contiguous(), n=height)
+        return y_TO.to(x_TI.dtype).view(*x_TI.shape[:-1], height)
 
     def merged(self, on: Sitting, weight_OI: Tensor) -> Tensor:
         rows_N, columns_N = _entries(on.size, self.number, self.seed, weight_OI.device)
