@@ -28,6 +28,18 @@ BASES: dict[str, Any] = {
     "gpt2": transformers.GPT2Config(
         vocab_size=VOCAB_SIZE, n_embd=24, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2
     ),
+    "bloom": transformers.BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=24, n_layer=2, n_head=3),
+    "mistral": transformers.MistralConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        sliding_window=6,
+        tie_word_embeddings=True,
+    ),
 }
 
 
@@ -77,11 +89,11 @@ class Adapted:
 
 @pytest.fixture
 def adapted(base: Callable[[str], Base], tmp_path: Path) -> Callable[..., Adapted]:
-    """adapted("llama", r=4, ...): both A and B (and trained biases) random, saved by PEFT."""
+    """adapted("llama", r=4, ...): both A and B (and trained biases) random, saved by PEFT; ``kind``: another method."""
 
-    def make(name: str, **arguments: Any) -> Adapted:
+    def make(name: str, *, kind: Callable[..., Any] = peft.LoraConfig, **arguments: Any) -> Adapted:
         made = base(name)
-        config = peft.LoraConfig(task_type="CAUSAL_LM", **arguments)
+        config = kind(task_type="CAUSAL_LM", **arguments)
         torch.manual_seed(8)
         oracle = peft.get_peft_model(made.oracle(), config).eval()
         randomise((p for _, p in sorted(oracle.named_parameters()) if p.requires_grad), seed=9, std=0.15)

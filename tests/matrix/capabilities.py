@@ -22,15 +22,19 @@ from torch.nn import functional
 import oarsmith
 import remote_tokenizers
 from oarsmith import Engine, Sampling
-from oarsmith.adapters.lora import LoraSegment, attach, lora_modules
-from oarsmith.adapters.merge import merge_lora
-from oarsmith.adapters.peft_layout import adapter_rewrite, load_adapter_weights, write_adapter
-from oarsmith.adapters.targets import lora_rewrite
+from oarsmith.adapters.linear import attach
+from oarsmith.adapters.lora import Lora
+from oarsmith.adapters.merge import merge_adapter, mergeable
+from oarsmith.adapters.methods import METHODS, changes_of
+from oarsmith.adapters.peft_layout import adapter_rewrite, adapter_tensors, load_adapter_weights, write_adapter
+from oarsmith.adapters.targets import adapt_rewrite
 from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.config.load import load_config
 from oarsmith.config.pretrain import PretrainConfig
+from oarsmith.config.sft import SftConfig
 from oarsmith.data.batch import make_batch
 from oarsmith.data.corpus.indexed import IndexedBuilder
+from oarsmith.errors import ConfigError
 from oarsmith.jobs.optimizers import make_optimizer
 from oarsmith.jobs.pretrain import opening
 from oarsmith.jobs.start import Start
@@ -197,20 +201,18 @@ def full_sft(bench: Bench) -> str:
 def lora(bench: Bench) -> str:
     """On every projection: only adapters move, they survive PEFT's layout, and merging changes no logits."""
 
-    def choose(modules: list[str]) -> dict[str, LoraSegment]:
-        return dict.fromkeys(modules, LoraSegment(name="", rank=2, scale=2.0))
-
-    model = load_decoder(bench.path, rewrite=lora_rewrite(choose, 0.0))
+    change = Lora(rank=2, alpha=4.0)
+    model = load_decoder(bench.path, rewrite=adapt_rewrite(lambda modules: dict.fromkeys(modules, change)))
     attach(model, seed=0)
     plain = bench.model()
     losses = _steps(model.train(), bench)
     assert losses[0] > losses[2], losses
-    base = {name: p for name, p in model.named_parameters() if "lora_" not in name}
+    base = {name: p for name, p in model.named_parameters() if ".adapter." not in name}
     assert all(torch.equal(base[name], p) for name, p in plain.named_parameters())
-    assert all(bool(b.any()) for _, module in lora_modules(model) for b in module.lora_B.values())
+    assert all(bool(tensor.any()) for tensor in adapter_tensors(model).values())
     folder = bench.folder / "adapter"
     folder.mkdir()
-    write_adapter(model, folder, base="base", settings={"r": 2, "lora_alpha": 4, "lora_dropout": 0.0})
+    write_adapter(model, folder, base="base")
     again = load_decoder(bench.path, rewrite=adapter_rewrite(folder)).eval()
     attach(again, seed=1)
     load_adapter_weights(again, folder)
@@ -218,10 +220,53 @@ def lora(bench: Bench) -> str:
     expected = packed_logits(model.eval(), documents)[0]
     close(packed_logits(again, documents)[0], expected, 1e-5)
     assert not torch.allclose(packed_logits(plain, documents)[0], expected)
-    merged = merge_lora(model)
+    merged = merge_adapter(model)
     close(packed_logits(merged, documents)[0], expected)
     oarsmith.save_model(merged, bench.folder / "merged")
     return "yes"
+
+
+def adapters(bench: Bench) -> str:
+    """Every other method on every projection it takes: its file gives the same model back, and merging changes nothing.
+
+    What does not fit is named: blocks have to divide a layer's width.
+    """
+    missing, documents = [], [bench.document(13, 3)]
+    plain = packed_logits(bench.model(), documents)[0]
+    for method in METHODS:
+        if method.name == "lora":
+            continue
+        words = ["--model_name_or_path=m", "--dataset_name_or_path=d", f"--adapter_type={method.name}"]
+        keys = load_config(SftConfig, None, words).config
+        try:
+            model = load_decoder(bench.path, rewrite=adapt_rewrite(lambda places, keys=keys: changes_of(keys, places)))
+        except ConfigError:
+            missing.append(method.name)
+            continue
+        attach(model.eval(), seed=0)
+        close(packed_logits(model, documents)[0], plain, 1e-4)
+        _moved(model)
+        expected = packed_logits(model, documents)[0]
+        assert not torch.allclose(expected, plain, atol=1e-4), method.name
+        folder = bench.folder / f"adapter-{method.name}"
+        folder.mkdir()
+        write_adapter(model, folder, base="base")
+        again = load_decoder(bench.path, rewrite=adapter_rewrite(folder)).eval()
+        attach(again, seed=1)
+        load_adapter_weights(again, folder)
+        close(packed_logits(again, documents)[0], expected, 1e-4)
+        if mergeable(model):
+            close(packed_logits(merge_adapter(model), documents)[0], expected, 1e-3)
+    return f"not {', '.join(missing)}" if missing else "yes"
+
+
+@torch.no_grad()
+def _moved(model: Decoder) -> None:
+    """Everything that trains, a little away from where it begins."""
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
 def packing(bench: Bench) -> str:

@@ -11,6 +11,12 @@ COLUMNS: dict[str, Capability] = {
     "generate": Capability("generate", "the engine continues prompts as the oracle does", capabilities.generate),
     "sft": Capability("full SFT", "all weights train, and are saved as trained", capabilities.full_sft),
     "lora": Capability("LoRA", "adapters train, survive PEFT's layout, and merge", capabilities.lora),
+    "adapters": Capability(
+        "other adapters",
+        "every other method on projections: starts as the base, its file gives it back, merging changes nothing; not: "
+        "its blocks do not divide the random model's widths",
+        capabilities.adapters,
+    ),
     "packing": Capability("packing", "packed documents give what they give alone", capabilities.packing),
     "recompute": Capability("recompute", "recomputing blocks changes no gradient", capabilities.recompute),
     "init": Capability("from config", "`config.json` alone makes a fresh model", capabilities.from_config),

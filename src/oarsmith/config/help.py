@@ -51,4 +51,7 @@ def _key_help(config_class: type[JobConfig], key: str, width: int) -> list[str]:
     if others:
         text += f" Also: {', '.join(others)}."
     head = f"  --{key} <{kind_of(config_class, key)}>  [{default_of(config_class, key)}]"
+    if len(head) > width and (choices := value_choices(config_class, key)):
+        head = f"  --{key} <word>  [{default_of(config_class, key)}]"
+        text += f" One of: {', '.join(choices)}."
     return [head, *textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)]

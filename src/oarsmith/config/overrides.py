@@ -9,7 +9,7 @@ from oarsmith.errors import ConfigError
 from .base import FALSE_WORDS, TRUE_WORDS, JobConfig, value_types
 from .entries import COMMAND_LINE, Entry
 from .names import canonical_key, nearest
-from .switches import SWITCHES
+from .switches import SWITCHES, WITH_WORD
 
 
 def parse_overrides(config_class: type[JobConfig], words: Sequence[str], rank: int = 1) -> list[Entry]:
@@ -23,7 +23,7 @@ def parse_overrides(config_class: type[JobConfig], words: Sequence[str], rank: i
         ConfigError: a word that belongs to no key, a key without its value, a key given twice.
     """
     keys = config_class.model_fields
-    switches = {key for key in keys if value_types(config_class, key) == {bool}} | SWITCHES
+    switches = {key for key in keys if value_types(config_class, key) == {bool}} | (SWITCHES - WITH_WORD)
     found: list[Entry] = []
     free: list[str] = []
     position = 0

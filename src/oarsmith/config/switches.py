@@ -6,17 +6,58 @@ the other way round: the highest layer that says something decides, two differen
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from pydantic import TypeAdapter, ValidationError
 
 from oarsmith.errors import ConfigError
 
-from .base import Bool
+from .base import TRUE_WORDS, Bool
 from .entries import Entry
 
-SWITCHES = frozenset({"bf16", "fp16", "greedy_zero_padding", "no_cuda", "use_cpu", "use_long_sequence_strategies"})
+# PaddleNLP's and PEFT's, beside lora true.
+_ADAPTERS: dict[str, str] = {
+    "use_dora": "dora",
+    "pissa": "pissa",
+    "olora": "olora",
+    "loraga": "loraga",
+    "lorapro": "lorapro",
+    "lora_use_mixer": "moslora",
+    "use_mora": "mora",
+    "vera": "vera",
+    "lokr": "lokr",
+    "prefix_tuning": "prefix_tuning",
+    "reft": "reft",
+}
+
+# PaddleNLP's rsLoRA+: what its script sets.
+_RSLORA_PLUS: dict[str, object] = {"rslora": True, "lora_plus_scale": 4.0, "lora_alpha": 4.0}
+
+# PEFT's words for how the matrices start -> the switch that says the same.
+_STARTS = {"pissa": "pissa", "olora": "olora", "lora_ga": "loraga"}
+
+# Among the switches, those with a word of their own.
+WITH_WORD = frozenset({"init_lora_weights"})
+
+# transformers' words for weights in fewer bits.
+_LOAD_IN: dict[str, dict[bool, object]] = {"load_in_4bit": {True: "nf4"}, "load_in_8bit": {True: "weight_only_int8"}}
+
+SWITCHES = frozenset(
+    {
+        "bf16",
+        "fp16",
+        "greedy_zero_padding",
+        "init_lora_weights",
+        "no_cuda",
+        "rslora_plus",
+        "use_cpu",
+        "use_long_sequence_strategies",
+        *_ADAPTERS,
+        *_LOAD_IN,
+    }
+)
 
 _BOOL: TypeAdapter[bool] = TypeAdapter(Bool)
 
@@ -36,6 +77,12 @@ def resolve_switches(given: dict[str, Entry], keys: Collection[str]) -> dict[str
         _resolve(result, "zero_padding", {"greedy_zero_padding": {True: True}})
     if "rope_scaling_type" in keys:
         _drop_unless_on(result, "use_long_sequence_strategies", "rope_scaling_type", "rope_scaling_factor")
+    if "adapter_type" in keys:
+        _spread(result, "rslora_plus", _RSLORA_PLUS)
+        _take_start(result)
+        _resolve(result, "adapter_type", {switch: {True: name} for switch, name in _ADAPTERS.items()})
+    if "weight_quantize_algo" in keys:
+        _resolve(result, "weight_quantize_algo", _LOAD_IN)
     if "device" in keys:
         _resolve(result, "device", {"no_cuda": {True: "cpu"}, "use_cpu": {True: "cpu"}})
     return result
@@ -67,6 +114,61 @@ def _resolve(given: dict[str, Entry], key: str, meaning: dict[str, dict[bool, ob
         names = " and ".join(f"'{entry.name}'" for entry in deciding)
         raise ConfigError(f"{names} contradict each other", where=deciding[0].where, fix=f"give only {key}")
     given[key] = deciding[0]
+
+
+def _spread(given: dict[str, Entry], switch: str, values: Mapping[str, object]) -> None:
+    """A switch that is on sets several keys, in its own layer and those below.
+
+    Raises:
+        ConfigError: its layer has another value for one of them.
+    """
+    entry = given.pop(switch, None)
+    if entry is None or entry.value is None or not _as_bool(entry):
+        return
+    for key, value in values.items():
+        own = given.get(key)
+        if own is None or own.value is None or own.rank < entry.rank:
+            given[key] = replace(entry, value=value)
+        elif own.rank == entry.rank and str(own.value).lower() not in _same_as(value):
+            raise ConfigError(
+                f"'{switch}' and '{own.name}' contradict each other",
+                where=own.where,
+                fix=f"remove {switch}, or set {key} to {value}",
+            )
+
+
+def _same_as(value: object) -> frozenset[str]:
+    """How a file can spell a value."""
+    if value is True:
+        return TRUE_WORDS
+    assert isinstance(value, float), value
+    return frozenset({f"{value:g}", str(value)})
+
+
+def _take_start(given: dict[str, Entry]) -> None:
+    """PEFT's ``init_lora_weights``: a method, or what A is drawn from.
+
+    Raises:
+        ConfigError: a start that this version does not have.
+    """
+    entry = given.pop("init_lora_weights", None)
+    word = "true" if entry is None or entry.value is None else str(entry.value).strip().lower()
+    if entry is None or word in TRUE_WORDS:
+        return
+    rounds = re.fullmatch(r"pissa_niter_(\d+)", word)
+    if rounds:
+        given.setdefault("pissa_niter", replace(entry, value=int(rounds[1])))
+        word = "pissa"
+    if word == "gaussian":
+        given.setdefault("lora_start", replace(entry, value=word))
+    elif word in _STARTS:
+        given.setdefault(_STARTS[word], replace(entry, value=True))
+    else:
+        raise ConfigError(
+            f"init_lora_weights {entry.value!r} is not built yet in this version",
+            where=entry.where,
+            fix=f"use true, gaussian, pissa_niter_16 or one of {', '.join(_STARTS)}",
+        )
 
 
 def _as_bool(entry: Entry) -> bool:

@@ -7,12 +7,17 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from .adapter_lowbit import IN_BLOCKS, WITH_ABSMAX
+from .adapters import AdapterKeys
 from .base import JobConfig
-from .groups import EvalRowKeys, LoraKeys, RunKeys
+from .factor_combinations import FACTORS
+from .groups import EvalRowKeys, RunKeys
 from .impossible import Impossible
+from .lora_combinations import LORA
 from .pretrain import PretrainConfig, split_shares
 from .sft import SftConfig
 from .train import TrainConfig
+from .virtual_combinations import VIRTUAL
 
 _LORA_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "rslora", "weight_quantize_algo")
 _PROJECTION_KEYS = ("projection_rank", "projection_steps", "projection_scale")
@@ -48,6 +53,9 @@ def _nothing_to_evaluate_on(c: SftConfig) -> bool:
 
 
 TRAINING: tuple[Impossible[Any], ...] = (
+    *FACTORS,
+    *LORA,
+    *VIRTUAL,
     Impossible(
         RunKeys,
         lambda c: int(os.environ.get("WORLD_SIZE", "1")) > 1,
@@ -85,7 +93,25 @@ TRAINING: tuple[Impossible[Any], ...] = (
         "the warmup ({warmup_steps} steps) is not shorter than the run ({max_steps} steps)",
         "lower warmup_steps",
     ),
-    _in_vain(LoraKeys, _LORA_KEYS, lambda c: c.lora, "lora true (all weights would be trained)"),
+    _in_vain(AdapterKeys, _LORA_KEYS, lambda c: c.has_adapter, "lora true (all weights would be trained)"),
+    _in_vain(
+        AdapterKeys,
+        ("weight_blocksize",),
+        lambda c: c.weight_quantize_algo in IN_BLOCKS,
+        "weight_quantize_algo nf4, fp4 or weight_only_int4",
+    ),
+    _in_vain(
+        AdapterKeys,
+        ("weight_double_quant",),
+        lambda c: c.weight_quantize_algo in WITH_ABSMAX,
+        "weight_quantize_algo nf4 or fp4",
+    ),
+    _in_vain(
+        AdapterKeys,
+        ("weight_double_quant_block_size",),
+        lambda c: c.weight_double_quant,
+        "weight_double_quant true",
+    ),
     _in_vain(TrainConfig, ("muon_momentum",), lambda c: c.optim == "muon", "optim muon"),
     _in_vain(TrainConfig, _PROJECTION_KEYS, lambda c: c.optim in _PROJECTED, "optim galore or apollo"),
     _in_vain(TrainConfig, ("power",), lambda c: c.lr_scheduler_type == "polynomial", "lr_scheduler_type polynomial"),
@@ -133,13 +159,13 @@ TRAINING: tuple[Impossible[Any], ...] = (
     ),
     Impossible(
         SftConfig,
-        lambda c: c.lora and c.optim in _PROJECTED,
-        "{optim} projects the gradients of whole weights; LoRA's matrices are small already",
-        "set optim to adamw, or lora to false",
+        lambda c: c.has_adapter and c.optim in _PROJECTED,
+        "{optim} projects the gradients of whole weights; an adapter's matrices are small already",
+        "set optim to adamw, or train without an adapter",
     ),
     Impossible(
         SftConfig,
-        lambda c: c.weight_quantize_algo != "none" and c.dtype == "fp16",
+        lambda c: c.weight_quantize_algo == "a8w8linear" and c.dtype == "fp16",
         "weight_quantize_algo {weight_quantize_algo} computes the rest in bf16 or fp32",
         "set dtype to auto",
     ),

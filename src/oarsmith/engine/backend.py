@@ -19,8 +19,9 @@ class Part:
     Attributes:
         start: the place of the first of them in the sequence.
         row: the sequence's row in the cache; ``pages``: its pages, in the order of its tokens.
-        prompt_size: tokens of its prompt.
+        prompt_size: tokens of its prompt, or of what is read as such.
         adapter: the name of the one it goes through.
+        asked: tokens of its prompt; None: ``prompt_size``.
     """
 
     tokens: Sequence[int]
@@ -29,6 +30,7 @@ class Part:
     pages: Sequence[int]
     prompt_size: int
     adapter: str | None = None
+    asked: int | None = None
 
 
 class Backend(Protocol):

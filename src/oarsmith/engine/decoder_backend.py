@@ -6,6 +6,7 @@ Shapes: T tokens of a step, N rows that need logits, V vocabulary, D hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -30,6 +31,8 @@ class DecoderBackend:
             cache.pages[part.row], cache.used[part.row] = list(part.pages), part.start
         counts, rows = [len(part.tokens) for part in parts], [part.row for part in parts]
         layout = cache.extend(counts, rows, [part.prompt_size for part in parts])
+        asked = tuple(part.prompt_size if part.asked is None else part.asked for part in parts)
+        layout = replace(layout, asked=asked)
         ids = torch.tensor([token for part in parts for token in part.tokens], device=self._model.device)
         self._hidden_TD = self._model.hidden(ids, layout, cache)
 

@@ -66,7 +66,7 @@ class Intake:
         ids = self._ids(prompt, tools, variables)
         if not ids:
             raise DataError("the prompt is empty: not a single token", where=where, fix="write something to answer")
-        limit = self._facts.max_positions
+        limit = self._facts.room
         if len(ids) >= limit:
             raise DataError(
                 f"the prompt has {len(ids)} tokens; the model's context of {limit} leaves no room for an answer",
@@ -107,7 +107,7 @@ class Intake:
         stop_ids = set(sampling.stop_ids)
         if self._tokenizer is not None and not sampling.ignore_eos:
             stop_ids |= set(self._tokenizer.stop_ids)
-        limit = min(sampling.max_new_tokens, self._facts.max_positions - len(ids))
+        limit = min(sampling.max_new_tokens, self._facts.room - len(ids))
         bad_words, beams = spell_bad_words(sampling, self._tokenizer), sampling.num_beams > 1
         requests = []
         for answer in range(sampling.num_samples):
@@ -131,6 +131,7 @@ class Intake:
                 prompt_logprobs=None if answer else sampling.prompt_logprobs,
                 adapter=ask.adapter,
                 salt=ask.salt,
+                num_virtual=self._facts.num_virtual,
                 pace=None if beams or self._num_draft_tokens is None else Pace(self._num_draft_tokens),
             )
             requests.append(request)

@@ -12,6 +12,7 @@ from oarsmith.engine.pages import PageTable
 from oarsmith.engine.reader import TextReader
 from oarsmith.engine.state import SamplingState
 from oarsmith.errors import OarsmithError
+from oarsmith.models.virtual import virtual_ids
 
 if TYPE_CHECKING:
     from oarsmith.engine.beams import Beams
@@ -78,9 +79,10 @@ class Request:
         beams: the search that it is a seat of.
         adapter: the one it goes through.
         salt: what beside its tokens decides about its keys.
+        num_virtual: tokens that stand before the prompt and have no word.
 
     Attributes:
-        tokens: prompt and answer.
+        tokens: virtual ones, prompt and answer.
         choices: the tokens of the answer with what was asked about them.
         prompt_choices: the same for the prompt, from its second token on.
         error: why there will be no answer.
@@ -105,6 +107,7 @@ class Request:
     beams: Beams | None = None
     adapter: str | None = None
     salt: bytes = b""
+    num_virtual: int = 0
     tokens: list[int] = field(init=False)
     choices: list[Choice] = field(default_factory=list)
     prompt_choices: list[Choice] = field(default_factory=list)
@@ -120,16 +123,21 @@ class Request:
     num_told: int = 0
 
     def __post_init__(self) -> None:
-        self.tokens = list(self.prompt)
+        self.tokens = [*virtual_ids(self.num_virtual), *self.prompt]
+
+    @property
+    def num_given(self) -> int:
+        """Tokens before the answer."""
+        return self.num_virtual + len(self.prompt)
 
     @property
     def ids(self) -> list[int]:
         """The tokens generated."""
-        return self.tokens[len(self.prompt) :]
+        return self.tokens[self.num_given :]
 
     @property
     def num_generated(self) -> int:
-        return len(self.tokens) - len(self.prompt)
+        return len(self.tokens) - self.num_given
 
     @property
     def done(self) -> bool:
@@ -146,7 +154,7 @@ class Request:
     @property
     def room(self) -> int:
         """Tokens the cache must hold for it: the last one generated is never fed back."""
-        return len(self.prompt) + self.limit - 1
+        return self.num_given + self.limit - 1
 
     @property
     def num_left(self) -> int:

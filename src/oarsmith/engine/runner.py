@@ -93,7 +93,7 @@ class Runner:
             assert request.row is not None and request.table is not None, request.id
             tokens = [*request.tokens[chunk.start : chunk.stop], *(draft.token for draft in chunk.drafts)]
             pages, size, adapter = request.table.pages, request.prompt_size, request.adapter
-            parts.append(Part(tokens, chunk.start, request.row, pages, size, adapter))
+            parts.append(Part(tokens, chunk.start, request.row, pages, size, adapter, request.num_given))
         self._backend.compute(parts)
 
     def _choose(self, step: Step) -> list[Request]:
@@ -194,16 +194,18 @@ class Runner:
             self.scheduler.remove(leader, failed=answer.failed)
 
     def _look_back(self, chunk: Chunk, offset: int) -> None:
-        """What the model thought of the prompt's tokens: its place i in the step, plus ``offset``, speaks of i + 1."""
+        """What the model thought of the prompt's tokens: the place in the step of the sequence's token i is i plus
+        ``offset``, and speaks of token i + 1."""
         request = chunk.request
         assert request.prompt_logprobs is not None, request.id
         # Read again after its pages were lost: what is known stays.
-        start, stop = len(request.prompt_choices), min(chunk.stop, len(request.prompt) - 1)
+        before = request.num_virtual
+        start, stop = before + len(request.prompt_choices), min(chunk.stop, request.num_given - 1)
         for first in range(max(start, chunk.start), stop, PROMPT_ROWS):
             end = min(first + PROMPT_ROWS, stop)
             logits = self._backend.logits(range(first + offset, end + offset))
             request.prompt_choices += logits.prompt_choices(
-                request.prompt[first + 1 : end + 1], request.prompt_logprobs
+                request.prompt[first - before + 1 : end - before + 1], request.prompt_logprobs
             )
 
 

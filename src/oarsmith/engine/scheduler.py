@@ -222,7 +222,7 @@ class Scheduler:
         known = request.tokens[: end - 1] if self._prefixes and not request.wants_all_logits else []
         table = self.pool.open(request.room, known, request.salt, self._rules.window)
         request.num_computed = len(table.pages) * self.pool.block_size
-        request.prompt_size = len(request.tokens if self._rules.reread_after is not None else request.prompt)
+        request.prompt_size = len(request.tokens) if self._rules.reread_after is not None else request.num_given
         return table
 
     def _close(self, request: Request, table: PageTable) -> None:

@@ -73,7 +73,7 @@ def require_static(model: Decoder) -> None:
             "follow from the tokens before it alone (it depends on the text's length, or on more than keys)",
             fix="use it as it is: oarsmith generate MODEL",
         )
-    if any(linear.rewrite is not None for _, linear in linear_specs(model.spec)):
+    if model.spec.parts or any(linear.rewrite is not None for _, linear in linear_specs(model.spec)):
         raise ModelError("an adapter lies on the model", fix="merge it first: oarsmith merge-adapter")
 
 

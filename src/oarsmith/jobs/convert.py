@@ -12,14 +12,13 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bar
 
 from oarsmith.adapters.paddle_layout import (
-    PADDLE_CONFIG,
     is_paddle_adapter,
     paddle_from_peft,
     peft_from_paddle,
     read_paddle_adapter_config,
 )
-from oarsmith.adapters.peft_layout import CONFIG as PEFT_CONFIG
-from oarsmith.adapters.peft_layout import read_adapter_config
+from oarsmith.adapters.peft_config import CONFIG as PEFT_CONFIG
+from oarsmith.adapters.peft_config import read_adapter_config
 from oarsmith.atomic import temporary_directory
 from oarsmith.checkpoint.config_file import read_config
 from oarsmith.checkpoint.convert import Target, changes_values, convert_directory, require_known_target
@@ -135,11 +134,11 @@ def to_gguf(src: Path, dst: Path, config: ConvertConfig, console: Console) -> No
 
 def convert_adapter(src: Path, dst: Path, config: ConvertConfig, console: Console) -> None:
     """Between PEFT's layout and PaddleNLP's."""
-    theirs = read_paddle_adapter_config(src) if is_paddle_adapter(src) else read_adapter_config(src)
+    theirs = read_paddle_adapter_config(src) if is_paddle_adapter(src) else read_adapter_config(src).values
     base = config.model_name_or_path or theirs.get("base_model_name_or_path")
-    model = _base_config(src, base)
+    model, folder = _base_config(src, base)
     if is_paddle_adapter(src) and config.to == "hf":
-        count = peft_from_paddle(src, dst, model, base=config.model_name_or_path)
+        count = peft_from_paddle(src, dst, model, base=config.model_name_or_path, weights=folder)
     elif not is_paddle_adapter(src) and config.to == "paddle":
         pickled = config.paddle_layout == "pdparams"
         count = paddle_from_peft(src, dst, model, base=config.model_name_or_path, pickled=pickled)
@@ -152,13 +151,13 @@ def convert_adapter(src: Path, dst: Path, config: ConvertConfig, console: Consol
     console.print(f"wrote {dst}: {count} adapter tensors, read back: names, shapes and hashes agree")
 
 
-def _base_config(src: Path, base: str | None) -> dict[str, Any]:
-    """The base model's config: of the base itself, or the copy that PaddleNLP puts beside its adapters."""
+def _base_config(src: Path, base: str | None) -> tuple[dict[str, Any], Path | None]:
+    """The base model's config, and its folder; or the copy that PaddleNLP puts beside its adapters."""
     for folder in (src / str(base), Path(str(base))):
         if base is not None and (folder / "config.json").is_file():
-            return read_config(folder)
+            return read_config(folder), folder
     if is_paddle_adapter(src) and (src / "config.json").is_file():
-        return from_paddle_config(read_json_object(src / "config.json"))
+        return from_paddle_config(read_json_object(src / "config.json")), None
     raise CheckpointError(
         f"the adapter's base model {base!r} is not there", where=str(src), fix="name it: --model_name_or_path BASE"
     )
@@ -172,7 +171,7 @@ def only_gguf(src: Path) -> Path:
 
 def is_adapter(src: Path) -> bool:
     """Whether a path is an adapter directory of PEFT or PaddleNLP."""
-    return (src / PADDLE_CONFIG).is_file() or ((src / PEFT_CONFIG).is_file() and not (src / "config.json").is_file())
+    return is_paddle_adapter(src) or ((src / PEFT_CONFIG).is_file() and not (src / "config.json").is_file())
 
 
 def probe(a: Path, b: Path, show: Show) -> Difference:
@@ -233,7 +232,7 @@ def check_destination(dst: Path, overwrite: bool, inputs: Sequence[Path]) -> Non
         return
     if not overwrite:
         raise CheckpointError("the destination is not empty", where=str(dst), fix="choose another, or add --overwrite")
-    if not any((dst / name).is_file() for name in ("config.json", PEFT_CONFIG, PADDLE_CONFIG)):
+    if not is_paddle_adapter(dst) and not any((dst / name).is_file() for name in ("config.json", PEFT_CONFIG)):
         raise CheckpointError(
             "the destination holds something else than a model, so it is not replaced",
             where=str(dst),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from oarsmith.config.train import TrainConfig
+from oarsmith.jobs.adapter_training import update_hooks
 from oarsmith.jobs.optimizers import make_optimizer
 from oarsmith.jobs.weights import Weights
 from oarsmith.models.decoder import Decoder
@@ -72,6 +73,7 @@ def make_loop(
         spikes=SpikeDetector(config.loss_spike_factor),
         ema=None if config.ema_decay is None else Ema(optimizer, decay=config.ema_decay),
         scaler=LossScaler(scale=config.scale_loss) if config.dtype == "fp16" else None,
+        hooks=update_hooks(config, model, total),
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from oarsmith.config.train import TrainConfig
+from oarsmith.jobs.adapter_training import rate_factors
 from oarsmith.models.decoder import Decoder
 from oarsmith.training.optimizer import (
     AdafactorSettings,
@@ -38,7 +39,9 @@ def make_optimizer(config: TrainConfig, model: Decoder) -> Optimizer:
     """The update rule over the parameters that train."""
     build = _rule(config, model)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return offloaded(trained, build) if config.offload_optim else build(trained)
+    optimizer = offloaded(trained, build) if config.offload_optim else build(trained)
+    optimizer.rate_factors = rate_factors(config, optimizer.parameters)
+    return optimizer
 
 
 def _rule(config: TrainConfig, model: Decoder) -> Callable[[Named], Optimizer]:

@@ -12,6 +12,7 @@ from oarsmith.config.sft import SftConfig
 from oarsmith.jobs import start as starting
 from oarsmith.jobs import train as training
 from oarsmith.jobs import weights
+from oarsmith.jobs.adapter_training import with_terms
 from oarsmith.jobs.console import make_console
 from oarsmith.jobs.runtime import fit_max_length, make_tokenizer
 from oarsmith.jobs.start import Start
@@ -31,7 +32,7 @@ def run(resolved: Resolved[SftConfig]) -> int:
     result = training.run(resolved, RECIPE, console)
     if resolved.config.do_train:
         console.print(f"next:   oarsmith chat {result.output_dir}")
-        if resolved.config.lora:
+        if resolved.config.has_adapter:
             console.print(f"        oarsmith merge-adapter {result.output_dir} MERGED   (a plain model, with proof)")
     return 0
 
@@ -46,14 +47,14 @@ def start(resolved: Resolved[SftConfig], device: torch.device) -> tuple[Resolved
 
 def load_trainable(config: SftConfig, begin: Start, device: torch.device) -> Decoder:
     """All weights, or fresh adapters on frozen ones."""
-    if config.lora:
+    if config.has_adapter:
         return starting.load_with_adapter(config, config, begin, device)
     return starting.load_whole(config, begin, device)
 
 
 def weights_of(config: SftConfig, begin: Start, tokenizer: Tokenizer) -> Weights:
     """An adapter's files, or a model's."""
-    return weights.adapter(config, begin.base, tokenizer) if config.lora else weights.whole_model(tokenizer)
+    return weights.adapter(begin.base, tokenizer) if config.has_adapter else weights.whole_model(tokenizer)
 
 
 def plan(config: SftConfig) -> str:
@@ -82,7 +83,7 @@ def generation_scores(
 
 
 RECIPE: training.Recipe[SftConfig] = training.Recipe(
-    objective=lambda config: TokenCrossEntropy(z_loss=config.z_loss),
+    objective=lambda config: with_terms(config, TokenCrossEntropy(z_loss=config.z_loss)),
     start=start,
     tokenizer=make_tokenizer,
     inputs=lambda config: [config.dataset_name_or_path, config.eval_dataset_path],

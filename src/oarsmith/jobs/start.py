@@ -9,12 +9,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from oarsmith.adapters.int8_base import int8_rewrite
-from oarsmith.adapters.lora import LoraSegment, attach, lora_scale
-from oarsmith.adapters.targets import lora_rewrite, match_targets
+from oarsmith.adapters.forms import AS_STORED, DENSE
+from oarsmith.adapters.forms.chosen import chosen_form
+from oarsmith.adapters.linear import AdaptedLinear, attach
+from oarsmith.adapters.parts import rewrite_of
+from oarsmith.adapters.targets import kept_as
 from oarsmith.checkpoint.config_file import read_config
 from oarsmith.checkpoint.hf import DTYPES, load_decoder
-from oarsmith.config.groups import LoraKeys, ModelKeys
+from oarsmith.config.adapters import AdapterKeys
+from oarsmith.config.groups import ModelKeys
 from oarsmith.config.resolved import Resolved
 from oarsmith.config.train import TrainConfig
 from oarsmith.data.pose import Pose
@@ -109,15 +112,23 @@ def load_whole(config: TrainConfig, start: Start, device: torch.device) -> Decod
     return set_up(config, model)
 
 
-def load_with_adapter(config: TrainConfig, lora: LoraKeys, start: Start, device: torch.device) -> Decoder:
-    """A frozen model with fresh adapters that train; with ``weight_quantize_algo`` its linear maps are in 8 bits."""
-    alpha = lora.lora_alpha or 2.0 * lora.lora_rank
-    segment = LoraSegment(name="", rank=lora.lora_rank, scale=lora_scale(alpha, lora.lora_rank, lora.rslora))
-    targets = lora.lora_target_modules
-    rewrite = lora_rewrite(lambda modules: dict.fromkeys(match_targets(modules, targets), segment), lora.lora_dropout)
-    if lora.weight_quantize_algo == "a8w8linear":
-        rewrite = int8_rewrite(rewrite)
+def load_with_adapter(config: TrainConfig, keys: AdapterKeys, start: Start, device: torch.device) -> Decoder:
+    """A frozen model with fresh adapters that train, its linear maps kept as ``weight_quantize_algo`` says.
+
+    Raises:
+        ConfigError: the checkpoint's codes are to be kept, but it has none.
+    """
+    form = chosen_form(keys)
+    rewrite = rewrite_of(keys, start.base)
+    if form is not DENSE:
+        rewrite = kept_as(form, rewrite)
     model = load_decoder(start.base, dtype=DTYPES[config.dtype], device=device, rewrite=rewrite, config=start.config)
+    if form is AS_STORED and not any(isinstance(m, AdaptedLinear) and m.form is not DENSE for m in model.modules()):
+        raise ConfigError(
+            f"{start.base} has no quantized weights that can be kept as they are",
+            where="weight_quantize_algo",
+            fix="set it to none, or to nf4 to quantize the weights",
+        )
     attach(model, config.seed)
     return set_up(config, model)
 

@@ -49,6 +49,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         def core(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
             q_THK, k_TGK, bias_HP = self._positioned(q_THK, k_TGK, layout, tables)
+            if layout.front is not None:
+                k_TGK, v_TGK = layout.front(self.layer, k_TGK, v_TGK)
             # A copy of v, as the turned q and k are copies: then nothing keeps all of qkv for backward.
             k_SGK, v_SGK = (k_TGK, v_TGK.contiguous()) if cache is None else cache.write(self.layer, k_TGK, v_TGK)
             scores = Scores(self.spec.scale, self.spec.window, self.spec.softcap, bias_HP, self.sinks)

@@ -56,7 +56,7 @@ class CacheRules:
         resets = isinstance(rule, ResetAfter) and not rule.training_only
         whole = isinstance(rule, PrefixLM)
         return CacheRules(
-            prefixes=not (follow or remembers or resets or whole),
+            prefixes=not (follow or remembers or resets or whole) and all(part.prefixes for part in spec.parts),
             whole_prompt=whole,
             reread_after=next(iter(lengths), None),
             revocable=not (remembers or resets),

@@ -140,11 +140,12 @@ class FlopCounter:
         self._attention: dict[int | None, list[float]] = {}
         self._token = [0.0, 0.0]
         self._head = [0.0, 0.0]
-        upstream = "embedding.weight" in trained
+        # What parts add comes in before the first layer, or at some layer after it.
+        upstream = "embedding.weight" in trained or any(name.startswith("parts.") for name in trained)
         if spec.embedding.projection is not None:
             size = spec.embedding.projection.in_features * spec.embedding.projection.out_features
             self._add(self._token, _Product("embedding.projection.weight", size, True), trained, upstream)
-        upstream = any(name.startswith("embedding.") for name in trained)
+        upstream = upstream or any(name.startswith("embedding.") for name in trained)
         for index, layer in enumerate(spec.layers):
             of_layer = _strip(trained, f"layers.{index}.")
             self._add_layer(layer, of_layer, upstream)

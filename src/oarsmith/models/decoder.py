@@ -15,12 +15,13 @@ from torch.nn import functional
 
 from oarsmith import kernels
 from oarsmith.errors import ModelError
-from oarsmith.models import visibility
+from oarsmith.models import front, visibility
 from oarsmith.models.block import Block
 from oarsmith.models.embedding import Embedding
 from oarsmith.models.head import Head
 from oarsmith.models.layout import Cache, KVCache, Layout
 from oarsmith.models.norm import build_norm
+from oarsmith.models.part import Part
 from oarsmith.models.position import position_tables
 from oarsmith.models.recompute import Recompute, run
 from oarsmith.models.shifted import ShiftedSparse
@@ -53,6 +54,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(layer, index) for index, layer in enumerate(spec.layers))
         self.final_norm = build_norm(spec.final_norm) if spec.final_norm is not None else None
         self.head = Head(spec.head, spec.vocab_size, spec.hidden_size)
+        self.parts = nn.ModuleList(part.build(spec) for part in spec.parts)
 
     @property
     def device(self) -> torch.device:
@@ -62,29 +64,49 @@ class Decoder(nn.Module):
     def hidden(self, input_ids_T: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         """Hidden states [T, D] of a token stream before the final norm.
 
-        Without a cache, a document that nobody sees rounds up the number of tokens (see ``kernels.rows_to_add``).
+        Without a cache, a document that nobody sees rounds up the number of tokens (see ``kernels.rows_to_add``), and
+        the virtual tokens of parts are added; with one, they are in the stream.
         """
+        parts = [part for part in self.own_parts() if part.enabled]
+        lead = next((part for part in parts if part.num_virtual), None)
+        keys = None if lead is None else lead.virtual_keys()
+        own_T = None
+        if lead is not None and keys is None and cache is None:
+            input_ids_T, layout, own_T = front.put_before(input_ids_T, layout, lead.num_virtual)
         marked = cache if isinstance(cache, KVCache) else None
         layout = visibility.apply(self.spec.visibility, input_ids_T, layout, marked, self.training)
         if self.shifted is not None and self.training:
             layout = self.shifted.apply(layout)
-        x_TD = self.embedding(input_ids_T, layout, self.neftune_alpha if self.training else None)
+        if keys is not None:
+            whole = cache is None
+            layout = front.moved(layout, len(keys[0][0])) if whole else front.instead_of_own(layout, input_ids_T, keys)
+        x_TD = self.embedding(input_ids_T, layout, self.neftune_alpha if self.training else None, parts)
         added = kernels.rows_to_add(len(x_TD)) if cache is None else 0
         if added:
             x_TD, layout = functional.pad(x_TD, (0, 0, 0, added)), layout.followed_by(added)
+        if keys is not None and cache is None:
+            layout = front.with_keys(layout, keys)
         rules = {layer.attention.position for layer in self.spec.layers} - {None}
         tables = position_tables([rule for rule in rules if rule is not None], layout, self.training)
         recompute = self.recompute if torch.is_grad_enabled() and cache is None else None
         for index, block in enumerate(self.layers):
             part = None if recompute is None else recompute.of_layer(index)
             x_TD = run(block, x_TD, layout, tables, cache, part, again=part == "full")
-        return x_TD[: len(input_ids_T)] if added else x_TD
+            for other in parts:
+                x_TD = other.after_layer(index, x_TD, layout)
+        if added:
+            x_TD = x_TD[: len(input_ids_T)]
+        return x_TD if own_T is None else x_TD[own_T]
 
     def head_inputs(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
         """What is multiplied with the output matrix (final norm and head rule applied), and the matrix [V, D]."""
         if self.final_norm is not None:
             hidden_ND = self.final_norm(hidden_ND)
-        return self.head.inputs(hidden_ND), self.head.matrix(self.embedding.weight)
+        table_VE: Tensor = self.embedding.weight
+        if self.spec.head.tied:
+            for part in self.own_parts():
+                table_VE = part.table(table_VE) if part.enabled else table_VE
+        return self.head.inputs(hidden_ND), self.head.matrix(table_VE)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] of chosen hidden states."""
@@ -153,6 +175,12 @@ class Decoder(nn.Module):
         if num_pages is None:
             cache.pages = [[number] for number in range(num_sequences)]
         return cache
+
+    def own_parts(self) -> Iterator[Part]:
+        """What rewrites have added, typed."""
+        for part in self.parts:
+            assert isinstance(part, Part)
+            yield part
 
     def blocks(self) -> Iterator[Block]:
         """The layers, typed."""

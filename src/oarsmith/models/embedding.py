@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -10,6 +12,7 @@ from oarsmith.errors import ModelError
 from oarsmith.models.layout import Layout
 from oarsmith.models.linear import build_linear
 from oarsmith.models.norm import build_norm
+from oarsmith.models.part import Part
 from oarsmith.models.spec import EmbeddingSpec, LearnedPositions
 
 
@@ -24,13 +27,20 @@ class Embedding(nn.Module):
         self.norm = build_norm(spec.norm) if spec.norm is not None else None
         self.projection = build_linear(spec.projection) if spec.projection is not None else None
 
-    def forward(self, ids_T: Tensor, layout: Layout, neftune_alpha: float | None = None) -> Tensor:
-        x_TE = functional.embedding(ids_T, self.weight, self.spec.padding_id)
+    def forward(
+        self, ids_T: Tensor, layout: Layout, neftune_alpha: float | None = None, parts: Sequence[Part] = ()
+    ) -> Tensor:
+        """``parts``: those that have a say; with them ids may be those of virtual tokens."""
+        x_TE = functional.embedding(ids_T.clamp_min(0) if parts else ids_T, self.weight, self.spec.padding_id)
+        for part in parts:
+            x_TE = part.looked_up(ids_T, x_TE)
         if neftune_alpha is not None:
             x_TE = x_TE + neftune_noise(x_TE, layout, neftune_alpha)
         if self.spec.scale is not None:
             # Rounded to the stream's dtype first, as the authors do: in bf16 the rounding is part of the model.
             x_TE = x_TE * torch.tensor(self.spec.scale, dtype=x_TE.dtype, device=x_TE.device)
+        for part in parts:
+            x_TE = part.embedded(ids_T, x_TE)
         if self.projection is not None:
             x_TE = self.projection(x_TE)
         if self.positions is not None:

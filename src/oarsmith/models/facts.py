@@ -10,14 +10,21 @@ from oarsmith.models.spec import DecoderSpec, PrefixLM, ResetAfter
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """``max_positions``: the context. ``visibility``: the rule that decides who sees whom, beside causality."""
+    """``max_positions``: the context. ``visibility``: the rule that decides who sees whom, beside causality.
+    ``num_virtual``: tokens of the context that stand in front of every sequence (see ``part.py``)."""
 
     vocab_size: int
     max_positions: int
     visibility: PrefixLM | ResetAfter | None
     rules: CacheRules
+    num_virtual: int = 0
+
+    @property
+    def room(self) -> int:
+        """Tokens of prompt and answer that the context holds."""
+        return self.max_positions - self.num_virtual
 
     @staticmethod
     def of(spec: DecoderSpec) -> ModelFacts:
         """The facts of a decoder."""
-        return ModelFacts(spec.vocab_size, spec.max_positions, spec.visibility, CacheRules.of(spec))
+        return ModelFacts(spec.vocab_size, spec.max_positions, spec.visibility, CacheRules.of(spec), spec.num_virtual)

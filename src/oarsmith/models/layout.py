@@ -5,7 +5,7 @@ Shapes: T tokens of this call, S slots of keys and values, N sequences of the ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
@@ -75,6 +75,8 @@ class Layout:
     ranges: tuple[tuple[int, int, int], ...] | None = None
     halves: tuple[tuple[Span, ...], tuple[Span, ...]] | None = None
     rows: RowPlaces | None = None
+    front: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    asked: tuple[int, ...] | None = None
 
     @property
     def fresh(self) -> bool:
@@ -102,6 +104,10 @@ class Layout:
         document_T = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
         highest = torch.zeros_like(sizes).scatter_reduce(0, document_T, positions_T, "amax")
         return Layout(pieces, spans, positions_T, highest[document_T] + 1, sizes[document_T])
+
+    def asking(self, asked: Sequence[int]) -> Layout:
+        """The layout with the number of tokens of each document that are its prompt."""
+        return replace(self, asked=tuple(asked))
 
     def followed_by(self, count: int) -> Layout:
         """The layout with one more document of ``count`` tokens at its end."""

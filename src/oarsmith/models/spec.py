@@ -12,9 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from oarsmith.models.spec_parts import FFN, AttentionSpec, LinearSpec, NormSpec
+
+if TYPE_CHECKING:
+    from oarsmith.models.part import Part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,13 +162,34 @@ class ResetAfter:
     training_only: bool = False
 
 
+class PartSpec(Protocol):
+    """Builds a part that a rewrite adds to a decoder (an adapter's prefix, say); see ``part.py``.
+
+    Attributes:
+        what: names it.
+        num_virtual: tokens that it puts in front of every document.
+        prefixes: keys and values follow from the tokens up to theirs alone, as far as it has a say.
+    """
+
+    @property
+    def what(self) -> str: ...
+
+    @property
+    def num_virtual(self) -> int: ...
+
+    @property
+    def prefixes(self) -> bool: ...
+
+    def build(self, spec: DecoderSpec) -> Part: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
     """Everything the decoder is, and nothing about how it is trained, stored or run.
 
     ``max_positions`` is the context the checkpoint states. ``visibility``: who sees whom beside plain causality within
     a document. ``init_std``: deviation of fresh weights; ``residual_init_std``: of the maps that write to the residual
-    stream, where the family's paper has its own for them.
+    stream, where the family's paper has its own for them. ``parts``: what rewrites have added.
     """
 
     vocab_size: int
@@ -178,6 +202,12 @@ class DecoderSpec:
     visibility: PrefixLM | ResetAfter | None = None
     init_std: float = 0.02
     residual_init_std: float | None = None
+    parts: tuple[PartSpec, ...] = ()
+
+    @property
+    def num_virtual(self) -> int:
+        """Tokens in front of every document that are none of its own."""
+        return sum(part.num_virtual for part in self.parts)
 
 
 def linear_specs(spec: DecoderSpec) -> Iterator[tuple[str, LinearSpec]]:

@@ -33,6 +33,7 @@ from oarsmith.training.speed import SpeedMeter
 from oarsmith.training.spikes import SpikeDetector
 from oarsmith.training.step import NonFiniteError, StepResult, run_step, run_step_in_backward, seed_step
 from oarsmith.training.trackers import Tracker
+from oarsmith.training.update_hooks import UpdateHooks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ class Loop:
         recorder: keeps steps that fail; ``spikes`` says which other ones are odd.
         ema: averaged weights, which evaluations then use.
         scaler: for fp16.
+        hooks: what the method does around the optimizer.
     """
 
     model: Decoder
@@ -66,6 +68,7 @@ class Loop:
     memory: FreedMemory = field(default_factory=FreedMemory)
     ema: Ema | None = None
     scaler: LossScaler | None = None
+    hooks: UpdateHooks = field(default_factory=UpdateHooks)
 
     def run(self, resume: Path | None) -> RunState:
         """Train from the start or from a checkpoint to ``total_steps``, or until evaluations stop getting better.
@@ -163,6 +166,8 @@ class Loop:
             max_grad_norm=facts.max_grad_norm,
             scaler=self.scaler,
             inspect=lambda result: self._keep_if_odd(facts, batches, result, weights="before the update"),
+            hooks=self.hooks,
+            number=facts.step,
         )
 
     def _keep_if_odd(
@@ -225,6 +230,7 @@ class Loop:
         tensors = dict(self.optimizer.state_tensors()) if self.settings.save_optimizer else {}
         if self.ema is not None:
             tensors |= {f"{_EMA}{name}": tensor for name, tensor in self.ema.state_tensors().items()}
+        tensors |= {f"{_HOOKS}{name}": tensor for name, tensor in self.hooks.state_tensors().items()}
         saved = {
             "run": asdict(state),
             "loader": self.loader.state(),
@@ -247,12 +253,13 @@ class Loop:
                     where=str(checkpoint),
                     fix="set ignore_load_lr_and_optim to true to go on with fresh states",
                 )
-            own = {name: tensor for name, tensor in tensors.items() if not name.startswith(_EMA)}
+            own = {name: tensor for name, tensor in tensors.items() if not name.startswith((_EMA, _HOOKS))}
             self.optimizer.load_state(own, saved["optimizer_steps"])
         else:
             self.optimizer.adopt_weights()
         if self.ema is not None:
             self.ema.load_state(_part(tensors, _EMA))
+        self.hooks.load_state(_part(tensors, _HOOKS))
         if self.settings.load_place:
             self.loader.load_state(saved["loader"])
         self.spikes.load_state(saved.get("spikes", []))
@@ -275,7 +282,7 @@ class Loop:
         )
 
 
-_EMA = "ema/"
+_EMA, _HOOKS = "ema/", "hooks/"
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

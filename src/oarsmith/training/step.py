@@ -18,6 +18,7 @@ from oarsmith.training.objective import Objective
 from oarsmith.training.optimizer import Optimizer
 from oarsmith.training.scaler import LossScaler
 from oarsmith.training.seeds import seed_step
+from oarsmith.training.update_hooks import UpdateHooks
 
 __all__ = ["Gradients", "NonFiniteError", "StepResult", "global_norm", "run_step", "run_step_in_backward", "seed_step"]
 
@@ -63,12 +64,15 @@ def run_step(
     max_grad_norm: float,
     scaler: LossScaler | None = None,
     inspect: Callable[[StepResult], None] | None = None,
+    hooks: UpdateHooks | None = None,
+    number: int = 0,
 ) -> StepResult:
     """Forward, backward and update.
 
     Args:
         scaler: for fp16; told how the step went.
         inspect: called once loss and gradients are known and finite, before the update; what it raises ends the step.
+        hooks: what a method does around the update, ``number`` of the run.
 
     Raises:
         NonFiniteError: the loss is not finite, or without a scaler the gradient norm; parameters are as before.
@@ -92,7 +96,9 @@ def run_step(
         if inspect is not None:
             inspect(result)
         clip = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm > 0 else 1.0
-        optimizer.step(grads, lr=lr, grad_scale=clip / loss_scale)
+        optimizer.step(grads if hooks is None else hooks.adjusted(grads), lr=lr, grad_scale=clip / loss_scale)
+        if hooks is not None and hooks.updated(grads, grad_scale=clip / loss_scale, step=number):
+            optimizer.adopt_weights()
     finally:
         gradients.clear()
     if scaler is not None:
@@ -124,7 +130,7 @@ def run_step_in_backward(
                 f"the gradient of {name} is not finite; parameters of later layers may have been updated",
                 partly_updated=True,
             )
-        optimizer.update(name, grad, lr=lr, grad_scale=1.0, step=optimizer.step_count + 1)
+        optimizer.update(name, grad, lr=optimizer.rate(name, lr), grad_scale=1.0, step=optimizer.step_count + 1)
 
     hooks = [p.register_post_accumulate_grad_hook(partial(update, name)) for name, p in optimizer.parameters.items()]
     try:
@@ -134,7 +140,9 @@ def run_step_in_backward(
             hook.remove()
     for name, parameter in optimizer.parameters.items():
         if name not in squares:
-            optimizer.update(name, _nothing(parameter), lr=lr, grad_scale=1.0, step=optimizer.step_count + 1)
+            optimizer.update(
+                name, _nothing(parameter), lr=optimizer.rate(name, lr), grad_scale=1.0, step=optimizer.step_count + 1
+            )
     optimizer.step_count += 1
     return sums.result(math.sqrt(sum(squares.get(name, 0.0) for name in optimizer.parameters)))
 

@@ -24,11 +24,13 @@ class Optimizer(ABC):
     Attributes:
         parameters: by name.
         step_count: updates made; the first one is number 1.
+        rate_factors: what the learning rate of a parameter is multiplied with, where not with 1.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         self.parameters = dict(parameters)
         self.step_count = 0
+        self.rate_factors: Mapping[str, float] = {}
         self._state: dict[str, State] = {}
 
     @abstractmethod
@@ -39,7 +41,11 @@ class Optimizer(ABC):
         """One update of every parameter."""
         self.step_count += 1
         for name in self.parameters:
-            self.update(name, grads[name], lr=lr, grad_scale=grad_scale, step=self.step_count)
+            self.update(name, grads[name], lr=self.rate(name, lr), grad_scale=grad_scale, step=self.step_count)
+
+    def rate(self, name: str, lr: float) -> float:
+        """A parameter's learning rate where the run's is ``lr``."""
+        return lr * self.rate_factors.get(name, 1.0)
 
     def master(self, name: str) -> Tensor:
         """The fp32 value behind a parameter; not to be written to."""
@@ -119,7 +125,7 @@ def adopt_weight(parameter: Tensor, state: State) -> None:
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay is for this parameter: matrices.
 
-    The biases of stacked experts and norms with weights for each head are no matrices.
+    The biases of stacked experts, DoRA's lengths of theirs and norms with weights for each head are no matrices.
     """
     *_, owner, leaf = ["", *name.split(".")]
-    return parameter.dim() > 1 and leaf != "bias" and not owner.endswith("norm")
+    return parameter.dim() > 1 and leaf not in ("bias", "lora_magnitude_vector") and not owner.endswith("norm")
