@@ -178,7 +178,7 @@ def test_explain_a_key_of_a_file(tmp_path, capsys):
     assert cli.main(["explain", str(path), "learning_rate"]) == 0
     text = capsys.readouterr().out
     assert "learning_rate = 0.0002" in text
-    assert "derived (2e-4 with lora, 2e-5 without)" in text
+    assert "derived (2e-4 with an adapter" in text
     assert "Highest learning rate" in text
     cli.main(["explain", str(path), "lora"])
     assert f"from:     {path}:4" in capsys.readouterr().out
