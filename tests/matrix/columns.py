@@ -12,6 +12,12 @@ COLUMNS: dict[str, Capability] = {
     "sft": Capability("full SFT", "all weights train, and are saved as trained", capabilities.full_sft),
     "lora": Capability("LoRA", "adapters train, survive PEFT's layout, and merge", capabilities.lora),
     "packing": Capability("packing", "packed documents give what they give alone", capabilities.packing),
+    "shared": Capability(
+        "one prompt",
+        "a prompt with several answers is computed once for all of them, and each has what it has behind a prompt of "
+        "its own; apart: rotations follow the whole length, so that every answer has the prompt to itself",
+        capabilities.shared_prompt,
+    ),
     "recompute": Capability("recompute", "recomputing blocks changes no gradient", capabilities.recompute),
     "init": Capability("from config", "`config.json` alone makes a fresh model", capabilities.from_config),
     "pretrain": Capability(

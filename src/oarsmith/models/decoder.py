@@ -65,9 +65,12 @@ class Decoder(nn.Module):
         Without a cache, a document that nobody sees rounds up the number of tokens (see ``kernels.rows_to_add``).
         """
         marked = cache if isinstance(cache, KVCache) else None
-        layout = visibility.apply(self.spec.visibility, input_ids_T, layout, marked, self.training)
+        ids_E = input_ids_T if layout.branches is None else input_ids_T[layout.branches.source_E]
+        layout = layout.with_whole(
+            lambda whole: visibility.apply(self.spec.visibility, ids_E, whole, marked, self.training)
+        )
         if self.shifted is not None and self.training:
-            layout = self.shifted.apply(layout)
+            layout = layout.with_whole(self.shifted.apply)
         x_TD = self.embedding(input_ids_T, layout, self.neftune_alpha if self.training else None)
         added = kernels.rows_to_add(len(x_TD)) if cache is None else 0
         if added:
