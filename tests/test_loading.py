@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import oarsmith
-from oarsmith.adapters.lora import LoraSegment, attach, lora_modules
+from oarsmith.adapters.linear import attach
+from oarsmith.adapters.lora import Lora
 from oarsmith.adapters.peft_layout import write_adapter
-from oarsmith.adapters.targets import lora_rewrite
+from oarsmith.adapters.targets import adapt_rewrite
 from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.errors import CheckpointError, ConfigError, ModelError, OarsmithError
 from oarsmith.loading import dtype_name, load_model, pick_device, pick_dtype, save_model
@@ -19,6 +20,7 @@ from oarsmith.model_path import resolve
 from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.init import init_weights
+from random_adapter import randomise
 
 CONFIG = {
     "model_type": "llama",
@@ -45,14 +47,12 @@ def make_model(path: Path, seed: int = 1) -> Path:
 
 
 def make_adapter(path: Path, base: Path, named: str | None = None) -> Path:
-    rewrite = lora_rewrite(lambda modules: {m: LoraSegment(name="", rank=2, scale=4.0) for m in modules}, 0.0)
+    rewrite = adapt_rewrite(lambda modules: dict.fromkeys(modules, Lora(rank=2, alpha=8.0)))
     model = load_decoder(base, rewrite=rewrite)
     attach(model, seed=2)
-    for _, module in lora_modules(model):
-        for b in module.lora_B.values():
-            torch.nn.init.normal_(b, generator=torch.Generator().manual_seed(5))
+    randomise(model, 1.0, seed=5)
     path.mkdir(parents=True)
-    write_adapter(model, path, base=str(base) if named is None else named, settings={"r": 2, "lora_alpha": 8})
+    write_adapter(model, path, base=str(base) if named is None else named)
     return path
 
 

@@ -15,14 +15,16 @@ import torch
 
 import oarsmith
 from oarsmith import cli
-from oarsmith.adapters.lora import LoraSegment, attach, lora_modules
-from oarsmith.adapters.targets import lora_rewrite
+from oarsmith.adapters.linear import attach
+from oarsmith.adapters.lora import Lora
+from oarsmith.adapters.targets import adapt_rewrite
 from oarsmith.data.batch import Batch, make_batch
 from oarsmith.data.samples import Sample
 from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.init import init_weights
 from oarsmith.text.choose import with_named_template
+from random_adapter import randomise
 
 TOKENIZER = Path(__file__).parent / "fixtures" / "tokenizers" / "qwen25_bpe_json"
 SRC = Path(oarsmith.__file__).parents[1]
@@ -67,8 +69,8 @@ def tiny_decoder(family: str = "llama", *, seed: int = 0, lora_rank: int | None 
     config = CONFIGS[family] | changes
     known, spec = families.build_spec(config)
     if lora_rank is not None:
-        segment = LoraSegment(name="", rank=lora_rank, scale=2.0)
-        spec = lora_rewrite(lambda modules: dict.fromkeys(modules, segment), dropout=0.0)(known, spec)
+        change = Lora(rank=lora_rank, alpha=2.0 * lora_rank)
+        spec = adapt_rewrite(lambda modules: dict.fromkeys(modules, change))(known, spec)
     model = Decoder(spec, config)
     init_weights(model, seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -78,9 +80,7 @@ def tiny_decoder(family: str = "llama", *, seed: int = 0, lora_rank: int | None 
             parameter.add_(torch.empty(parameter.shape).normal_(std=0.08, generator=generator))
         if lora_rank is not None:
             attach(model, seed)
-            for _, module in lora_modules(model):
-                for b in module.lora_B.values():
-                    b.normal_(std=0.1, generator=generator)
+            randomise(model, 0.1, seed + 2)
     return model
 
 

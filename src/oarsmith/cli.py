@@ -83,6 +83,13 @@ COMMANDS: dict[str, Command] = {
         "CONFIG | MODEL DATA",
         "oarsmith sft config.json --learning_rate 1e-5",
     ),
+    "compare": Command(
+        _TRAIN,
+        "fine-tune by several methods on the same data: one table, one picture",
+        "oarsmith.jobs.compare:run",
+        "CONFIG | MODEL DATA",
+        "oarsmith compare model/ train.jsonl --methods full,lora,dora --max_steps 100",
+    ),
     "generate": Command(
         _RUN,
         "answer a prompt, or a file of prompts into a file",

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from oarsmith.adapters.lora import attach
-from oarsmith.adapters.peft_layout import adapter_rewrite, load_adapter_weights
+from oarsmith.adapters.linear import attach
+from oarsmith.adapters.peft_layout import adapter_rewrite, load_adapter_weights, require_base
 from oarsmith.atomic import atomic_directory
 from oarsmith.checkpoint.config_file import check_config, read_config
 from oarsmith.checkpoint.fill import empty_decoder
@@ -54,19 +54,24 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     adapter: str | Path | None = None,
+    *,
+    any_base: bool = False,
 ) -> Decoder:
     """A decoder from a model directory, an adapter directory or a run folder, in eval mode.
 
     Args:
         dtype: ``auto`` keeps what the files hold; or ``fp32``, ``bf16``, ``fp16`` or a torch dtype.
         device: ``auto`` is the GPU where there is one, else the CPU.
-        adapter: a LoRA adapter in PEFT's layout to put on top.
+        adapter: an adapter in PEFT's layout to put on top.
+        any_base: also on another base than the adapter was trained on, where its file tells.
 
     Raises:
         OarsmithError: the path, the files or the architecture cannot be used; says what to do.
     """
     where = resolve(path, adapter)
     rewrite = adapter_rewrite(where.adapter) if where.adapter else None
+    if where.adapter and not any_base:
+        require_base(where.adapter, where.base)
     model = load_decoder(
         where.base,
         dtype=dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype),

@@ -77,11 +77,11 @@ class Adapted:
 
 @pytest.fixture
 def adapted(base: Callable[[str], Base], tmp_path: Path) -> Callable[..., Adapted]:
-    """adapted("llama", r=4, ...): both A and B (and trained biases) random, saved by PEFT."""
+    """adapted("llama", r=4, ...): both A and B (and trained biases) random, saved by PEFT; ``kind``: another method."""
 
-    def make(name: str, **arguments: Any) -> Adapted:
+    def make(name: str, *, kind: Callable[..., Any] = peft.LoraConfig, **arguments: Any) -> Adapted:
         made = base(name)
-        config = peft.LoraConfig(task_type="CAUSAL_LM", **arguments)
+        config = kind(task_type="CAUSAL_LM", **arguments)
         torch.manual_seed(8)
         oracle = peft.get_peft_model(made.oracle(), config).eval()
         randomise((p for _, p in sorted(oracle.named_parameters()) if p.requires_grad), seed=9, std=0.15)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from oarsmith.adapters.lora import Lora, LoraLinear, LoraSegment, attach, lora_modules, lora_scale
-from oarsmith.adapters.merge import base_logits, merge_lora, prompt_logits, prove
-from oarsmith.adapters.targets import lora_rewrite, match_targets
+from oarsmith.adapters.linear import Adapt, AdaptedLinear, adapted_modules, attach
+from oarsmith.adapters.lora import Lora, lora_scale
+from oarsmith.adapters.merge import base_logits, merge_adapter, prompt_logits, prove
+from oarsmith.adapters.targets import adapt_rewrite, match_targets
 from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.linear import Linear
@@ -26,30 +27,39 @@ SPEC = LinearSpec(
     segments=(Segment(name="q", size=4), Segment(name="k", size=3), Segment(name="v", size=5)),
     bias=True,
 )
-LORA = Lora(segments=(LoraSegment(name="v", rank=2, scale=0.5), LoraSegment(name="q", rank=3, scale=-2.0)))
 
 
-def linear(lora: Lora = LORA, spec: LinearSpec = SPEC, dtype: torch.dtype = torch.float32) -> LoraLinear:
-    module = lora.build(replace(spec, rewrite=lora))
+def linear(dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> AdaptedLinear:
+    """Scales of 0.5 on v and -2 on q."""
+    changes = (("v", Lora(rank=2, alpha=1.0, dropout=dropout)), ("q", Lora(rank=3, alpha=-6.0, dropout=dropout)))
+    adapt = Adapt(changes=changes)
+    module = adapt.build(replace(SPEC, rewrite=adapt))
     with torch.no_grad():
         generator = torch.Generator().manual_seed(1)
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    assert module.bias is not None
     module.weight.data, module.bias.data = module.weight.data.to(dtype), module.bias.data.to(dtype)
     return module
 
 
-def formula(module: LoraLinear, x: Tensor) -> Tensor:
+def factors(module: AdaptedLinear, segment: str) -> tuple[Tensor, Tensor]:
+    """A, and B with its scale, in fp64."""
+    table, change = module.adapter[segment], module.changes[segment]
+    assert isinstance(change, Lora)
+    return table["lora_A"].double(), table["lora_B"].double() * change.scale
+
+
+def formula(module: AdaptedLinear, x: Tensor) -> Tensor:
     """By the paper, segment by segment, in fp64."""
     wide = x.double()
     out = functional.linear(wide, module.weight.double(), module.bias.double())
     parts = []
     for segment, start, stop in module.spec.bounds():
         part = out[..., start:stop]
-        for adapter in module.lora.segments:
-            if adapter.name == segment.name:
-                a, b = module.lora_A[segment.name].double(), module.lora_B[segment.name].double()
-                part = part + adapter.scale * (wide @ a.t() @ b.t())
+        if segment.name in module.changes:
+            a, b = factors(module, segment.name)
+            part = part + wide @ a.t() @ b.t()
         parts.append(part)
     return torch.cat(parts, -1)
 
@@ -73,7 +83,7 @@ def test_frozen_base_gets_no_gradient() -> None:
     module.bias.requires_grad_(False)
     module(torch.randn(4, 6)).sum().backward()
     assert module.weight.grad is None and module.bias.grad is None
-    assert all(p.grad is not None for p in (*module.lora_A.values(), *module.lora_B.values()))
+    assert len(grads := [p.grad for p in module.adapter.parameters()]) == 4 and None not in grads
 
 
 def test_bf16_base() -> None:
@@ -83,31 +93,31 @@ def test_bf16_base() -> None:
     # A, x A^T, the scaled B and the sum are each rounded to 8 bits; entries are of size 10.
     torch.testing.assert_close(out.double(), formula(module, x), rtol=2**-5, atol=0.25)
     out.float().sum().backward()
-    assert {p.grad.dtype for p in module.lora_A.values() if p.grad is not None} == {torch.float32}
+    assert {p.grad.dtype for p in module.adapter.parameters() if p.grad is not None} == {torch.float32}
 
 
 def test_the_start_is_the_base(base: Callable[[str], Base]) -> None:
     made, ids = base("llama"), tokens(1, 9)
 
-    def choose(modules: list[str]) -> dict[str, LoraSegment]:
-        return {m: LoraSegment(name="", rank=2, scale=3.0) for m in match_targets(modules, ("q_proj", "down_proj"))}
+    def choose(modules: list[str]) -> dict[str, Lora]:
+        return dict.fromkeys(match_targets(modules, ("q_proj", "down_proj")), Lora(rank=2, alpha=6.0, dropout=0.1))
 
     plain = load_decoder(made.path)
     states = []
     for seed in (1, 1, 2):
-        model = load_decoder(made.path, rewrite=lora_rewrite(choose, 0.1))
+        model = load_decoder(made.path, rewrite=adapt_rewrite(choose))
         torch.manual_seed(len(states))
         attach(model, seed=seed)
-        states.append([p for _, m in lora_modules(model) for p in m.lora_A.values()])
+        tables = [table for _, module in adapted_modules(model) for table in module.adapter.values()]
+        states.append([table["lora_A"] for table in tables])
         with torch.no_grad():
             torch.testing.assert_close(model.eval()(ids), plain(ids), rtol=0, atol=1e-5)
-        for _, module in lora_modules(model):
-            assert not any(b.any() for b in module.lora_B.values())
-            for a in module.lora_A.values():
-                bound = module.spec.in_features**-0.5
-                assert bound / 2 < float(a.detach().abs().max()) <= bound
+        assert len(tables) == 4 and not any(table["lora_B"].any() for table in tables)
+        for a in states[-1]:
+            bound = a.shape[1] ** -0.5
+            assert bound / 2 < float(a.detach().abs().max()) <= bound
         assert [n for n, p in model.named_parameters() if p.requires_grad] == [
-            n for n, _ in model.named_parameters() if ".lora_" in n
+            n for n, _ in model.named_parameters() if ".adapter." in n
         ]
     assert all(torch.equal(a, b) for a, b in zip(states[0], states[1], strict=True)), "the seed decides"
     assert not torch.equal(states[0][0], states[2][0])
@@ -116,26 +126,28 @@ def test_the_start_is_the_base(base: Callable[[str], Base]) -> None:
 def test_dropout_is_on_the_adapter_s_input_only() -> None:
     """Its mean over many draws is the map without dropout; the base's share is never dropped; eval drops nothing."""
     torch.manual_seed(0)
-    module = linear(replace(LORA, dropout=0.25))
+    module = linear(dropout=0.25)
     x = torch.ones(40_000, 6)
     exact, plain = formula(module, x[:1])[0], functional.linear(x[:1], module.weight, module.bias)[0]
     out = module.train()(x)
     # k has no adapter. (One row and many need not come from the same product, bit for bit.)
     torch.testing.assert_close(out[:, 4:7], plain[4:7].expand(len(x), 3), rtol=1e-6, atol=1e-6)
-    draws = (out - plain).double()[:, [0, 1, 2, 3, 7, 8, 9, 10, 11]]
+    draws = (out - plain).detach().double()[:, [0, 1, 2, 3, 7, 8, 9, 10, 11]]
     expected = (exact - plain)[[0, 1, 2, 3, 7, 8, 9, 10, 11]]
     error = draws.std(0) / len(x) ** 0.5
     assert bool(((draws.mean(0) - expected).abs() < 5 * error).all()) and bool((draws.std(0) > 0.1).all())
     # Each input survives with 3/4: the variance of one output is sum_i c_i^2 * p / (1 - p).
-    a, b = module.lora_A["q"].double(), module.lora_B["q"].double()
-    variance = (-2.0 * b @ a).square().sum(1) * 0.25 / 0.75
+    a, b = factors(module, "q")
+    variance = (b @ a).square().sum(1) * 0.25 / 0.75
     torch.testing.assert_close(draws.var(0)[:4], variance, rtol=0.05, atol=0)
+    # As in PEFT each projection drops for itself.
+    assert abs(float(torch.corrcoef(draws[:, [0, 4]].t())[0, 1])) < 0.03
     torch.testing.assert_close(module.eval()(x[:1]).double(), exact[None], rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_path_has_the_same_gradients() -> None:
     """With a dropout too small to strike."""
-    module, x = linear(replace(LORA, dropout=1e-9)), torch.randn(5, 6, requires_grad=True)
+    module, x = linear(dropout=1e-9), torch.randn(5, 6, requires_grad=True)
     found = torch.autograd.grad(module.train()(x).square().sum(), [x, *module.parameters()])
     expected = torch.autograd.grad(module.eval()(x).square().sum(), [x, *module.parameters()])
     for a, b in zip(found, expected, strict=True):
@@ -148,10 +160,10 @@ def test_scales() -> None:
 
 
 def adapted_model(base: Base, dtype: torch.dtype) -> Decoder:
-    def choose(modules: list[str]) -> dict[str, LoraSegment]:
-        return {m: LoraSegment(name="", rank=3, scale=0.7) for m in modules if "k_proj" not in m}
+    def choose(modules: list[str]) -> dict[str, Lora]:
+        return {m: Lora(rank=3, alpha=2.1) for m in modules if "k_proj" not in m}
 
-    model = load_decoder(base.path, dtype=dtype, rewrite=lora_rewrite(choose, 0.0)).eval()
+    model = load_decoder(base.path, dtype=dtype, rewrite=adapt_rewrite(choose)).eval()
     attach(model, seed=1)
     randomise((p for p in model.parameters() if p.requires_grad), seed=2, std=0.2)
     return model
@@ -162,17 +174,16 @@ def adapted_model(base: Base, dtype: torch.dtype) -> Decoder:
 def test_merged_weights_are_the_formula(base: Callable[[str], Base], name: str, dtype: torch.dtype) -> None:
     model = adapted_model(base(name), dtype)
     exact = {}
-    for path, module in lora_modules(model):
+    for path, module in adapted_modules(model):
         weight = module.weight.detach().double()
-        scales = {s.name: s.scale for s in module.lora.segments}
         for segment, start, stop in module.spec.bounds():
-            if segment.name in scales:
-                product = module.lora_B[segment.name].double() @ module.lora_A[segment.name].double()
-                weight[start:stop] += scales[segment.name] * product.detach()
+            if segment.name in module.changes:
+                a, b = factors(module, segment.name)
+                weight[start:stop] += (b @ a).detach()
         exact[path] = weight
     assert len(exact) == 8
-    merged = merge_lora(model)
-    assert merged is model and not list(lora_modules(model))
+    merged = merge_adapter(model)
+    assert merged is model and not list(adapted_modules(model))
     assert all(old.rewrite is None for _, old in linear_specs(model.spec))
     # fp32: a few roundings of sums of three; bf16: one rounding, half a unit in the last place.
     limit = 2**-22 if dtype == torch.float32 else 2**-8 * 1.001
@@ -186,9 +197,9 @@ def test_proof(base: Callable[[str], Base]) -> None:
     model = adapted_model(base("llama"), torch.float32)
     prompts = [tokens(5).tolist(), tokens(9, seed=2).tolist()]
     adapted, plain = prompt_logits(model, prompts), base_logits(model, prompts)
-    assert all(torch.equal(a, b) for a, b in zip(adapted, prompt_logits(model, prompts), strict=True)), "B is back"
+    assert all(torch.equal(a, b) for a, b in zip(adapted, prompt_logits(model, prompts), strict=True)), "it is back"
     torch.testing.assert_close(torch.cat(plain), torch.cat(prompt_logits(load_decoder(base("llama").path), prompts)))
-    merged = prompt_logits(merge_lora(model), prompts)
+    merged = prompt_logits(merge_adapter(model), prompts)
     proof = prove(adapted, merged, plain)
     assert proof.num_positions == 14 and proof.top1_agreement == 1.0
     assert proof.max_logit_diff < 1e-4 and proof.max_kl < 1e-8 and proof.effect_kl > 0.01

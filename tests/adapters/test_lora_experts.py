@@ -13,10 +13,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 import oarsmith
-from oarsmith.adapters.lora import Lora, LoraSegment, attach, lora_modules
-from oarsmith.adapters.merge import merge_lora
+from oarsmith.adapters.linear import Adapt, adapted_modules, attach
+from oarsmith.adapters.lora import Lora
+from oarsmith.adapters.merge import merge_adapter
 from oarsmith.adapters.peft_layout import adapter_rewrite, load_adapter_weights, write_adapter
-from oarsmith.adapters.targets import lora_rewrite
+from oarsmith.adapters.targets import adapt_rewrite
 from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.errors import ConfigError
 from oarsmith.models import families
@@ -26,7 +27,7 @@ from oarsmith.models.linear import ExpertLinear
 from oarsmith.models.spec_parts import LinearSpec, Segment
 
 EXPERTS, COUNTS = 3, [4, 0, 2]
-LORA = Lora(segments=(LoraSegment(name="up", rank=2, scale=0.5), LoraSegment(name="gate", rank=3, scale=-2.0)))
+LORA = Adapt(changes=(("up", Lora(rank=2, alpha=1.0)), ("gate", Lora(rank=3, alpha=-6.0))))
 SPEC = LinearSpec(in_features=6, segments=(Segment(name="gate", size=4), Segment(name="up", size=5)), bias=True)
 CONFIG = {
     "model_type": "mixtral",
@@ -77,11 +78,11 @@ def test_the_same_as_one_map_for_each_expert() -> None:
 
 
 def adapted(rewrite_of: str = "") -> Decoder:
-    def choose(modules: list[str]) -> dict[str, LoraSegment]:
-        return {m: LoraSegment(name="", rank=2, scale=1.5) for m in modules if rewrite_of in m}
+    def choose(modules: list[str]) -> dict[str, Lora]:
+        return {m: Lora(rank=2, alpha=3.0) for m in modules if rewrite_of in m}
 
     family, spec = families.build_spec(CONFIG)
-    model = Decoder(lora_rewrite(choose, 0.0)(family, spec), CONFIG)
+    model = Decoder(adapt_rewrite(choose)(family, spec), CONFIG)
     init_weights(model, 0)
     attach(model, 0)
     randomised([*model.parameters()], 5)
@@ -97,21 +98,21 @@ def logits(model: Decoder) -> Tensor:
 def test_merged_equals_adapted(targets: str) -> None:
     model = adapted(targets)
     expected = logits(model)
-    merged = merge_lora(model)
-    assert not list(lora_modules(merged)) and type(merged.layers[0].ffn.experts.gate_up) is ExpertLinear
+    merged = merge_adapter(model)
+    assert not list(adapted_modules(merged)) and type(merged.layers[0].ffn.experts.gate_up) is ExpertLinear
     torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-4)
 
 
 def test_peft_layout_names_every_expert(tmp_path: Path) -> None:
     """As PEFT wrote them when transformers kept experts apart: one pair of matrices for each."""
     model = adapted()
-    write_adapter(model, tmp_path, base="x", settings={"r": 2, "lora_alpha": 3})
+    write_adapter(model, tmp_path, base="x")
     family, spec = families.build_spec(CONFIG)
     again = Decoder(adapter_rewrite(tmp_path)(family, spec), CONFIG)
     attach(again, 1)
     with torch.no_grad():
         for (_, ours), (name, theirs) in zip(again.named_parameters(), model.named_parameters(), strict=True):
-            if "lora_" not in name:
+            if ".adapter." not in name:
                 ours.copy_(theirs)
     load_adapter_weights(again, tmp_path)
     assert torch.equal(logits(again.eval()), logits(model))
@@ -128,14 +129,12 @@ def test_peft_reads_it(model_type: str, tmp_path: Path) -> None:
     randomised(plain.parameters(), 3)
     oarsmith.save_model(plain, tmp_path / "base")
 
-    def choose(modules: list[str]) -> dict[str, LoraSegment]:
-        return dict.fromkeys(modules, LoraSegment(name="", rank=2, scale=1.5))
-
-    model = load_decoder(tmp_path / "base", rewrite=lora_rewrite(choose, 0.0)).eval()
+    rewrite = adapt_rewrite(lambda modules: dict.fromkeys(modules, Lora(rank=2, alpha=3.0)))
+    model = load_decoder(tmp_path / "base", rewrite=rewrite).eval()
     attach(model, 0)
     randomised((p for p in model.parameters() if p.requires_grad), 5)
     (tmp_path / "adapter").mkdir()
-    write_adapter(model, tmp_path / "adapter", base="base", settings={"r": 2, "lora_alpha": 3})
+    write_adapter(model, tmp_path / "adapter", base="base")
     oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
     with torch.no_grad():
         before = oracle(PROBE).logits

@@ -198,10 +198,10 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
 
 
 def test_a_model_with_an_adapter_is_not_written(tmp_path: Path) -> None:
-    from oarsmith.adapters.lora import LoraSegment
-    from oarsmith.adapters.targets import lora_rewrite
+    from oarsmith.adapters.lora import Lora
+    from oarsmith.adapters.targets import adapt_rewrite
 
-    rewrite = lora_rewrite(lambda modules: {modules[0]: LoraSegment(name="", rank=2, scale=1.0)}, 0.0)
+    rewrite = adapt_rewrite(lambda modules: {modules[0]: Lora(rank=2, alpha=2.0)})
     model = load_decoder(make(tmp_path / "a"), rewrite=rewrite)
     (tmp_path / "b").mkdir()
     with pytest.raises(ModelError, match=r"carries an adapter on 1 linear maps, first layers.0.attention.qkv"):
@@ -225,8 +225,9 @@ import torch
 from oarsmith.checkpoint.hf import load_decoder
 rewrite = None
 if sys.argv[4] == "int8":
-    from oarsmith.adapters.int8_base import int8_rewrite
-    rewrite = int8_rewrite(lambda family, spec: spec)
+    from oarsmith.adapters.forms import INT8_ROWS
+    from oarsmith.adapters.targets import kept_as
+    rewrite = kept_as(INT8_ROWS, lambda family, spec: spec)
 load_decoder(Path(sys.argv[1]), rewrite=rewrite)  # the small one: imports and first-time buffers
 def status(key):
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) * 1024

@@ -16,7 +16,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import oarsmith
 from oarsmith.checkpoint.convert import convert_directory
-from oarsmith.checkpoint.packed_floats import unpacked
+from oarsmith.checkpoint.quantized.unpacked import unpacked
 from oarsmith.checkpoint.source import open_model, open_source
 from oarsmith.errors import CheckpointError
 from tiny import write_tiny_model
@@ -148,7 +148,13 @@ def test_what_does_not_fit(
         unpacked(config, open_source(tmp_path))
 
 
-def test_other_methods_stay_packed(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
-    config = {"quantization_config": {"quant_method": "gptq"}}
-    assert unpacked(config, open_source(tmp_path))[0] == config
+def test_other_methods(tmp_path: Path) -> None:
+    """A note that the weights were quantized, beside floats, is only a note; codes of an unknown format are refused."""
+    config = {"quantization_config": {"quant_method": "hqq"}}
+    for tensor in (torch.ones(1), torch.ones(1, dtype=torch.int8)):
+        save_file({"a": tensor}, tmp_path / "model.safetensors")
+        if tensor.is_floating_point():
+            assert unpacked(config, open_source(tmp_path))[0] == {}
+        else:
+            with pytest.raises(CheckpointError, match="of the format 'hqq' are not read"):
+                unpacked(config, open_source(tmp_path))

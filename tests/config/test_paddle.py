@@ -55,7 +55,7 @@ def test_the_pretraining_file_runs_unchanged():
     ("key", "neutral", "asking"),
     [
         ("nproc_per_node", [1, -1, "", "1", None], 8),
-        ("vera", [0, False, "false"], 1),
+        ("do_ceval", [0, False, "false"], 1),
         ("quant_type", [None, ""], "a8w8"),
     ],
 )

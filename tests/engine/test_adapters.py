@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import oarsmith
-from oarsmith.adapters.lora import LoraSegment, attach, lora_modules
+from oarsmith.adapters.linear import adapted_modules, attach
+from oarsmith.adapters.lora import Lora
 from oarsmith.adapters.peft_layout import write_adapter
-from oarsmith.adapters.targets import lora_rewrite, match_targets
+from oarsmith.adapters.targets import adapt_rewrite, match_targets
 from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.engine import Completion, Engine, Sampling
 from oarsmith.errors import CheckpointError, ConfigError
+from random_adapter import randomise
 from tiny import tiny_decoder
 
 from .accounts import account, finish
@@ -29,19 +31,14 @@ DRAWN = Sampling(max_new_tokens=20, temperature=1.0, seed=3, n=2, logprobs=0)
 
 def make_adapter(base: Path, folder: Path, seed: int, *, rank: int = 3, targets: str = "all-linear", **more) -> Path:
     """A random adapter on some projections."""
-    segment = LoraSegment(name="", rank=rank, scale=1.5)
+    change = Lora(rank=rank, alpha=1.5 * rank, **more)
     model = load_decoder(
-        base, rewrite=lora_rewrite(lambda modules: dict.fromkeys(match_targets(modules, targets), segment), 0.0)
+        base, rewrite=adapt_rewrite(lambda modules: dict.fromkeys(match_targets(modules, targets), change))
     )
     attach(model, seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, module in lora_modules(model):
-            for b in module.lora_B.values():
-                b.normal_(std=0.15, generator=generator)
+    randomise(model, 0.15, seed)
     folder.mkdir()
-    settings = {"r": rank, "lora_alpha": 1.5 * rank, "lora_dropout": 0.0, **more}
-    write_adapter(model, folder, base=str(base), settings=settings)
+    write_adapter(model, folder, base=str(base))
     return folder
 
 
@@ -196,15 +193,14 @@ def test_a_base_with_an_adapter_of_its_own(tiny_model: Tiny, tmp_path: Path) -> 
     model = oarsmith.load_model(base, dtype="fp32", device="cpu")
     with torch.no_grad():
         for path in (under, over):
-            for name, module in lora_modules(oarsmith.load_model(base, dtype="fp32", device="cpu", adapter=path)):
-                for _, where, delta in module.deltas():
-                    model.get_submodule(name).weight[where] += delta
+            for name, module in adapted_modules(oarsmith.load_model(base, dtype="fp32", device="cpu", adapter=path)):
+                model.get_submodule(name).weight.add_(module.merged()[0] - module.weight)
     same(engine.generate(PROMPTS, GREEDY, adapter="over"), Engine(model).generate(PROMPTS, GREEDY))
 
 
 def test_rank_stabilised_and_bf16(tiny_model: Tiny, tmp_path: Path) -> None:
     base = tiny_model("llama")
-    path = make_adapter(base, tmp_path / "a", 1, use_rslora=True)
+    path = make_adapter(base, tmp_path / "a", 1, rslora=True)
     engine = engine_of(base, adapters={"a": path})
     same(
         engine.generate(PROMPTS, GREEDY, adapter="a"),

@@ -102,7 +102,7 @@ def make_files(root: Path) -> dict[str, Reader]:
     spoken = write_tiny_model(root / "spoken", "llama", num_hidden_layers=1, rms_norm_eps=1e-6)
     write_gguf(spoken, root / "gguf" / "model.gguf", type="q8_0")
     (root / "adapter").mkdir()
-    write_adapter(tiny_decoder("llama", lora_rank=2), root / "adapter", base="x", settings={"r": 2, "lora_alpha": 4})
+    write_adapter(tiny_decoder("llama", lora_rank=2), root / "adapter", base="x")
     config = tiny_decoder("llama").config
     paddle_from_peft(root / "adapter", root / "paddle_adapter", config, base=None, pickled=True)
     readers = {

@@ -151,7 +151,7 @@ def test_shards(model_dir, tmp_path):
 def write_adapter_of(model_dir, folder):
     model = tiny_decoder("qwen2", lora_rank=4)
     folder.mkdir()
-    write_adapter(model, folder, base=str(model_dir), settings={"r": 4, "lora_alpha": 8})
+    write_adapter(model, folder, base=str(model_dir))
     return folder
 
 

@@ -22,10 +22,11 @@ from torch.nn import functional
 import oarsmith
 import remote_tokenizers
 from oarsmith import Engine, Sampling
-from oarsmith.adapters.lora import LoraSegment, attach, lora_modules
-from oarsmith.adapters.merge import merge_lora
-from oarsmith.adapters.peft_layout import adapter_rewrite, load_adapter_weights, write_adapter
-from oarsmith.adapters.targets import lora_rewrite
+from oarsmith.adapters.linear import attach
+from oarsmith.adapters.lora import Lora
+from oarsmith.adapters.merge import merge_adapter
+from oarsmith.adapters.peft_layout import adapter_rewrite, adapter_tensors, load_adapter_weights, write_adapter
+from oarsmith.adapters.targets import adapt_rewrite
 from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.config.load import load_config
 from oarsmith.config.pretrain import PretrainConfig
@@ -199,20 +200,18 @@ def full_sft(bench: Bench) -> str:
 def lora(bench: Bench) -> str:
     """On every projection: only adapters move, they survive PEFT's layout, and merging changes no logits."""
 
-    def choose(modules: list[str]) -> dict[str, LoraSegment]:
-        return dict.fromkeys(modules, LoraSegment(name="", rank=2, scale=2.0))
-
-    model = load_decoder(bench.path, rewrite=lora_rewrite(choose, 0.0))
+    change = Lora(rank=2, alpha=4.0)
+    model = load_decoder(bench.path, rewrite=adapt_rewrite(lambda modules: dict.fromkeys(modules, change)))
     attach(model, seed=0)
     plain = bench.model()
     losses = _steps(model.train(), bench)
     assert losses[0] > losses[2], losses
-    base = {name: p for name, p in model.named_parameters() if "lora_" not in name}
+    base = {name: p for name, p in model.named_parameters() if ".adapter." not in name}
     assert all(torch.equal(base[name], p) for name, p in plain.named_parameters())
-    assert all(bool(b.any()) for _, module in lora_modules(model) for b in module.lora_B.values())
+    assert all(bool(tensor.any()) for tensor in adapter_tensors(model).values())
     folder = bench.folder / "adapter"
     folder.mkdir()
-    write_adapter(model, folder, base="base", settings={"r": 2, "lora_alpha": 4, "lora_dropout": 0.0})
+    write_adapter(model, folder, base="base")
     again = load_decoder(bench.path, rewrite=adapter_rewrite(folder)).eval()
     attach(again, seed=1)
     load_adapter_weights(again, folder)
@@ -220,7 +219,7 @@ def lora(bench: Bench) -> str:
     expected = packed_logits(model.eval(), documents)[0]
     close(packed_logits(again, documents)[0], expected, 1e-5)
     assert not torch.allclose(packed_logits(plain, documents)[0], expected)
-    merged = merge_lora(model)
+    merged = merge_adapter(model)
     close(packed_logits(merged, documents)[0], expected)
     oarsmith.save_model(merged, bench.folder / "merged")
     return "yes"

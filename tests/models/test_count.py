@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from matrix.rows import ROWS
 from oarsmith import kernels
-from oarsmith.adapters.lora import LoraSegment
-from oarsmith.adapters.targets import lora_rewrite
+from oarsmith.adapters.lora import Lora
+from oarsmith.adapters.targets import adapt_rewrite
 from oarsmith.losses.token import token_cross_entropy
 from oarsmith.models import families
 from oarsmith.models.count import (
@@ -168,11 +168,9 @@ def test_training_flops_of_mixed_experts():
 def test_training_flops_of_adapters():
     config = tiny_decoder().config
     known, spec = families.build_spec(config)
-    segment = LoraSegment(name="", rank=4, scale=2.0)
+    change = Lora(rank=4, alpha=8.0)
     # Maps of one segment each: those of several run as a block-diagonal product, which costs more than is needed.
-    chosen = lora_rewrite(
-        lambda modules: {m: segment for m in modules if m.endswith(("o_proj", "down_proj"))}, dropout=0.0
-    )
+    chosen = adapt_rewrite(lambda modules: {m: change for m in modules if m.endswith(("o_proj", "down_proj"))})
     model = Decoder(chosen(known, spec), config)
     with torch.no_grad():
         for parameter in model.parameters():

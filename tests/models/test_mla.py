@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from oarsmith.adapters.lora import LoraSegment, attach, lora_modules
-from oarsmith.adapters.targets import lora_rewrite
+from oarsmith.adapters.linear import attach
+from oarsmith.adapters.lora import Lora
+from oarsmith.adapters.targets import adapt_rewrite
 from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.spec_parts import MLA
+from random_adapter import randomise
 
 from .conftest import Case, tokens
 
@@ -54,16 +56,12 @@ def test_any_chunking(case: Make, name: str, chunks: list[int]) -> None:
 def with_lora_on(name: str, made: Case) -> Decoder:
     """LoRA of rank 2 with random B on one projection of every layer."""
 
-    def choose(modules: list[str]) -> dict[str, LoraSegment]:
-        return {module: LoraSegment(name="", rank=2, scale=1.5) for module in modules if module.endswith(name)}
+    def choose(modules: list[str]) -> dict[str, Lora]:
+        return {module: Lora(rank=2, alpha=3.0) for module in modules if module.endswith(name)}
 
-    model = load_decoder(made.path, rewrite=lora_rewrite(choose, 0.0)).eval()
+    model = load_decoder(made.path, rewrite=adapt_rewrite(choose)).eval()
     attach(model, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, module in lora_modules(model):
-            for b in module.lora_B.values():
-                b.normal_(std=0.3, generator=generator)
+    randomise(model, 0.3)
     return model
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from oarsmith import kernels
-from oarsmith.adapters.lora import LoraSegment, attach, lora_modules
-from oarsmith.adapters.targets import lora_rewrite
+from oarsmith.adapters.linear import attach
+from oarsmith.adapters.lora import Lora
+from oarsmith.adapters.targets import adapt_rewrite
 from oarsmith.data.batch import make_batch
 from oarsmith.errors import ModelError
 from oarsmith.losses.token import token_cross_entropy
@@ -23,6 +24,7 @@ from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.init import init_weights
 from oarsmith.models.recompute import Granularity, Recompute, run
+from random_adapter import randomise
 from tiny import CONFIGS, environment, random_samples, tiny_decoder
 
 from .conftest import Case, tokens
@@ -114,14 +116,12 @@ def test_less_is_kept(family: str, backend: kernels.select.Backend) -> None:
 def test_dropout_and_noise_are_drawn_once(granularity: Granularity) -> None:
     """LoRA's dropout draws the same numbers again, and noise on the embeddings lies outside of what runs twice."""
     family, spec = families.build_spec(CONFIGS["llama"])
-    segment = LoraSegment(name="", rank=4, scale=2.0)
-    spec = lora_rewrite(lambda modules: dict.fromkeys(modules, segment), dropout=0.5)(family, spec)
+    change = Lora(rank=4, alpha=8.0, dropout=0.5)
+    spec = adapt_rewrite(lambda modules: dict.fromkeys(modules, change))(family, spec)
     model, batch = Decoder(spec, CONFIGS["llama"]).train(), make_batch(random_samples((30, 11)))
     init_weights(model, 0)
     attach(model, 0)
-    for _, module in lora_modules(model):
-        for b in module.lora_B.values():
-            torch.nn.init.normal_(b, std=0.1)
+    randomise(model, 0.1)
     found = []
     for recompute, alpha in ((None, 5.0), (Recompute(granularity=granularity), 5.0), (None, None)):
         model.recompute, model.neftune_alpha = recompute, alpha

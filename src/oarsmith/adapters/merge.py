@@ -1,4 +1,4 @@
-"""Merging LoRA into its base, with the proof that the merged model is the adapted one."""
+"""Merging an adapter into its base, with the proof that the merged model is the adapted one."""
 
 from __future__ import annotations
 
@@ -8,27 +8,38 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from oarsmith.adapters.lora import lora_modules
+from oarsmith.adapters.forms import DENSE
+from oarsmith.adapters.linear import adapted_modules, disabled
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.linear import ExpertLinear, Linear
 from oarsmith.models.spec import rewrite_linears
 
 
+def mergeable(model: Decoder) -> bool:
+    """Whether there is a plain model that does what a model with its adapter does."""
+    return all(change.mergeable for _, module in adapted_modules(model) for change in module.changes.values())
+
+
 @torch.no_grad()
-def merge_lora(model: Decoder) -> Decoder:
-    """The model with every adapter folded into its weights: W + scale * B A in fp32, rounded once to W's dtype.
+def merge_adapter(model: Decoder) -> Decoder:
+    """The model with every adapter folded into its weights, in fp32, rounded once to the weight's dtype.
 
     Works in place (one copy of the weights); the returned decoder is the same object, now plain.
+
+    Raises:
+        ConfigError: an adapter that no plain model is.
     """
-    for path, module in list(lora_modules(model)):
-        assert module.weight.is_floating_point(), f"{path} has 8-bit weights: merge into the checkpoint's own"
-        for _, where, delta in module.deltas():
-            module.weight[where] = (module.weight[where].float() + delta).to(module.weight.dtype)
+    for path, module in list(adapted_modules(model)):
+        assert module.form is DENSE, f"{path} has 8-bit weights: merge into the checkpoint's own"
+        weight, bias = module.merged()
         kind = Linear if module.spec.experts is None else ExpertLinear
         plain = kind.__new__(kind)
         nn.Module.__init__(plain)
         plain.spec = replace(module.spec, rewrite=None)
+        module.weight.copy_(weight)
         plain.weight, plain.bias = module.weight, module.bias
+        if bias is not None and plain.bias is not None:
+            plain.bias.copy_(bias)
         model.set_submodule(path, plain)
     model.spec = rewrite_linears(model.spec, lambda _, linear: replace(linear, rewrite=None))
     return model
@@ -57,19 +68,10 @@ def prompt_logits(model: Decoder, prompts: Iterable[list[int]]) -> list[Tensor]:
     return [model(torch.tensor([ids], device=model.device))[0].float() for ids in prompts]
 
 
-@torch.no_grad()
 def base_logits(model: Decoder, prompts: Iterable[list[int]]) -> list[Tensor]:
-    """Logits of the base under the adapter: the same model with every B set to zero for the moment."""
-    kept = {path: {n: p.detach().clone() for n, p in module.lora_B.items()} for path, module in lora_modules(model)}
-    for _, module in lora_modules(model):
-        for parameter in module.lora_B.values():
-            parameter.zero_()
-    try:
+    """Logits of the base under the adapter."""
+    with disabled(model):
         return prompt_logits(model, prompts)
-    finally:
-        for path, module in lora_modules(model):
-            for name, value in kept[path].items():
-                module.lora_B[name].copy_(value)
 
 
 def prove(adapted: list[Tensor], merged: list[Tensor], base: list[Tensor]) -> MergeProof:

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oarsmith.adapters.peft_layout import CONFIG, PREFIX, WEIGHTS, read_adapter_config, shortest_names
+from oarsmith.adapters.lora import check_lora
+from oarsmith.adapters.peft_config import CONFIG, read_adapter_config
+from oarsmith.adapters.peft_layout import PREFIX, WEIGHTS, shortest_names
 from oarsmith.atomic import atomic_directory, atomic_write_text
 from oarsmith.checkpoint.convert import DTYPE_NAMES
 from oarsmith.checkpoint.files import read_json_object
@@ -159,7 +161,11 @@ def _join(ranks: Ranks, module: _Module, config: Mapping[str, Any]) -> tuple[Ten
 
 def paddle_from_peft(src: Path, dst: Path, config: Mapping[str, Any], *, base: str | None, pickled: bool) -> int:
     """Write PaddleNLP's adapter ``dst`` from the PEFT one ``src``; the counterpart of `peft_from_paddle`."""
-    theirs = read_adapter_config(src)
+    described = read_adapter_config(src)
+    if described.peft_type != "LORA":
+        raise CheckpointError(f"adapters of type {described.peft_type!r} cannot be converted", where=str(src / CONFIG))
+    check_lora(described)
+    theirs = described.values
     if theirs.get("rank_pattern") or theirs.get("alpha_pattern") or theirs.get("bias", "none") != "none":
         raise CheckpointError(
             "ranks or factors that differ between modules, or biases: PaddleNLP's LoRA has one of each",

@@ -6,16 +6,20 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from oarsmith.adapters.lora import Lora, LoraSegment
+from oarsmith.adapters.change import Change, Size
+from oarsmith.adapters.forms import WeightForm
+from oarsmith.adapters.linear import Adapt
 from oarsmith.checkpoint.hf import projection_places
 from oarsmith.errors import ConfigError
 from oarsmith.models.families import Family
 from oarsmith.models.names import Place
-from oarsmith.models.spec import DecoderSpec, rewrite_linears
+from oarsmith.models.spec import DecoderSpec, linear_specs, rewrite_linears
 from oarsmith.models.spec_parts import LinearSpec
 
 
-def match_targets(modules: Iterable[str], targets: str | tuple[str, ...]) -> list[str]:
+def match_targets(
+    modules: Iterable[str], targets: str | tuple[str, ...], *, where: str = "lora_target_modules"
+) -> list[str]:
     """The module names that ``targets`` selects.
 
     ``"all-linear"`` selects every projection of the blocks (never the head); a single word is a name; any other string
@@ -34,7 +38,7 @@ def match_targets(modules: Iterable[str], targets: str | tuple[str, ...]) -> lis
         try:
             pattern = re.compile(targets)
         except re.error as error:
-            raise ConfigError(f"not a regular expression: {error}", where="lora_target_modules") from error
+            raise ConfigError(f"not a regular expression: {error}", where=where) from error
         chosen = {targets: [name for name in names if pattern.fullmatch(name)]}
     else:
         chosen = {key: [name for name in names if name == key or name.endswith(f".{key}")] for key in targets}
@@ -43,50 +47,76 @@ def match_targets(modules: Iterable[str], targets: str | tuple[str, ...]) -> lis
         leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
         raise ConfigError(
             f"{', '.join(empty) or 'an empty list'} selects no projection of this model",
-            where="lora_target_modules",
+            where=where,
             fix=f"use all-linear or some of: {', '.join(leaves)}",
         )
     selected = {name for found in chosen.values() for name in found}
     return [name for name in names if name in selected]
 
 
-def lora_rewrite(
-    choose: Callable[[list[str]], Mapping[str, LoraSegment]], dropout: float
-) -> Callable[[Family, DecoderSpec], DecoderSpec]:
-    """A spec rewrite that puts LoRA on projections.
+SpecRewrite = Callable[[Family, DecoderSpec], DecoderSpec]
+
+
+def adapt_rewrite(choose: Callable[[Mapping[str, Place]], Mapping[str, Change]]) -> SpecRewrite:
+    """A spec rewrite that puts changes on projections.
 
     Args:
-        choose: from the family's module names to the adapter of each chosen one (its ``name`` is filled in here).
+        choose: from the family's module names, and where their weights lie, to the change of each chosen one.
     """
 
     def rewrite(family: Family, spec: DecoderSpec) -> DecoderSpec:
         places = projection_places(family.names(spec))
-        chosen = {module: replace(adapter, name="") for module, adapter in choose(list(places)).items()}
+        chosen = _settled(choose(places), places, spec)
         _check_experts(chosen, places)
-        segments: dict[str, dict[str, LoraSegment]] = {}
-        for module, adapter in chosen.items():
+        changes: dict[str, dict[str, Change]] = {}
+        for module, change in chosen.items():
             place = places[module]
             assert place.segment is not None
-            path = place.parameter.removesuffix(".weight")
-            segments.setdefault(path, {})[place.segment] = replace(adapter, name=place.segment)
+            changes.setdefault(place.parameter.removesuffix(".weight"), {})[place.segment] = change
 
         def rule(path: str, linear: LinearSpec) -> LinearSpec:
-            if path not in segments:
-                return linear
-            return replace(linear, rewrite=Lora(segments=tuple(segments[path].values()), dropout=dropout))
+            return replace(linear, rewrite=Adapt(changes=tuple(changes[path].items()))) if path in changes else linear
 
         return rewrite_linears(spec, rule)
 
     return rewrite
 
 
-def _check_experts(chosen: Mapping[str, LoraSegment], places: Mapping[str, Place]) -> None:
-    """Experts lie stacked, so those of a layer have an adapter each, of the same rank and scale, or none has.
+def _settled(chosen: Mapping[str, Change], places: Mapping[str, Place], spec: DecoderSpec) -> dict[str, Change]:
+    """The changes as they are beside each other (`Change.among`)."""
+    linears = dict(linear_specs(spec))
+    sizes: dict[Change, list[Size]] = {}
+    for module, change in chosen.items():
+        place = places[module]
+        linear = linears[place.parameter.removesuffix(".weight")]
+        rows = next(segment.size for segment in linear.segments if segment.name == place.segment)
+        sizes.setdefault(change, []).append(Size(rows, linear.in_features))
+    settled = {change: change.among(found) for change, found in sizes.items()}
+    return {module: settled[change] for module, change in chosen.items()}
+
+
+def kept_as(form: WeightForm, inner: SpecRewrite) -> SpecRewrite:
+    """``inner``'s rewrite of a spec, then all linear maps of the layers in a form from the moment they are loaded.
+
+    Embedding, norms and head stay as they are, and so do adapters, whose files do not tell what base they were trained
+    on; merging takes the checkpoint's own weights.
+    """
+
+    def rule(_: str, linear: LinearSpec) -> LinearSpec:
+        adapt = linear.rewrite or Adapt()
+        assert isinstance(adapt, Adapt), adapt
+        return replace(linear, rewrite=replace(adapt, form=form))
+
+    return lambda family, spec: rewrite_linears(inner(family, spec), rule)
+
+
+def _check_experts(chosen: Mapping[str, Change], places: Mapping[str, Place]) -> None:
+    """Experts lie stacked, so those of a layer have the same change, or none has any.
 
     Raises:
         ConfigError: some of them only; names the first that differs.
     """
-    expected: dict[tuple[str, str | None], tuple[str, LoraSegment | None]] = {}
+    expected: dict[tuple[str, str | None], tuple[str, Change | None]] = {}
     for module, place in places.items():
         if place.expert is not None:
             first, adapter = expected.setdefault((place.parameter, place.segment), (module, chosen.get(module)))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from oarsmith.checkpoint.quantized.kept import stored_codes
 from oarsmith.checkpoint.safetensors_stream import TensorInfo
 from oarsmith.checkpoint.tensors import FLOATS, TensorSource
 from oarsmith.errors import CheckpointError
@@ -115,19 +116,24 @@ def fill(model: Decoder, names: NameMap, source: TensorSource, device: torch.dev
     """Bring every tensor of the source to its place; each parameter the family names must be filled exactly.
 
     A parameter on the meta device gets its memory (on ``device``) only when its turn comes, and a linear map may change
-    its weight as soon as it is there (`Linear.weight_filled`): a weight that is kept in fewer bits is never held beside
-    others that wait for the same.
+    its weight as soon as it is there (`Linear.weight_filled`), or take the codes of a quantized file instead
+    (`Linear.take_codes`): a weight that is kept in fewer bits is never held beside others that wait for the same.
     """
-    file_names = match_names(names, source)
+    file_names, where = match_names(names, source), device or torch.device("cpu")
     places: dict[str, list[Place]] = {}
     for place in names.places:
         places.setdefault(place.parameter, []).append(place)
     for path, group in places.items():
         owner, _, name = path.rpartition(".")
         module = model.get_submodule(owner)
+        if name == "weight" and isinstance(module, Linear) and module.wants_codes:
+            codes = stored_codes(group, file_names, source, where)
+            if codes is not None:
+                module.take_codes(codes)
+                continue
         parameter = module.get_parameter(name)
         if parameter.is_meta:
-            parameter = _give_memory(module, name, device or torch.device("cpu"))
+            parameter = _give_memory(module, name, where)
         fill_parameter(parameter, group, file_names, source)
         if name == "weight" and isinstance(module, Linear):
             del parameter  # lets the module drop it

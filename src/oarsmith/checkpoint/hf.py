@@ -12,6 +12,7 @@ from torch import Tensor
 
 from oarsmith.atomic import atomic_write_text
 from oarsmith.checkpoint.fill import check_fits, fill, materialise, meta_decoder
+from oarsmith.checkpoint.quantized.unpacked import QUANTIZATION
 from oarsmith.checkpoint.safetensors_stream import MAX_SHARD_BYTES, ShardedSafetensorsWriter, TensorInfo
 from oarsmith.checkpoint.source import open_model
 from oarsmith.errors import ModelError
@@ -48,7 +49,8 @@ def load_decoder(
         CheckpointError: a missing, surplus or misshapen tensor (named), or a damaged file.
     """
     own, opened = open_model(directory)
-    config = own if config is None else config
+    # What the caller has read may still say how the files are quantized.
+    config = own if config is None else {key: config[key] for key in config if key in own or key not in QUANTIZATION}
     with opened as source:
         family, spec = families.build_spec(config)
         names = family.names(spec)

@@ -10,7 +10,7 @@ from torch import Tensor
 from oarsmith.checkpoint.files import check_shard, read_shards, require_inside
 from oarsmith.checkpoint.ranges import RangeReader
 from oarsmith.checkpoint.safetensors_stream import SAFETENSORS_DTYPES, StoredTensor, check_safetensors
-from oarsmith.checkpoint.tensors import TensorSource
+from oarsmith.checkpoint.tensors import TensorSource, sample_starts
 from oarsmith.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -65,6 +65,17 @@ class SafetensorsSource(TensorSource):
                 part = scratch[: min(step, flat.numel() - start)]
                 self._reader.fill(path, stored.start + start * dtype.itemsize, part)
                 flat[start : start + step].copy_(part)
+
+    def sample(self, name: str, pieces: int, length: int) -> Tensor:
+        path, stored = self._stored[name]
+        if (dtype := _TORCH.get(stored.dtype)) is None:
+            return super().sample(name, pieces, length)
+        size, width = (stored.end - stored.start) // dtype.itemsize, dtype.itemsize
+        starts = sample_starts(size, pieces, length)
+        parts = [
+            self._reader.read(path, stored.start + start * width, min(length, size - start) * width) for start in starts
+        ]
+        return torch.cat(parts).view(dtype) if parts else torch.empty(0, dtype=dtype)
 
     def close(self) -> None:
         self._reader.close()

@@ -10,8 +10,8 @@ import torch
 from oarsmith.checkpoint import safetensors_source, torch_bin
 from oarsmith.checkpoint.config_file import read_config
 from oarsmith.checkpoint.fill import file_infos
-from oarsmith.checkpoint.packed_floats import unpacked
 from oarsmith.checkpoint.paddle.source import PaddleSource, is_paddle, open_paddle_files
+from oarsmith.checkpoint.quantized.unpacked import unpacked
 from oarsmith.checkpoint.safetensors_source import SafetensorsSource
 from oarsmith.checkpoint.tensors import TensorSource
 from oarsmith.checkpoint.text_part import text_part
@@ -32,8 +32,8 @@ _READERS: tuple[tuple[str, type[SafetensorsSource] | type[TorchBinSource]], ...]
 def open_model(directory: Path) -> tuple[dict[str, Any], TensorSource]:
     """The config and the weights of a model directory, both as plain Hugging Face ones.
 
-    Safetensors, PyTorch's ``.bin`` and PaddleNLP's layouts are read; packed float formats (block FP8, MXFP4) appear as
-    the bfloat16 weights they stand for, without the ``quantization_config`` that describes them.
+    Safetensors, PyTorch's ``.bin`` and PaddleNLP's layouts are read; quantized formats appear as the 16-bit weights
+    they stand for, without the ``quantization_config`` that describes them.
 
     Raises:
         OarsmithError: no model in the directory, damaged files, or a family that is not known.

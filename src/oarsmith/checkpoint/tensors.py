@@ -11,7 +11,16 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from oarsmith.kernels.coded import CodedWeight
+
 FLOATS = {"F64": torch.float32, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def sample_starts(size: int, pieces: int, length: int) -> list[int]:
+    """Where the pieces of a sample begin; at 0 alone where a piece after another would be all."""
+    if size <= pieces * length:
+        return list(range(0, size, length))
+    return [piece * (size - length) // (pieces - 1) for piece in range(pieces)]
 
 
 class TensorSource(ABC):
@@ -40,6 +49,19 @@ class TensorSource(ABC):
     def read_into(self, name: str, target: Tensor) -> None:
         """Fill ``target``, which has the tensor's number of elements; values are cast to its dtype."""
         target.copy_(self.read(name).view(target.shape))
+
+    def sample(self, name: str, pieces: int, length: int) -> Tensor:
+        """Some of a tensor's numbers in order: so many pieces of so many, evenly spread; all of a small one."""
+        flat = self.read(name).flatten()
+        return torch.cat([flat[start : start + length] for start in sample_starts(len(flat), pieces, length)])
+
+    def coded(self, name: str) -> CodedWeight | None:
+        """The tensor as the quantized weight that the files have; None: they have floats, or codes of another kind.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        return None
 
     @abstractmethod
     def close(self) -> None:

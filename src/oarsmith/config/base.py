@@ -148,8 +148,8 @@ def groups_of(config_class: type[JobConfig]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for owner in owners:
         own = [key for key in config_class.model_fields if first[key] is owner]
-        if own:
-            groups[owner.title] = own
+        if own:  # several classes may share a title
+            groups.setdefault(owner.title, []).extend(own)
     return groups
 
 

@@ -55,6 +55,9 @@ class MergeAdapterConfig(JobConfig):
 
     adapter: str = Field(description="The adapter (PEFT layout), or a run folder that holds one.")
     model_name_or_path: str | None = Field(None, description="The base model. Not given: the one the adapter names.")
+    any_base: Bool = Field(
+        False, description="Merge also into another base than the adapter was trained on, where its file tells."
+    )
     output_dir: str | None = Field(None, description="Where the merged model goes. Not given: ADAPTER/merged.")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Number format of the merged weights. auto: that of the base model."

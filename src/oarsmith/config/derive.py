@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from .adapter_factors import ALPHA_IS_RANK, OWN_PLACES, WITHOUT_ALPHA
+from .adapters import AdapterKeys, SharedAdapterKeys
 from .base import JobConfig
-from .groups import LoraKeys, ModelKeys, SamplingKeys
+from .groups import ModelKeys, SamplingKeys
 from .pretrain import PretrainConfig, split_shares
 from .sft import SftConfig
 from .train import TrainConfig
@@ -43,6 +45,14 @@ def _projection_rank(c: TrainConfig) -> int | None:
     return {"galore": 128, "apollo": 128, "apollo_mini": 1}.get(c.optim)
 
 
+def _lora_alpha(c: AdapterKeys) -> float | None:
+    if not c.has_adapter or c.adapter_type in WITHOUT_ALPHA:
+        return None
+    if c.adapter_type in ALPHA_IS_RANK:
+        return float(c.lora_rank)
+    return 4.0 if c.rslora else 2.0 * c.lora_rank
+
+
 def _decode_strategy(c: SamplingKeys) -> str:
     drawn = bool(c.temperature) or (c.temperature is None and c.asks_for_draws)
     return "sampling" if drawn else "greedy"
@@ -58,7 +68,8 @@ RULES: tuple[Rule[Any], ...] = (
         "1 packed row, or 8 samples without packing",
     ),
     Rule(PretrainConfig, "per_device_train_batch_size", lambda c: 8, "8 rows"),
-    Rule(SftConfig, "learning_rate", lambda c: 2e-4 if c.lora else 2e-5, "2e-4 with lora, 2e-5 without"),
+    Rule(SharedAdapterKeys, "adapter_type", lambda c: "lora" if c.lora else "none", "lora with lora true, else none"),
+    Rule(SftConfig, "learning_rate", lambda c: 2e-4 if c.has_adapter else 2e-5, "2e-4 with an adapter, 2e-5 without"),
     Rule(SftConfig, "evaluation_strategy", _evaluation_strategy, "epoch where eval data is named, else no"),
     Rule(PretrainConfig, "evaluation_strategy", _corpus_evaluation, "steps where split has a part for it, else no"),
     Rule(TrainConfig, "do_eval", lambda c: c.evaluation_strategy != "no", "true where there is an evaluation_strategy"),
@@ -75,10 +86,16 @@ RULES: tuple[Rule[Any], ...] = (
     Rule(TrainConfig, "projection_rank", _projection_rank, "128, 1 for apollo_mini; none for other optimizers"),
     Rule(TrainConfig, "projection_scale", _projection_scale, "the papers' values; none for other optimizers"),
     Rule(
-        LoraKeys,
+        AdapterKeys,
         "lora_alpha",
-        lambda c: (4.0 if c.rslora else 2.0 * c.lora_rank) if c.lora else None,
-        "2 x lora_rank, or 4 with rslora; none without lora",
+        _lora_alpha,
+        "2 x lora_rank, or 4 with rslora; lora_rank for lokr and loha; none where there is no such scale",
+    ),
+    Rule(
+        AdapterKeys,
+        "lora_target_modules",
+        lambda c: "all-linear" if c.has_adapter and c.adapter_type not in OWN_PLACES else None,
+        "all-linear; ia3 and bottleneck have places of their own",
     ),
     Rule(SamplingKeys, "decode_strategy", _decode_strategy, "sampling if another key asks for it"),
     Rule(

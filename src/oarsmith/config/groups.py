@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from .base import Biases, Bool, Float, Int, Ints, JobConfig, NamesOrPattern, Strings
+from .base import Biases, Bool, Float, Int, Ints, JobConfig, Strings
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 
@@ -152,30 +152,6 @@ class EvalRowKeys(JobConfig):
     )
     save_generation_output: Bool = Field(
         False, description="Keep those answers in generated_output.json of the run folder (the newest evaluation's)."
-    )
-
-
-class LoraKeys(JobConfig):
-    title: ClassVar[str] = "LoRA"
-
-    lora: Bool = Field(
-        False, description="Train small matrices beside the frozen weights instead of the weights: far less memory."
-    )
-    lora_rank: Int = Field(8, ge=1, description="Rank r of the matrices: more can be learned, more memory.")
-    lora_alpha: Float | None = Field(
-        None, gt=0, description="Scale: the update is multiplied by alpha/r. Not given: 2 r, or 4 with rslora."
-    )
-    lora_dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the LoRA matrices.")
-    lora_target_modules: NamesOrPattern = Field(
-        "all-linear",
-        description="Which linear layers: all-linear (all but the head), names separated by commas, or a regular "
-        "expression that matches a whole module name.",
-    )
-    rslora: Bool = Field(False, description="Scale by alpha/sqrt(r) instead (rank-stabilised LoRA), for high ranks.")
-    weight_quantize_algo: Literal["none", "a8w8linear"] = Field(
-        "none",
-        description="a8w8linear: hold the frozen weights under LoRA in 8 bits and multiply in 8 bits, both passes. "
-        "Half the memory and faster on CPUs with VNNI; the loss is a little higher.",
     )
 
 

@@ -13,7 +13,10 @@ from .groups import ModelKeys, RuntimeKeys, SamplingKeys
 class AdapterKeys(JobConfig):
     title: ClassVar[str] = "Adapter"
 
-    adapter: str | None = Field(None, description="A LoRA adapter (PEFT layout) or a run folder that holds one.")
+    adapter: str | None = Field(None, description="An adapter (PEFT layout) or a run folder that holds one.")
+    any_base: Bool = Field(
+        False, description="Take an adapter also on another base than it was trained on, where its file tells."
+    )
 
 
 class WeightKeys(JobConfig):

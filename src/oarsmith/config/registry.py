@@ -11,6 +11,7 @@ CONFIG_CLASSES: dict[str, tuple[str, str]] = {
     "pretrain": ("pretrain", "PretrainConfig"),
     "preprocess": ("preprocess", "PreprocessConfig"),
     "sft": ("sft", "SftConfig"),
+    "compare": ("compare", "CompareConfig"),
     "generate": ("inference", "GenerateConfig"),
     "chat": ("inference", "ChatConfig"),
     "serve": ("serve", "ServeConfig"),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from .groups import DataKeys, EvalRowKeys, LoraKeys, ModelKeys, PackingKeys
+from .adapters import AdapterKeys
+from .groups import DataKeys, EvalRowKeys, ModelKeys, PackingKeys
 from .train import TrainConfig
 
 
-class SftConfig(ModelKeys, DataKeys, LoraKeys, PackingKeys, EvalRowKeys, TrainConfig):
+class SftConfig(ModelKeys, DataKeys, AdapterKeys, PackingKeys, EvalRowKeys, TrainConfig):
     """All keys of a supervised fine-tuning run."""
 
     title: ClassVar[str] = "Fine-tuning"

@@ -16,7 +16,16 @@ from oarsmith.errors import ConfigError
 from .base import Bool
 from .entries import Entry
 
-SWITCHES = frozenset({"bf16", "fp16", "greedy_zero_padding", "no_cuda", "use_cpu", "use_long_sequence_strategies"})
+# PaddleNLP's and PEFT's, beside lora true.
+_ADAPTERS: dict[str, str] = {
+    "use_mora": "mora",
+    "vera": "vera",
+    "lokr": "lokr",
+}
+
+SWITCHES = frozenset(
+    {"bf16", "fp16", "greedy_zero_padding", "no_cuda", "use_cpu", "use_long_sequence_strategies", *_ADAPTERS}
+)
 
 _BOOL: TypeAdapter[bool] = TypeAdapter(Bool)
 
@@ -36,6 +45,8 @@ def resolve_switches(given: dict[str, Entry], keys: Collection[str]) -> dict[str
         _resolve(result, "zero_padding", {"greedy_zero_padding": {True: True}})
     if "rope_scaling_type" in keys:
         _drop_unless_on(result, "use_long_sequence_strategies", "rope_scaling_type", "rope_scaling_factor")
+    if "adapter_type" in keys:
+        _resolve(result, "adapter_type", {switch: {True: name} for switch, name in _ADAPTERS.items()})
     if "device" in keys:
         _resolve(result, "device", {"no_cuda": {True: "cpu"}, "use_cpu": {True: "cpu"}})
     return result

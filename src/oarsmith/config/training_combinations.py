@@ -7,8 +7,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from .adapters import AdapterKeys
 from .base import JobConfig
-from .groups import EvalRowKeys, LoraKeys, RunKeys
+from .factor_combinations import FACTORS
+from .groups import EvalRowKeys, RunKeys
 from .impossible import Impossible
 from .pretrain import PretrainConfig, split_shares
 from .sft import SftConfig
@@ -48,6 +50,7 @@ def _nothing_to_evaluate_on(c: SftConfig) -> bool:
 
 
 TRAINING: tuple[Impossible[Any], ...] = (
+    *FACTORS,
     Impossible(
         RunKeys,
         lambda c: int(os.environ.get("WORLD_SIZE", "1")) > 1,
@@ -85,7 +88,7 @@ TRAINING: tuple[Impossible[Any], ...] = (
         "the warmup ({warmup_steps} steps) is not shorter than the run ({max_steps} steps)",
         "lower warmup_steps",
     ),
-    _in_vain(LoraKeys, _LORA_KEYS, lambda c: c.lora, "lora true (all weights would be trained)"),
+    _in_vain(AdapterKeys, _LORA_KEYS, lambda c: c.has_adapter, "lora true (all weights would be trained)"),
     _in_vain(TrainConfig, ("muon_momentum",), lambda c: c.optim == "muon", "optim muon"),
     _in_vain(TrainConfig, _PROJECTION_KEYS, lambda c: c.optim in _PROJECTED, "optim galore or apollo"),
     _in_vain(TrainConfig, ("power",), lambda c: c.lr_scheduler_type == "polynomial", "lr_scheduler_type polynomial"),
@@ -133,9 +136,9 @@ TRAINING: tuple[Impossible[Any], ...] = (
     ),
     Impossible(
         SftConfig,
-        lambda c: c.lora and c.optim in _PROJECTED,
-        "{optim} projects the gradients of whole weights; LoRA's matrices are small already",
-        "set optim to adamw, or lora to false",
+        lambda c: c.has_adapter and c.optim in _PROJECTED,
+        "{optim} projects the gradients of whole weights; an adapter's matrices are small already",
+        "set optim to adamw, or train without an adapter",
     ),
     Impossible(
         SftConfig,

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from oarsmith.engine.served import Served
 
 
-def load_decoder(path: str | Path, dtype: str, device: str, adapter: str | Path | None) -> Decoder:
+def load_decoder(
+    path: str | Path, dtype: str, device: str, adapter: str | Path | None, *, any_base: bool = False
+) -> Decoder:
     """An engine's decoder; ``auto`` is what the files hold, but float32 where the device would have to emulate that."""
-    model = load_model(path, dtype=dtype, device=device, adapter=adapter)
+    model = load_model(path, dtype=dtype, device=device, adapter=adapter, any_base=any_base)
     weight = model.embedding.weight
     fast = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and has_fast_bf16(weight.device))
     if dtype == "auto" and weight.device.type == "cpu" and not fast:

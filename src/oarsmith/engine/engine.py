@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oarsmith.engine.adapters import Adapters
+from oarsmith.engine.adapters import Adapters, AdapterSource
 from oarsmith.engine.desk import Desk
 from oarsmith.engine.drain import drain
 from oarsmith.engine.intake import Ask, Intake, Prompt, as_batch
@@ -44,7 +44,7 @@ class Engine:
         model: a model directory, an adapter directory, a run folder, or a loaded decoder in eval mode.
         tokenizer: not given: the one that lies with a path. An engine without one takes token ids only.
         dtype: for a path; ``auto`` is what the files hold, but float32 where the device would have to emulate that.
-        device, adapter: for a path; ``auto`` is the GPU where there is one; a LoRA adapter to put on top.
+        device, adapter: for a path; ``auto`` is the GPU where there is one; an adapter to put on top.
         weights: for a path: round them to ``int8`` or ``int4``, in groups of 32, each with its own scale.
         compute: for a path: ``native``: the compiled step, which CPUs have; ``torch``: PyTorch; ``auto``: the compiled
             step where it can serve. Packed weights are kept for the next start.
@@ -64,7 +64,8 @@ class Engine:
             text last ended as it does now; or a smaller model with the same vocabulary. Answers are distributed as
             without; greedy ones, and with ``ngram`` all, are the same.
         num_draft_tokens: most tokens that are guessed at a time.
-        adapters: LoRA adapters by the names under which requests may choose them; ``add_adapter`` takes more.
+        adapters: adapters by the names under which requests may choose them; ``add_adapter`` takes more.
+        any_base: for a path: take adapters also that were trained on another base, where their files tell.
         ngram_min, ngram_max: for ``ngram``: how many tokens at the end must stand alike, and up to how many count.
 
     Raises:
@@ -93,7 +94,8 @@ class Engine:
         num_draft_tokens: int = 4,
         ngram_min: int = 1,
         ngram_max: int = 3,
-        adapters: Mapping[str, str | Path] | None = None,
+        adapters: Mapping[str, AdapterSource] | None = None,
+        any_base: bool = False,
     ) -> None:
         self._speculation = Speculation(
             by=speculative, num_draft_tokens=num_draft_tokens, ngram_min=ngram_min, ngram_max=ngram_max
@@ -109,7 +111,13 @@ class Engine:
             tokens_each=1 if speculative is None else 1 + num_draft_tokens,
         )
         options = ModelOptions(
-            dtype=dtype, device=device, adapter=adapter, weights=weights, compute=compute, num_threads=num_threads
+            dtype=dtype,
+            device=device,
+            adapter=adapter,
+            any_base=any_base,
+            weights=weights,
+            compute=compute,
+            num_threads=num_threads,
         )
         if tokenizer is None and isinstance(model, (str, Path)):
             tokenizer = find_tokenizer(model, adapter)
@@ -119,7 +127,7 @@ class Engine:
         self._draft_model = open_guesser(self._served, self._speculation, self.tokenizer, options, block_size)
         self._intake = Intake(self._served.facts, self.tokenizer, None if speculative is None else num_draft_tokens)
         self._desk = Desk(self._intake)
-        self._adapters = Adapters(self._desk)
+        self._adapters = Adapters(self._desk, None if any_base or not isinstance(model, (str, Path)) else model)
         if adapters is not None:
             self._adapters.bank = self._new_bank()
             for name, path in adapters.items():
@@ -290,8 +298,11 @@ class Engine:
         """Compute everything anew from now on: the model's weights are others."""
         self.runner.scheduler.forget()
 
-    def add_adapter(self, name: str, path: str | Path) -> None:
-        """Take a LoRA adapter (PEFT's layout, or a run folder that holds one) that requests may name.
+    def add_adapter(self, name: str, path: AdapterSource) -> None:
+        """Take an adapter (PEFT's layout, or a run folder that holds one) that requests may name.
+
+        Args:
+            path: of the adapter; or several with a weight each, whose updates are added up.
 
         Raises:
             OarsmithError: the name is taken, or the adapter cannot be read or does not fit the model.

@@ -37,6 +37,7 @@ class ModelOptions:
     dtype: str = "auto"
     device: str = "auto"
     adapter: str | Path | None = None
+    any_base: bool = False
     weights: str | None = None
     compute: Compute = "auto"
     num_threads: int | None = None
@@ -84,12 +85,17 @@ def serve(model: str | Path | Decoder, options: ModelOptions, page_size: int) ->
     def to_pack() -> Decoder:
         from oarsmith.loading import load_model
 
-        return load_model(model, dtype=options.dtype, device=options.device, adapter=options.adapter)
+        if options.adapter is None and resolve(model).adapter is None:
+            return load_model(model, options.dtype, options.device)
+        from oarsmith.adapters.merge import merge_adapter, mergeable
+
+        adapted = load_model(model, options.dtype, options.device, options.adapter, any_base=options.any_base)
+        return merge_adapter(adapted) if mergeable(adapted) else adapted
 
     def rounded() -> Decoder:
         from oarsmith.engine.build import load_decoder
 
-        decoder = load_decoder(model, options.dtype, options.device, options.adapter)
+        decoder = load_decoder(model, options.dtype, options.device, options.adapter, any_base=options.any_base)
         if options.weights is not None:
             from oarsmith.engine.rounding import round_weights
 

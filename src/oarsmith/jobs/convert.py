@@ -18,8 +18,8 @@ from oarsmith.adapters.paddle_layout import (
     peft_from_paddle,
     read_paddle_adapter_config,
 )
-from oarsmith.adapters.peft_layout import CONFIG as PEFT_CONFIG
-from oarsmith.adapters.peft_layout import read_adapter_config
+from oarsmith.adapters.peft_config import CONFIG as PEFT_CONFIG
+from oarsmith.adapters.peft_config import read_adapter_config
 from oarsmith.atomic import temporary_directory
 from oarsmith.checkpoint.config_file import read_config
 from oarsmith.checkpoint.convert import Target, changes_values, convert_directory, require_known_target
@@ -135,7 +135,7 @@ def to_gguf(src: Path, dst: Path, config: ConvertConfig, console: Console) -> No
 
 def convert_adapter(src: Path, dst: Path, config: ConvertConfig, console: Console) -> None:
     """Between PEFT's layout and PaddleNLP's."""
-    theirs = read_paddle_adapter_config(src) if is_paddle_adapter(src) else read_adapter_config(src)
+    theirs = read_paddle_adapter_config(src) if is_paddle_adapter(src) else read_adapter_config(src).values
     base = config.model_name_or_path or theirs.get("base_model_name_or_path")
     model = _base_config(src, base)
     if is_paddle_adapter(src) and config.to == "hf":

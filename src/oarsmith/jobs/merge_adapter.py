@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from oarsmith.adapters.merge import MergeProof, base_logits, merge_lora, prompt_logits, prove
+from oarsmith.adapters.merge import MergeProof, base_logits, merge_adapter, prompt_logits, prove
 from oarsmith.atomic import atomic_directory, atomic_write_text
 from oarsmith.checkpoint.hf import write_decoder
 from oarsmith.config.checkpoints import MergeAdapterConfig
@@ -43,7 +43,16 @@ def run(resolved: Resolved[MergeAdapterConfig]) -> int:
     output_dir = Path(config.output_dir) if config.output_dir else Path(config.adapter) / "merged"
     check_destination(output_dir, config.overwrite, inputs=[where.base, where.adapter])
     tokenizer = find_tokenizer(where.base, where.adapter)
-    proof = merge(where.base, where.adapter, output_dir, tokenizer, PROMPTS, config.kl_budget, config.dtype)
+    proof = merge(
+        where.base,
+        where.adapter,
+        output_dir,
+        tokenizer,
+        PROMPTS,
+        config.kl_budget,
+        config.dtype,
+        any_base=config.any_base,
+    )
     print_proof(proof, console)
     console.print(f"merged model: {output_dir}\nnext: oarsmith chat {output_dir}")
     return 0
@@ -57,16 +66,18 @@ def merge(
     prompts: Sequence[str],
     kl_budget: float,
     dtype: str = "auto",
+    *,
+    any_base: bool = False,
 ) -> MergeProof:
     """Merge, compare on the prompts, and write only a merge that is the adapter within the budget.
 
     Raises:
         ModelError: the merged model differs from base plus adapter by more than ``kl_budget`` nats per token.
     """
-    model = load_model(base, dtype=dtype, adapter=adapter)
+    model = load_model(base, dtype=dtype, adapter=adapter, any_base=any_base)
     ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
     adapted, plain = prompt_logits(model, ids), base_logits(model, ids)
-    merged = merge_lora(model)
+    merged = merge_adapter(model)
     proof = prove(adapted, prompt_logits(merged, ids), plain)
     if not proof.mean_kl <= kl_budget:
         raise ModelError(

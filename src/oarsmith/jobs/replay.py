@@ -14,8 +14,9 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Column, Table
 
-from oarsmith.adapters.peft_layout import CONFIG as ADAPTER_CONFIG
-from oarsmith.adapters.peft_layout import load_adapter_weights, read_adapter_config
+from oarsmith.adapters.peft_config import CONFIG as ADAPTER_CONFIG
+from oarsmith.adapters.peft_config import read_adapter_config
+from oarsmith.adapters.peft_layout import load_adapter_weights
 from oarsmith.atomic import atomic_write_text
 from oarsmith.checkpoint.config_file import read_config
 from oarsmith.config.load import load_config
@@ -107,7 +108,7 @@ def _load(step: RecordedStep, config: TrainConfig, recipe: Recipe[Any], device: 
         )
     if not (weights / ADAPTER_CONFIG).is_file():
         return recipe.load_model(config, Start(base=weights, config=read_config(weights)), device).train()
-    base = Path(str(read_adapter_config(weights)["base_model_name_or_path"]))
+    base = Path(str(read_adapter_config(weights).values["base_model_name_or_path"]))
     if not base.is_dir():
         raise CheckpointError(
             f"the frozen weights are not there any more: {base}",

@@ -31,7 +31,7 @@ def run(resolved: Resolved[SftConfig]) -> int:
     result = training.run(resolved, RECIPE, console)
     if resolved.config.do_train:
         console.print(f"next:   oarsmith chat {result.output_dir}")
-        if resolved.config.lora:
+        if resolved.config.has_adapter:
             console.print(f"        oarsmith merge-adapter {result.output_dir} MERGED   (a plain model, with proof)")
     return 0
 
@@ -46,14 +46,14 @@ def start(resolved: Resolved[SftConfig], device: torch.device) -> tuple[Resolved
 
 def load_trainable(config: SftConfig, begin: Start, device: torch.device) -> Decoder:
     """All weights, or fresh adapters on frozen ones."""
-    if config.lora:
+    if config.has_adapter:
         return starting.load_with_adapter(config, config, begin, device)
     return starting.load_whole(config, begin, device)
 
 
 def weights_of(config: SftConfig, begin: Start, tokenizer: Tokenizer) -> Weights:
     """An adapter's files, or a model's."""
-    return weights.adapter(config, begin.base, tokenizer) if config.lora else weights.whole_model(tokenizer)
+    return weights.adapter(begin.base, tokenizer) if config.has_adapter else weights.whole_model(tokenizer)
 
 
 def plan(config: SftConfig) -> str:

@@ -9,12 +9,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from oarsmith.adapters.int8_base import int8_rewrite
-from oarsmith.adapters.lora import LoraSegment, attach, lora_scale
-from oarsmith.adapters.targets import lora_rewrite, match_targets
+from oarsmith.adapters.forms import INT8_ROWS
+from oarsmith.adapters.linear import attach
+from oarsmith.adapters.methods import changes_of
+from oarsmith.adapters.targets import adapt_rewrite, kept_as
 from oarsmith.checkpoint.config_file import read_config
 from oarsmith.checkpoint.hf import DTYPES, load_decoder
-from oarsmith.config.groups import LoraKeys, ModelKeys
+from oarsmith.config.adapters import AdapterKeys
+from oarsmith.config.groups import ModelKeys
 from oarsmith.config.resolved import Resolved
 from oarsmith.config.train import TrainConfig
 from oarsmith.data.pose import Pose
@@ -109,14 +111,11 @@ def load_whole(config: TrainConfig, start: Start, device: torch.device) -> Decod
     return set_up(config, model)
 
 
-def load_with_adapter(config: TrainConfig, lora: LoraKeys, start: Start, device: torch.device) -> Decoder:
+def load_with_adapter(config: TrainConfig, keys: AdapterKeys, start: Start, device: torch.device) -> Decoder:
     """A frozen model with fresh adapters that train; with ``weight_quantize_algo`` its linear maps are in 8 bits."""
-    alpha = lora.lora_alpha or 2.0 * lora.lora_rank
-    segment = LoraSegment(name="", rank=lora.lora_rank, scale=lora_scale(alpha, lora.lora_rank, lora.rslora))
-    targets = lora.lora_target_modules
-    rewrite = lora_rewrite(lambda modules: dict.fromkeys(match_targets(modules, targets), segment), lora.lora_dropout)
-    if lora.weight_quantize_algo == "a8w8linear":
-        rewrite = int8_rewrite(rewrite)
+    rewrite = adapt_rewrite(lambda places: changes_of(keys, places))
+    if keys.weight_quantize_algo == "a8w8linear":
+        rewrite = kept_as(INT8_ROWS, rewrite)
     model = load_decoder(start.base, dtype=DTYPES[config.dtype], device=device, rewrite=rewrite, config=start.config)
     attach(model, config.seed)
     return set_up(config, model)

@@ -125,7 +125,7 @@ def train(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainRe
         console.print(f"kernels: {kernels.describe()}")
         if config.overwrite_output_dir:
             discard_run(output_dir)
-        _record(resolved, output_dir, data)
+        _record(resolved, output_dir, data, model)
         weights = recipe.weights(config, start, tokenizer)
         objective = recipe.objective(config)
         extra = recipe.extra_scores(config, model, tokenizer, data)
@@ -206,9 +206,12 @@ def evaluation_of(
     return score
 
 
-def _record(resolved: Resolved[C], output_dir: Path, data: TrainingData) -> None:
+def _record(resolved: Resolved[C], output_dir: Path, data: TrainingData, model: Decoder) -> None:
     resolved.save(output_dir / RUN_FILE)
     atomic_write_text(output_dir / "data_report.json", json.dumps(data.reports, indent=1) + "\n")
+    total, trained = _num_parameters(model)
+    facts = {"parameters": total, "trained": trained}
+    atomic_write_text(output_dir / "model.json", json.dumps(facts, indent=1) + "\n")
     atomic_write_text(output_dir / "environment.json", json.dumps(describe_environment(), indent=1) + "\n")
 
 
@@ -228,9 +231,14 @@ def _plan(config: C, recipe: Recipe[C], total: int) -> str:
     return f"training: {total:,} steps{epochs} of {recipe.plan(config)}{split}; {rate}; into {config.output_dir}"
 
 
+def _num_parameters(model: Decoder) -> tuple[int, int]:
+    """All of them, and those that train."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(count for count, _ in counts), sum(count for count, trains in counts if trains)
+
+
 def _describe(model: Decoder, *, fresh: bool) -> str:
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total, trained = _num_parameters(model)
     share = f", training {trained:,} of them ({trained / total:.2%})" if trained < total else ", training all"
     name = str(model.embedding.weight.dtype).removeprefix("torch.")
     threads = torch.get_num_threads()

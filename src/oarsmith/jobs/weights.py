@@ -8,9 +8,9 @@ from pathlib import Path
 
 from oarsmith.adapters.peft_layout import load_adapter_weights, write_adapter
 from oarsmith.checkpoint.fill import fill
+from oarsmith.checkpoint.fingerprint import fingerprint
 from oarsmith.checkpoint.hf import write_decoder
 from oarsmith.checkpoint.source import open_source
-from oarsmith.config.groups import LoraKeys
 from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
 from oarsmith.text import Tokenizer
@@ -39,18 +39,13 @@ def whole_model(tokenizer: Tokenizer) -> Weights:
     return Weights(name="model", write=write, load=load)
 
 
-def adapter(config: LoraKeys, base: Path, tokenizer: Tokenizer) -> Weights:
+def adapter(base: Path, tokenizer: Tokenizer) -> Weights:
     """PEFT's layout; ``base`` is the model it belongs to."""
-    settings = {
-        "r": config.lora_rank,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "use_rslora": config.rslora,
-        "init_lora_weights": True,
-    }
+
+    base_hash = fingerprint(base)
 
     def write(model: Decoder, folder: Path) -> None:
-        write_adapter(model, folder, base=str(base.resolve()), settings=settings)
+        write_adapter(model, folder, base=str(base.resolve()), base_hash=base_hash)
         tokenizer.save(folder)
 
     return Weights(name="adapter", write=write, load=load_adapter_weights)

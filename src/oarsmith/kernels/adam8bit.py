@@ -85,10 +85,10 @@ def adam8bit_reference(
         scale.copy_(new_scale)
 
 
-def quantize(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
+def quantize(values: Tensor, *, signed: bool, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """Indices (uint8, the shape of ``values``) of the nearest values, ties towards zero, and the blocks' scales."""
     flat = values.flatten()
-    blocks = functional.pad(flat, (0, -len(flat) % BLOCK)).unflatten(0, (-1, BLOCK))
+    blocks = functional.pad(flat, (0, -len(flat) % block)).unflatten(0, (-1, block))
     scale = blocks.abs().amax(-1)
     magnitudes = blocks.abs() * (1 / scale.clamp_min(1e-38))[:, None]
     _, bounds, _ = _tables(signed)
@@ -98,10 +98,10 @@ def quantize(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     return index.flatten()[: len(flat)].view(values.shape).to(torch.uint8), scale
 
 
-def dequantize(indices: Tensor, scale: Tensor, *, signed: bool) -> Tensor:
+def dequantize(indices: Tensor, scale: Tensor, *, signed: bool, block: int = BLOCK) -> Tensor:
     """fp32 values."""
     table = dynamic_map(signed=signed).to(indices.device)
-    scales = scale.repeat_interleave(BLOCK)[: indices.numel()].view(indices.shape)
+    scales = scale.repeat_interleave(block)[: indices.numel()].view(indices.shape)
     return table[indices.int()] * scales
 
 

@@ -43,6 +43,8 @@ _SIGNATURES = {
     "subtract": "ppplf",
     "quantize_rows": "pppplll",
     "dequantize_rows": "ppppplll",
+    "decode4": "pppppllllll",
+    "decode8": "pppppllllll",
 }
 # In bf16 only, and only on CPUs that multiply pairs of bf16.
 _DOCUMENT_ATTENTION = {

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from oarsmith import kernels
+from oarsmith.kernels.coded import CodedWeight
 from oarsmith.models.spec_parts import LinearSpec
 
 
@@ -24,6 +25,15 @@ class Linear(nn.Module):
 
     def weight_filled(self) -> None:
         """The weight has just been read from a checkpoint. A rewrite may now keep it in another form."""
+
+    @property
+    def wants_codes(self) -> bool:
+        """Whether it takes a quantized checkpoint's codes instead of the floats they stand for."""
+        return False
+
+    def take_codes(self, weights: Sequence[CodedWeight]) -> None:
+        """The weight, or those of all experts, as a quantized checkpoint has it."""
+        raise NotImplementedError(type(self).__name__)
 
     def forward(self, x_TI: Tensor) -> Tensor:
         return kernels.linear(x_TI, self.weight, self.bias)

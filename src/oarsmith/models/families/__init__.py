@@ -117,7 +117,10 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for family in _FAMILIES:
         if config.get("model_type") in family.inside and isinstance(inner, Mapping):
             own = {"model_type": family.model_types[0], "architectures": list(family.architectures[:1])}
-            shared = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings", "transformers_version")
+            shared = (
+                *("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings", "transformers_version"),
+                "quantization_config",
+            )
             return {**inner, **{key: config[key] for key in shared if config.get(key) is not None}, **own}
     return dict(config)
 

@@ -1,0 +1,66 @@
+"""Keys of adapters: which method, where it sits, and what the methods share. Those of single methods lie beside it."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from .adapter_factors import FactorKeys
+from .adapter_lora import LoraFamilyKeys
+from .adapter_virtual import VirtualKeys
+from .base import Bool, Float, Int, JobConfig, NamesOrPattern
+
+AdapterType = Literal[
+    "none",
+    "lora",
+    "mora",
+    "vera",
+    "lokr",
+    "loha",
+    "ia3",
+    "fourierft",
+    "oft",
+    "boft",
+    "bottleneck",
+]
+
+
+class SharedAdapterKeys(JobConfig):
+    title: ClassVar[str] = "Adapters"
+
+    lora: Bool = Field(
+        False, description="Train small matrices beside the frozen weights instead of the weights: far less memory."
+    )
+    adapter_type: AdapterType | None = Field(
+        None, description="The method of the adapter; see docs/adapters.md. Not given: lora with lora true, else none."
+    )
+    lora_rank: Int = Field(8, ge=1, description="Rank r of the matrices: more can be learned, more memory.")
+    lora_alpha: Float | None = Field(
+        None,
+        gt=0,
+        description="Scale: the update is multiplied by alpha/r. Not given: 2 r, 4 with rslora, r for lokr and loha.",
+    )
+    lora_dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the adapter's matrices.")
+    lora_target_modules: NamesOrPattern | None = Field(
+        None,
+        description="Which linear layers: all-linear (all but the head), names separated by commas, or a regular "
+        "expression that matches a whole module name. Not given: all-linear; ia3 and bottleneck have their own.",
+    )
+    rslora: Bool = Field(False, description="Scale by alpha/sqrt(r) instead (rank-stabilised LoRA), for high ranks.")
+    weight_quantize_algo: Literal["none", "a8w8linear"] = Field(
+        "none",
+        description="How frozen weights under an adapter are kept. a8w8linear: in 8 bits, multiplied in 8 bits in "
+        "both passes: half the memory and faster on CPUs with VNNI; the loss is a little higher.",
+    )
+
+
+class AdapterKeys(SharedAdapterKeys, LoraFamilyKeys, FactorKeys, VirtualKeys):
+    """All of them, for commands that train."""
+
+    title: ClassVar[str] = "Adapters"
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter trains, and not the model."""
+        return self.adapter_type not in (None, "none")
