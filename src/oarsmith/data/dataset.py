@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oarsmith.data.conversations import to_conversation
-from oarsmith.data.loader import samples_fingerprint
 from oarsmith.data.records import ReadLog, Record, read_records
 from oarsmith.data.report import DataReport
+from oarsmith.data.rows import fingerprint_of
 from oarsmith.data.samples import ConversationEncoder, Encoded, Sample, SampleOptions
 from oarsmith.errors import DataError
 
@@ -93,8 +93,8 @@ def build_samples(
         done += 1
         if progress is not None and done % _PROGRESS_EVERY == 0:
             progress(done, None, "encoding rows")
-    report.finish(samples)
+    report.finish([len(sample) for sample in samples])
     if progress is not None:
         progress(done, done, "encoding rows")
     report.check(options.max_dropped_fraction)
-    return SampleSet(tuple(samples), report, samples_fingerprint(samples))
+    return SampleSet(tuple(samples), report, fingerprint_of(samples))
