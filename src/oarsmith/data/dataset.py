@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int | None, str], None]
 """progress(done, total or None where unknown, what is being done)."""
 
-_PROGRESS_EVERY = 100
+PROGRESS_EVERY = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def build_samples(
     for _, encoded in encode_rows(source, tokenizer, options, report):
         samples += encoded.samples
         done += 1
-        if progress is not None and done % _PROGRESS_EVERY == 0:
+        if progress is not None and done % PROGRESS_EVERY == 0:
             progress(done, None, "encoding rows")
     report.finish([len(sample) for sample in samples])
     if progress is not None:
