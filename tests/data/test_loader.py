@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from oarsmith.data.loader import Loader, samples_fingerprint
+from oarsmith.data.loader import Loader
+from oarsmith.data.rows import fingerprint_of
 from oarsmith.data.samples import Sample
 from oarsmith.errors import ConfigError, DataError, TrainingError
 
@@ -104,7 +105,7 @@ def test_other_data_or_settings_are_refused_on_resume():
     state = Loader(SAMPLES, rows_per_batch=4).state()
     changed = make_samples()
     changed[7].weights[1] = 0.5
-    assert samples_fingerprint(changed) != samples_fingerprint(SAMPLES)
+    assert fingerprint_of(changed) != fingerprint_of(SAMPLES)
     with pytest.raises(DataError, match="the data has changed since the checkpoint"):
         Loader(changed, rows_per_batch=4).load_state(state)
     with pytest.raises(ConfigError, match="rows_per_batch is 2, but"):

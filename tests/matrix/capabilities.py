@@ -46,7 +46,9 @@ from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.fresh import fresh_config
 from oarsmith.models.init import init_weights
+from oarsmith.models.layout import Layout
 from oarsmith.models.recompute import Granularity, Recompute
+from oarsmith.models.sharing import shares_beginnings
 from oarsmith.training.optimizer import AdamW, AdamWSettings
 from oarsmith.training.step import run_step
 from tiny import one_step
@@ -302,6 +304,55 @@ def _visibility(bench: Bench, model: Decoder) -> None:
     if start:  # the prefix is read in both directions, and reaches what follows
         moved = changed(start - 2)
         assert moved.min() > 1e-4, moved
+
+
+def shared_prompt(bench: Bench) -> str:
+    """A prompt that lies in the stream once gives its answers what each has behind a prompt of its own."""
+    model = bench.model().train()
+    if not shares_beginnings(model):
+        return "apart"
+    pairs = []
+    for length, seed in ((19, 31), (33, 32)):
+        document, other = bench.document(length, seed), bench.document(length, seed + 10)
+        cut = length - length // 3
+        pairs.append((document[:cut], document[cut:], other[cut : cut + 4]))
+    whole = [prompt + answer for prompt, *answers in pairs for answer in answers]
+    stream, source = [], []
+    for prompt, *answers in pairs:
+        start = len(stream)
+        stream += prompt
+        for answer in answers:
+            source += [*range(start, start + len(prompt)), *range(len(stream), len(stream) + len(answer))]
+            stream += answer
+    bounds = [0, *np.cumsum([len(document) for document in whole]).tolist()]
+    layout = Layout.branching(bounds, torch.tensor(source))
+    for mode in (model.train(), model.eval()):
+        apart = torch.cat(packed_logits(mode, whole))
+        with torch.no_grad():
+            shared = mode.logits(mode.hidden(torch.tensor(stream), layout))
+        close(shared[torch.tensor(source)], apart, 1e-5)
+    _same_gradients(bench.model().train(), torch.tensor(stream), layout, whole)
+    return "yes"
+
+
+def _same_gradients(model: Decoder, stream_T: Tensor, layout: Layout, whole: list[list[int]]) -> None:
+    """Of a sum over all documents' logits, those of the shared prompt counted for each."""
+    assert layout.branches is not None
+    source_E = layout.branches.source_E
+    weight_EV = torch.randn(len(source_E), model.spec.vocab_size, generator=torch.Generator().manual_seed(0))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    own = (model.logits(model.hidden(stream_T, layout))[source_E] * weight_EV).sum()
+    ids = torch.tensor([token for document in whole for token in document])
+    bounds = [0, *np.cumsum([len(document) for document in whole]).tolist()]
+    positions = torch.cat([torch.arange(len(document)) for document in whole])
+    other = (model.logits(model.hidden(ids, Layout.documents(bounds, positions))) * weight_EV).sum()
+    found = torch.autograd.grad(own, parameters, allow_unused=True)
+    expected = torch.autograd.grad(other, parameters, allow_unused=True)
+    size = math.sqrt(sum(float(g.norm()) ** 2 for g in expected if g is not None))
+    for one, wanted in zip(found, expected, strict=True):
+        assert (one is None) == (wanted is None)
+        if one is not None and wanted is not None:
+            assert float((one - wanted).norm()) <= 1e-4 * float(wanted.norm()) + 1e-5 * size
 
 
 def recompute(bench: Bench) -> str:

@@ -18,6 +18,12 @@ COLUMNS: dict[str, Capability] = {
         capabilities.adapters,
     ),
     "packing": Capability("packing", "packed documents give what they give alone", capabilities.packing),
+    "shared": Capability(
+        "one prompt",
+        "a prompt with several answers is computed once for all of them, and each has what it has behind a prompt of "
+        "its own; apart: rotations follow the whole length, so that every answer has the prompt to itself",
+        capabilities.shared_prompt,
+    ),
     "recompute": Capability("recompute", "recomputing blocks changes no gradient", capabilities.recompute),
     "init": Capability("from config", "`config.json` alone makes a fresh model", capabilities.from_config),
     "pretrain": Capability(

@@ -17,6 +17,7 @@ from .eval import EvalConfig
 from .groups import DataKeys, SamplingKeys
 from .impossible import Impossible
 from .inference import GenerateConfig, ModeKeys, SpeculativeKeys, WeightKeys
+from .preferences import PreferenceDataKeys
 from .preprocess_combinations import PREPROCESS
 from .training_combinations import TRAINING
 
@@ -27,6 +28,12 @@ IMPOSSIBLE: tuple[Impossible[Any], ...] = (
         lambda c: c.src_length is not None and c.src_length >= c.max_length,
         "src_length {src_length} leaves no room for an answer in max_length {max_length}",
         "lower src_length or raise max_length",
+    ),
+    Impossible(
+        PreferenceDataKeys,
+        lambda c: c.max_prompt_len is not None and c.max_prompt_len >= c.max_length,
+        "max_prompt_len {max_prompt_len} leaves no room for answers in max_length {max_length}",
+        "lower max_prompt_len or raise max_length",
     ),
     Impossible(
         SamplingKeys,

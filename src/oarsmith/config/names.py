@@ -20,6 +20,8 @@ ALIASES: dict[str, str] = {
     "max_seq_length": "max_length",
     "cutoff_len": "max_length",
     "max_prompt_len": "src_length",
+    "max_prompt_length": "max_prompt_len",
+    "placeholder_token": "step_separator",
     "packing": "zero_padding",
     "eval_strategy": "evaluation_strategy",
     "gradient_checkpointing": "recompute",

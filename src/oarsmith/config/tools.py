@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from .base import Bool, Int, JobConfig
 from .groups import DataKeys, ModelKeys
+from .preferences import PromptKeys, StepKeys
 
 
 class QuickstartConfig(JobConfig):
@@ -22,7 +23,7 @@ class QuickstartConfig(JobConfig):
     seed: Int = Field(42, ge=0, description="Everything random follows from this number.")
 
 
-class PreviewConfig(ModelKeys, DataKeys):
+class PreviewConfig(ModelKeys, DataKeys, PromptKeys, StepKeys):
     """All keys of ``oarsmith preview``. It reads the files of ``oarsmith sft`` unchanged."""
 
     title: ClassVar[str] = "Preview"
@@ -31,6 +32,11 @@ class PreviewConfig(ModelKeys, DataKeys):
     also_accepts: ClassVar[tuple[str, ...]] = ("sft",)
 
     count: Int = Field(3, ge=1, description="Samples to show.")
+    stage: Literal["auto", "sft", "dpo", "kto", "reward"] = Field(
+        "auto",
+        description="The command that the rows are for: they are shown as it trains on them. auto: recognised by the "
+        "first row's fields.",
+    )
 
 
 class ExplainConfig(JobConfig):

@@ -92,11 +92,20 @@ def to_conversation(record: Record, dataset_format: DatasetFormat | None = None)
         "messages": formats.openai_messages,
     }
     messages, tools, context = readers[name](record)
+    assert messages, f"{record.where}: no messages from {shape(record.value)}"
+    check_variables(record, "context", context)
+    return Conversation(tuple(messages), tuple(tools) if tools else None, context, where=record.where)
+
+
+def check_variables(record: Record, name: str, context: Any) -> None:
+    """Refuses template variables that are none, or that the row itself says.
+
+    Raises:
+        DataError: with file:line and the field.
+    """
     if not isinstance(context, dict):
-        raise bad_field(record, "context", context, "an object of template variables")
+        raise bad_field(record, name, context, "an object of template variables")
     reserved = {"messages", "tools", "add_generation_prompt"} & set(context)
     if reserved:
-        what = f"field 'context' sets {', '.join(sorted(reserved))}, which the chat template gets from the row itself"
+        what = f"field '{name}' sets {', '.join(sorted(reserved))}, which the chat template gets from the row itself"
         raise DataError(what, where=record.where, fix="rename it")
-    assert messages, f"{record.where}: no messages from {shape(record.value)}"
-    return Conversation(tuple(messages), tuple(tools) if tools else None, context, where=record.where)

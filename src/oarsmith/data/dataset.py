@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oarsmith.data.conversations import to_conversation
-from oarsmith.data.loader import samples_fingerprint
 from oarsmith.data.records import ReadLog, Record, read_records
 from oarsmith.data.report import DataReport
+from oarsmith.data.rows import fingerprint_of
 from oarsmith.data.samples import ConversationEncoder, Encoded, Sample, SampleOptions
 from oarsmith.errors import DataError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int | None, str], None]
 """progress(done, total or None where unknown, what is being done)."""
 
-_PROGRESS_EVERY = 100
+PROGRESS_EVERY = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +91,10 @@ def build_samples(
     for _, encoded in encode_rows(source, tokenizer, options, report):
         samples += encoded.samples
         done += 1
-        if progress is not None and done % _PROGRESS_EVERY == 0:
+        if progress is not None and done % PROGRESS_EVERY == 0:
             progress(done, None, "encoding rows")
-    report.finish(samples)
+    report.finish([len(sample) for sample in samples])
     if progress is not None:
         progress(done, done, "encoding rows")
     report.check(options.max_dropped_fraction)
-    return SampleSet(tuple(samples), report, samples_fingerprint(samples))
+    return SampleSet(tuple(samples), report, fingerprint_of(samples))

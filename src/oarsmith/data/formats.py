@@ -104,14 +104,14 @@ def sharegpt(record: Record) -> Parsed:
     return messages, read_tools(record, row.get("tools")), {}
 
 
-def openai_messages(record: Record) -> Parsed:
-    """OpenAI: `messages` of role/content with `tool_calls` and tool results, and `tools`."""
+def openai_messages(record: Record, column: str = "messages") -> Parsed:
+    """OpenAI: `messages` (or another `column`) of role/content with `tool_calls` and tool results, and `tools`."""
     row = record.value
-    given_messages = fields.items(record, "messages", row.get("messages"), "a list of {role, content} messages")
+    given_messages = fields.items(record, column, row.get(column), "a list of {role, content} messages")
     messages: list[Message] = []
     num_calls, waiting = 0, []
     for number, item in enumerate(given_messages):
-        name = f"messages[{number}]"
+        name = f"{column}[{number}]"
         given = fields.without_nulls(fields.mapping(record, name, item, "an object {role, content}"))
         role = _role(record, f"{name}.role", given.get("role"), _OPENAI_ROLES)
         message: Message = {**given, "role": role}

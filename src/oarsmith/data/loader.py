@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
-
-import numpy as np
 
 from oarsmith.data.batch import Batch, make_batch
 from oarsmith.data.order import permutation
 from oarsmith.data.packs import best_fit_packs
 from oarsmith.data.place import PlacedBatches
-from oarsmith.data.samples import Sample
+from oarsmith.data.rows import Row, fingerprint_of
 from oarsmith.errors import ConfigError, DataError, TrainingError
 
 
 class Loader(PlacedBatches):
-    """Micro-batches of samples.
+    """Micro-batches of samples, or of prompts with answers.
 
     A row is one sample, or with packing a pack of samples of at most `capacity` tokens; a batch is `rows_per_batch`
     rows end to end. The last batch of an epoch may have fewer rows (`drop_last` leaves it out).
 
     Args:
         samples: what to train on.
+        make: puts samples end to end, such as `make_answer_batch` for prompts with answers.
+        lengths: tokens that each sample takes in a row, where that is not its `len`.
         capacity: tokens of a packed row; needed with packing, unused without.
         fingerprint: of the samples (`SampleSet.fingerprint`); a saved state is refused over other data. Computed
             where not given.
@@ -31,9 +31,11 @@ class Loader(PlacedBatches):
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        samples: Sequence[Row],
         *,
         rows_per_batch: int,
+        make: Callable[[Sequence[Any]], Batch] = make_batch,
+        lengths: Sequence[int] | None = None,
         capacity: int | None = None,
         packing: bool = False,
         seed: int = 0,
@@ -45,11 +47,13 @@ class Loader(PlacedBatches):
             raise ConfigError(
                 f"rows per batch is {rows_per_batch}, at least 1 is needed", where="per_device_train_batch_size"
             )
-        if packing:
-            self._check_capacity(samples, capacity)
-        super().__init__(fingerprint or samples_fingerprint(samples))
         self._samples = samples
-        self._lengths = [len(sample) for sample in samples]
+        self._make = make
+        self._lengths = [len(sample) for sample in samples] if lengths is None else list(lengths)
+        assert len(self._lengths) == len(samples), f"{len(self._lengths)} lengths of {len(samples)} samples"
+        if packing:
+            self._check_capacity(capacity)
+        super().__init__(fingerprint or fingerprint_of(samples))
         self._capacity = capacity if packing else None
         self._rows_per_batch = rows_per_batch
         self._seed = seed
@@ -60,14 +64,21 @@ class Loader(PlacedBatches):
             what = f"{len(samples)} samples give no batch of {rows_per_batch} rows"
             raise TrainingError(what, fix="give more data" + (", or set drop_last to false" if drop_last else ""))
 
-    @staticmethod
-    def _check_capacity(samples: Sequence[Sample], capacity: int | None) -> None:
+    def _check_capacity(self, capacity: int | None) -> None:
         if capacity is None:
             raise ConfigError("packing needs the length of a row", where="max_length", fix="set max_length")
-        too_long = next((sample for sample in samples if len(sample) > capacity), None)
+        too_long = next((at for at, length in enumerate(self._lengths) if length > capacity), None)
         if too_long is not None:
-            what = f"the sample has {len(too_long)} tokens, a packed row {capacity}"
-            raise DataError(what, where=too_long.where, fix="encode with the same max_length as the rows have")
+            what = f"the sample has {self._lengths[too_long]} tokens, a packed row {capacity}"
+            fix = "encode with the same max_length as the rows have"
+            raise DataError(what, where=self._samples[too_long].where, fix=fix)
+
+    def with_samples(self, samples: Sequence[Row]) -> Loader:
+        """The same plan and place over the same samples that now carry more (`with_references`)."""
+        assert [sample.where for sample in samples] == [sample.where for sample in self._samples], "other samples"
+        other = copy.copy(self)
+        other._samples = samples
+        return other
 
     def batches_per_epoch(self, epoch: int) -> int:
         """Number of batches of an epoch; with packing it can differ a little between epochs."""
@@ -79,7 +90,7 @@ class Loader(PlacedBatches):
         if not 0 <= index < self.batches_per_epoch(epoch):
             raise IndexError(f"batch {index} of {self.batches_per_epoch(epoch)}")
         rows = self._rows(epoch)[index * self._rows_per_batch : (index + 1) * self._rows_per_batch]
-        return make_batch([self._samples[sample] for row in rows for sample in row])
+        return self._make([self._samples[sample] for row in rows for sample in row])
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -109,13 +120,3 @@ class Loader(PlacedBatches):
         else:
             packs.sort(key=min)
         return [[order[n] for n in (pack if self._shuffle else sorted(pack))] for pack in packs]
-
-
-def samples_fingerprint(samples: Sequence[Sample]) -> str:
-    """sha256 (hexadecimal) over ids and weights of the samples in order."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(len(sample).to_bytes(8, "little"))
-        digest.update(np.ascontiguousarray(sample.ids, dtype="<i4").tobytes())
-        digest.update(np.ascontiguousarray(sample.weights, dtype="<f4").tobytes())
-    return digest.hexdigest()

@@ -18,7 +18,7 @@ from oarsmith.text import StreamDecoder
 if TYPE_CHECKING:
     from oarsmith.text import Tokenizer
 
-_CONTEXT = Style(dim=True)
+CONTEXT = Style(dim=True)
 # Two shades in turn, so that borders between tokens show.
 _TRAINED = (Style(color="black", bgcolor="green"), Style(color="black", bgcolor="bright_green"))
 _PARTLY = (Style(color="black", bgcolor="yellow"), Style(color="black", bgcolor="bright_yellow"))
@@ -48,7 +48,7 @@ def render_preview(sample: Sample, tokenizer: Tokenizer, console: Console) -> No
     pieces = token_texts(sample.ids.tolist(), tokenizer)
     for number, (piece, weight) in enumerate(zip(pieces, sample.weights.tolist(), strict=True)):
         shades = _TRAINED if weight == 1.0 else _PARTLY
-        shown.append(_visible(piece), style=shades[number % 2] if weight else _CONTEXT)
+        shown.append(visible(piece), style=shades[number % 2] if weight else CONTEXT)
     console.print(shown)
     console.print()
 
@@ -70,7 +70,7 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     return texts
 
 
-def _visible(piece: str) -> str:
+def visible(piece: str) -> str:
     """Control characters as their Unicode pictures, a line break as its sign and a break: nothing reaches the
     terminal as a command."""
     shown = "".join(chr(0x2400 + ord(c)) if c < " " and c != "\n" else ("\u2421" if c == "\x7f" else c) for c in piece)
@@ -81,6 +81,6 @@ def _legend() -> Text:
     legend = Text("legend: ")
     legend.append("trained", style=_TRAINED[0])
     legend.append(" trained with another weight than 1", style=_PARTLY[0])
-    legend.append(" context without loss", style=_CONTEXT)
+    legend.append(" context without loss", style=CONTEXT)
     legend.append("  (shades show token borders)")
     return legend

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from oarsmith.data.packs import best_fit_packs, packing_efficiency
-from oarsmith.data.samples import Sample
+from oarsmith.data.rows import Row
 from oarsmith.errors import DataError
 
 _MAX_EXAMPLES = 3
@@ -62,7 +62,7 @@ class DataReport:
         """Counts a row that gave no sample."""
         self.dropped.setdefault(reason, DropReason()).add(f"{where} ({detail})" if detail else where)
 
-    def keep(self, samples: Sequence[Sample], notes: Mapping[str, int]) -> None:
+    def keep(self, samples: Sequence[Row], notes: Mapping[str, int]) -> None:
         """Counts a row and its samples."""
         self.kept += 1
         self.notes.update(notes)
@@ -70,9 +70,8 @@ class DataReport:
         self.num_tokens += sum(map(len, samples))
         self.num_trained += sum(sample.num_trained for sample in samples)
 
-    def finish(self, samples: Sequence[Sample]) -> None:
-        """Adds what is known only at the end: lengths and packing."""
-        sizes = [len(sample) for sample in samples]
+    def finish(self, sizes: Sequence[int]) -> None:
+        """Adds what is known only at the end: lengths and packing, from the tokens that each sample takes."""
         if sizes:
             points = np.percentile(sizes, _PERCENTILES, method="nearest")
             self.lengths = {at: int(size) for at, size in zip(_PERCENTILES, points, strict=True)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -54,6 +54,12 @@ class Sample:
     def num_trained(self) -> int:
         """Number of tokens with a loss."""
         return int(np.count_nonzero(self.weights))
+
+    def content(self) -> Iterator[bytes]:
+        """Ids and weights."""
+        yield len(self).to_bytes(8, "little")
+        yield np.ascontiguousarray(self.ids, dtype="<i4").tobytes()
+        yield np.ascontiguousarray(self.weights, dtype="<f4").tobytes()
 
 
 @dataclass(frozen=True, slots=True)

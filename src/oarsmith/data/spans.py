@@ -130,6 +130,14 @@ class SpanEncoder:
         if not full.startswith(prompt):
             full = prompt + self._answer_after_other_history(messages, tools, prompt, full)
         _check_all_shown(messages[-1], tools, prompt, full[len(prompt) :])
+        return self.turn_of(prompt, full)
+
+    def turn_of(self, prompt: str, full: str) -> tuple[list[int], list[int], bool]:
+        """As `turn`, of a text that is already put together and what it begins with.
+
+        Raises:
+            RefusedError: the answer has no tokens that follow the prompt's, or nothing ends it.
+        """
         prompt_ids = self.encode(prompt)
         ids = self._continuation(prompt, prompt_ids, full)
         end = self._end_of_turn(ids)

@@ -8,7 +8,7 @@ cut answer has no end-of-turn token.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,25 +121,12 @@ class Fitter:
     def _first_that_fits(
         self, window: Window, tools: Sequence[Any] | None, num_head: int, starts: list[int]
     ) -> int | None:
-        """The earliest turn from which the window fits, None where not even the newest does alone.
-
-        Goes back from the newest turn in doubling steps and then halves, so the work is in proportion to what is kept.
-        """
+        """The earliest turn from which the window fits, None where not even the newest does alone."""
 
         def fits(turn: int) -> bool:
             return self._length(window.since(num_head, starts[turn]).messages, tools) <= self.max_length
 
-        newest = len(starts) - 1
-        if not fits(newest):
-            return None
-        good, step = newest, 1
-        while good > 0 and fits(max(newest - step, 0)):
-            good, step = max(newest - step, 0), 2 * step
-        bad = max(newest - step, 0) if good > 0 else -1
-        while good - bad > 1:
-            middle = (good + bad) // 2
-            good, bad = (middle, bad) if fits(middle) else (good, middle)
-        return good
+        return first_that_fits(len(starts) - 1, fits)
 
     def _turn(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[list[int], list[int]]:
         """Prompt ids and answer ids (with the end of the turn) of the last message."""
@@ -166,31 +153,53 @@ class Fitter:
         budget = max(self.src_length, self.max_length - len(answer_ids))
         if len(prompt_ids) > budget:
             fitted.notes[QUESTION_CUT] += 1
-            prompt_ids, answer_ids = self._with_question_cut(messages, tools, budget)
+            prompt_ids, answer_ids = self._turn(with_question_cut(self.encoder, messages, tools, budget), tools)
         if len(prompt_ids) + len(answer_ids) > self.max_length:
             fitted.notes[ANSWER_CUT] += 1
             answer_ids = answer_ids[: self.max_length - len(prompt_ids)]
         weights = [0.0] * len(prompt_ids) + [window.trained[steps[0]]] * len(answer_ids)
         return Span(prompt_ids + answer_ids, weights, [steps[0]])
 
-    def _with_question_cut(
-        self, messages: list[Message], tools: Sequence[Any] | None, budget: int
-    ) -> tuple[list[int], list[int]]:
-        """Shortens the last message before the answer from its beginning until the prompt has at most `budget` tokens.
 
-        What stands nearest to the answer is kept; the template around it stays whole.
-        """
-        tokenizer = self.encoder.tokenizer
-        asked = messages[-2] if len(messages) > 1 else {"role": "", "content": ""}
-        ids = tokenizer.encode(asked["content"], add_special_tokens=False)
-        keep = len(ids)
-        while True:
-            prompt_ids, answer_ids = self._turn([*messages[:-2], asked, messages[-1]], tools)
-            if len(prompt_ids) <= budget:
-                return prompt_ids, answer_ids
-            others = len(prompt_ids) - keep
-            keep -= len(prompt_ids) - budget
-            if keep <= 0 or asked["role"] not in ("user", "tool"):
-                raise RefusedError(PROMPT_TOO_LONG, f"{others} tokens, limit {budget}")
-            # Cutting within a character leaves replacement marks in front.
-            asked = {**asked, "content": tokenizer.decode(ids[-keep:]).lstrip("\ufffd")}
+def first_that_fits(newest: int, fits: Callable[[int], bool]) -> int | None:
+    """The earliest turn from which a conversation `fits`, None where not even the `newest` does alone.
+
+    Goes back from the newest turn in doubling steps and then halves, so the work is in proportion to what is kept.
+    """
+    if not fits(newest):
+        return None
+    good, step = newest, 1
+    while good > 0 and fits(max(newest - step, 0)):
+        good, step = max(newest - step, 0), 2 * step
+    bad = max(newest - step, 0) if good > 0 else -1
+    while good - bad > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return good
+
+
+def with_question_cut(
+    encoder: SpanEncoder, messages: Sequence[Message], tools: Sequence[Any] | None, budget: int
+) -> list[Message]:
+    """The messages with the last one before the answer shortened from its beginning until the prompt has at most
+    `budget` tokens.
+
+    What stands nearest to the answer is kept; the template around it stays whole.
+
+    Raises:
+        RefusedError: the template and what else is in the prompt have more tokens than that.
+    """
+    asked = messages[-2] if len(messages) > 1 else {"role": "", "content": ""}
+    ids = encoder.tokenizer.encode(asked["content"], add_special_tokens=False)
+    keep = len(ids)
+    while True:
+        shortened = [*messages[:-2], asked, messages[-1]]
+        prompt_ids, _, _ = encoder.turn(shortened, tools)
+        if len(prompt_ids) <= budget:
+            return shortened
+        others = len(prompt_ids) - keep
+        keep -= len(prompt_ids) - budget
+        if keep <= 0 or asked["role"] not in ("user", "tool"):
+            raise RefusedError(PROMPT_TOO_LONG, f"{others} tokens, limit {budget}")
+        # Cutting within a character leaves replacement marks in front.
+        asked = {**asked, "content": encoder.tokenizer.decode(ids[-keep:]).lstrip("\ufffd")}

@@ -12,7 +12,8 @@ from oarsmith.config.groups import DataKeys
 from oarsmith.config.sft import SftConfig
 from oarsmith.data.dataset import Progress as DataProgress
 from oarsmith.data.dataset import SampleSet, build_samples
-from oarsmith.data.loader import Loader, samples_fingerprint
+from oarsmith.data.loader import Loader
+from oarsmith.data.rows import fingerprint_of
 from oarsmith.data.samples import Sample, SampleOptions
 from oarsmith.errors import DataError
 from oarsmith.losses.token import token_cross_entropy
@@ -68,7 +69,7 @@ def build_data(config: SftConfig, tokenizer: Tokenizer, progress: DataProgress |
             capacity=options.max_length,
             packing=config.zero_padding,
             seed=config.seed,
-            fingerprint=samples_fingerprint(samples),
+            fingerprint=fingerprint_of(samples),
         ),
         evaluation=_batch_set(held_out, config),
         test=_batch_set(tested, config),

@@ -102,6 +102,10 @@ class Attention(nn.Module):
 
 def attend(q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, layout: Layout, scores: Scores) -> Tensor:
     """softmax(scores) v [T, H, V], every query over the keys that the layout shows its head."""
+    if (branches := layout.branches) is not None:
+        # Queries of a shared beginning are computed for each document, and used of the first.
+        q_EHK, k_EGK, v_EGV = (x.index_select(0, branches.source_E) for x in (q_THK, k_SGK, v_SGV))
+        return attend(q_EHK, k_EGK, v_EGV, branches.layout, scores).index_select(0, branches.own_T)
     if layout.rows is not None:
         positions_BT = layout.rows.positions_BT
         q_BTHK = q_THK.unflatten(0, positions_BT.shape)

@@ -74,9 +74,12 @@ class Decoder(nn.Module):
         if lead is not None and keys is None and cache is None:
             input_ids_T, layout, own_T = front.put_before(input_ids_T, layout, lead.num_virtual)
         marked = cache if isinstance(cache, KVCache) else None
-        layout = visibility.apply(self.spec.visibility, input_ids_T, layout, marked, self.training)
+        ids_E = input_ids_T if layout.branches is None else input_ids_T[layout.branches.source_E]
+        layout = layout.with_whole(
+            lambda whole: visibility.apply(self.spec.visibility, ids_E, whole, marked, self.training)
+        )
         if self.shifted is not None and self.training:
-            layout = self.shifted.apply(layout)
+            layout = layout.with_whole(self.shifted.apply)
         if keys is not None:
             whole = cache is None
             layout = front.moved(layout, len(keys[0][0])) if whole else front.instead_of_own(layout, input_ids_T, keys)

@@ -55,6 +55,25 @@ class RowPlaces:
 
 
 @dataclass(frozen=True)
+class Branches:
+    """Documents that share their beginnings, as the whole documents that they stand for.
+
+    A prompt with two answers lies in the stream once: prompt, first answer, second answer. What looks at other tokens
+    (attention, filters) works on the whole documents, prompt and first answer, prompt and second answer; everything
+    else on the stream. Shapes: E tokens of the whole documents.
+
+    Attributes:
+        source_E: which token of the stream each of their tokens is.
+        own_T: where in them each token of the stream lies; of one that lies in several, the first.
+        layout: theirs.
+    """
+
+    source_E: Tensor
+    own_T: Tensor
+    layout: Layout
+
+
+@dataclass(frozen=True)
 class Layout:
     """One call: its documents, who sees whom, and each token's position.
 
@@ -63,7 +82,8 @@ class Layout:
     first one. ``blocks_T``: the second row of positions, where the model has two. ``ranges``: where a cache holds the
     keys that the spans count one after another (first key, end of keys, slot of the first); None: key i is token i of
     this call. ``halves``: spans of the first half of the heads and of the second, where they differ (see
-    ``shifted.py``). ``rows``: in place of spans and pieces.
+    ``shifted.py``). ``rows``: in place of spans and pieces. ``branches``: in place of both, where documents share
+    beginnings.
     """
 
     pieces: tuple[Piece, ...]
@@ -77,6 +97,7 @@ class Layout:
     rows: RowPlaces | None = None
     front: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     asked: tuple[int, ...] | None = None
+    branches: Branches | None = None
 
     @property
     def fresh(self) -> bool:
@@ -86,11 +107,15 @@ class Layout:
     @property
     def most_keys(self) -> int:
         """The most keys that a query may see, or as many that it is not known."""
+        if self.branches is not None:
+            return self.branches.layout.most_keys
         return max((s.k_stop - s.k_start for s in self.spans), default=0) if self.rows is None else self.rows.size
 
     @property
     def sizes_T(self) -> Tensor:
         """How many tokens of this call each token's document has, itself included."""
+        if self.branches is not None:
+            return self.branches.layout.sizes_T[self.branches.own_T]
         sizes = torch.tensor([piece.stop - piece.start for piece in self.pieces], device=self.positions_T.device)
         return sizes.repeat_interleave(sizes)
 
@@ -109,10 +134,50 @@ class Layout:
         """The layout with the number of tokens of each document that are its prompt."""
         return replace(self, asked=tuple(asked))
 
+    @staticmethod
+    def branching(bounds_E: Sequence[int], source_E: Tensor) -> Layout:
+        """Documents that share beginnings (``Branches``). ``source_E``: which token of the stream each of theirs is.
+
+        Every token of the stream is some document's, and has the same tokens before it in all of them.
+        """
+        index_E = torch.arange(len(source_E), device=source_E.device)
+        sizes = torch.tensor([b - a for a, b in pairwise(bounds_E)], device=source_E.device)
+        starts = torch.tensor(bounds_E[:-1], device=source_E.device)
+        whole = Layout.documents(bounds_E, index_E - starts.repeat_interleave(sizes))
+        if torch.equal(source_E, index_E):  # nothing is shared
+            return whole
+        first_T = torch.full((int(source_E.max()) + 1,), len(source_E), device=source_E.device)
+        own_T = first_T.scatter_reduce(0, source_E, index_E, "amin")
+        return Layout._of_branches(Branches(source_E, own_T, whole))
+
+    @staticmethod
+    def _of_branches(branches: Branches) -> Layout:
+        whole, own_T = branches.layout, branches.own_T
+        return Layout(
+            (),
+            (),
+            whole.positions_T[own_T],
+            whole.lengths_T[own_T],
+            whole.prompts_T[own_T],
+            None if whole.blocks_T is None else whole.blocks_T[own_T],
+            branches=branches,
+        )
+
+    def with_whole(self, change: Callable[[Layout], Layout]) -> Layout:
+        """What ``change`` makes of it, or of its whole documents."""
+        if self.branches is None:
+            return change(self)
+        return Layout._of_branches(replace(self.branches, layout=change(self.branches.layout)))
+
     def followed_by(self, count: int) -> Layout:
         """The layout with one more document of ``count`` tokens at its end."""
         assert self.fresh, "without a cache only"
         start = len(self.positions_T)
+        if (before := self.branches) is not None:
+            index = torch.arange(count, device=before.source_E.device)
+            source_E = torch.cat([before.source_E, start + index])
+            own_T = torch.cat([before.own_T, len(before.source_E) + index])
+            return Layout._of_branches(Branches(source_E, own_T, before.layout.followed_by(count)))
         span = Span(start, start + count, start, start + count)
         index_T = torch.arange(count, device=self.positions_T.device)
         size_T = torch.full_like(index_T, count)

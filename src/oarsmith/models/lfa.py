@@ -45,6 +45,9 @@ class LocalFilter(nn.Module):
         self.norm = RMSNorm(spec.filter_norm)
 
     def forward(self, x_TD: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
+        if (branches := layout.branches) is not None:
+            y_ED = self(x_TD.index_select(0, branches.source_E), branches.layout, cache)
+            return y_ED.index_select(0, branches.own_T)
         state_N2D = None if cache is None else cache.state(self.layer)
         nothing = x_TD.new_zeros(2, x_TD.shape[1])
         extended, kept, begins, at = [], [], [], 0
