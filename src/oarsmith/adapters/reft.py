@@ -6,7 +6,7 @@ most half of the prompt, so that none is edited twice; answers are not edited, e
 
 In training the prompt is what stands before the first token that is trained on; a text that is trained on from its
 beginning has none. PEFT has no files for it: ours are a config of type REFT, and for each layer ``rotate`` (R),
-``source`` (W), ``bias`` (b), or ``down`` (A), ``up`` (B), ``down_scale`` and ``up_scale``, under ``base_model.reft.N.``.
+``source`` (W), ``bias`` (b), or ``down`` (A), ``up`` (B), ``down_scale``, ``up_scale``, under ``base_model.reft.N.``.
 
 Shapes: T tokens, N edited ones, D hidden, r rank.
 """
