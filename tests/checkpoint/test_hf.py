@@ -224,17 +224,18 @@ from pathlib import Path
 import torch
 from oarsmith.checkpoint.hf import load_decoder
 rewrite = None
-if sys.argv[4] == "int8":
-    from oarsmith.adapters.forms import INT8_ROWS
+if sys.argv[4] != "all":
+    from oarsmith.adapters.forms import INT8_ROWS, Blocks
     from oarsmith.adapters.targets import kept_as
-    rewrite = kept_as(INT8_ROWS, lambda family, spec: spec)
+    form = {"int8": INT8_ROWS, "nf4": Blocks(nested=256)}[sys.argv[4]]
+    rewrite = kept_as(form, lambda family, spec: spec)
 load_decoder(Path(sys.argv[1]), rewrite=rewrite)  # the small one: imports and first-time buffers
 def status(key):
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) * 1024
 Path("/proc/self/clear_refs").write_text("5")  # peak back to what is used now
 before = status("VmRSS")
 model = load_decoder(Path(sys.argv[2]), dtype=getattr(torch, sys.argv[3]), rewrite=rewrite)
-size = sum(p.numel() * p.element_size() for p in model.parameters())
+size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 print(size, status("VmHWM") - before)
 """
 
@@ -243,12 +244,17 @@ print(size, status("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize(
     ("dtype", "shard", "kept", "spare"),
-    [("float32", 40_000_000, "all", 0), ("bfloat16", 10**10, "all", 0), ("float32", 10**10, "int8", 34_000_000)],
+    [
+        ("float32", 40_000_000, "all", 0),
+        ("bfloat16", 10**10, "all", 0),
+        ("float32", 10**10, "int8", 34_000_000),
+        ("float32", 10**10, "nf4", 34_000_000),
+    ],
 )
 def test_loading_holds_the_weights_once(tmp_path: Path, dtype: str, shard: int, kept: str, spare: int) -> None:
     """About 200 MB in fp32: beside the model one tensor as stored (here at most 17 MB), and buffers.
 
-    Of a model in 8 bits (80 MB) one parameter is held in fp32 at a time (34 MB).
+    Of a model in 8 or 4 bits (80 or 60 MB) one parameter is held in fp32 at a time (34 MB).
     """
     changes = {
         "vocab_size": 4000,
@@ -269,7 +275,7 @@ def test_loading_holds_the_weights_once(tmp_path: Path, dtype: str, shard: int, 
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     size, peak = map(int, done.stdout.split())
-    assert size > {"float32": 180e6, "bfloat16": 90e6}[dtype] * (1 if kept == "all" else 0.4)
+    assert size > {"float32": 180e6, "bfloat16": 90e6}[dtype] * {"all": 1, "int8": 0.4, "nf4": 0.28}[kept]
     assert peak < 1.35 * size + spare, f"peak {peak / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"
 
 

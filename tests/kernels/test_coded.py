@@ -27,7 +27,7 @@ from oarsmith.kernels.coded import (
     pack_pairs,
     unpack_pairs,
 )
-from oarsmith.kernels.encode import encode_blocks, encode_groups, encode_rows
+from oarsmith.kernels.encode import encode_blocks, encode_blocks_reference, encode_groups, encode_rows
 from oarsmith.kernels.select import using
 
 from .conftest import randn
@@ -141,6 +141,18 @@ def test_blocks(code: Code, in_features: int) -> None:
     for start in range(0, in_features, 64):
         block = slice(start, start + 64)
         assert torch.equal(found[:, block].abs().amax(1), x[:, block].abs().amax(1))
+
+
+@pytest.mark.parametrize("code", [NF4, FP4], ids=lambda code: code.name)
+@pytest.mark.parametrize("sizes", [(3, 7, 4), (40, 576, 64), (5, 200, 64), (2, 96, 96), (0, 8, 8)])
+def test_both_ways_to_blocks(native: None, code: Code, sizes: tuple[int, int, int]) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = randn(sizes[0], sizes[1], dtype=dtype)
+        x[:1] = 0
+        # Half way between two values, and what bf16 rounds to: ties.
+        x[-1:, :5] = torch.tensor([1.0, 0.5, -0.5, 0.25, -1.0])
+        found, expected = (make(x, code, sizes[2]) for make in (encode_blocks, encode_blocks_reference))
+        assert all(torch.equal(have, want) for have, want in zip(found, expected, strict=True))
 
 
 def test_groups_and_rows() -> None:

@@ -87,7 +87,6 @@ def alpha_of(keys: AdapterKeys) -> float:
 # Options that change the arithmetic and are none of ours.
 _NOT_COMPUTED = (
     "modules_to_save",
-    "trainable_token_indices",
     "layer_replication",
     "lora_bias",
     "use_qalora",

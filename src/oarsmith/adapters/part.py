@@ -33,7 +33,7 @@ class AdapterPart(Part):
         beside: other tensors of the file belong to changes of projections.
     """
 
-    what: ClassVar[str]
+    what: str
     unmergeable: ClassVar[str | None] = None
     beside: bool = False
 

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from oarsmith.adapters.bitfit import biases_in, make_biases, read_biases
 from oarsmith.adapters.methods import METHODS, changes_of
 from oarsmith.adapters.part import MakePart, SpecRewrite, with_parts
 from oarsmith.adapters.peft_config import PeftConfig
 from oarsmith.adapters.prefix import make_prefix, read_prefix
+from oarsmith.adapters.prompt import make_prompt, read_prompt
+from oarsmith.adapters.reft import make_reft, read_reft
 from oarsmith.adapters.targets import adapt_rewrite
+from oarsmith.adapters.token_rows import make_token_rows, read_token_rows
 from oarsmith.config.adapters import AdapterKeys
 from oarsmith.models.families import Family
 from oarsmith.models.spec import DecoderSpec, PartSpec
@@ -27,17 +31,24 @@ class PartMethod:
     Attributes:
         name: ours, the ``adapter_type`` of a configuration.
         peft_type: what PEFT calls it, or what we do where it has no such method.
-        make: from a configuration's keys to a part of a model.
+        make: from a configuration's keys and the directory of the base to a part of a model.
         read: from a file's config and its tensors' shapes to the same.
     """
 
     name: str
     peft_type: str
-    make: Callable[[AdapterKeys, Family, DecoderSpec], PartSpec]
+    make: Callable[[AdapterKeys, Path, Family, DecoderSpec], PartSpec]
     read: Callable[[PeftConfig, Shapes, Family, DecoderSpec], PartSpec]
 
 
-PART_METHODS = (PartMethod(name="prefix_tuning", peft_type="PREFIX_TUNING", make=make_prefix, read=read_prefix),)
+PART_METHODS = (
+    PartMethod(name="prefix_tuning", peft_type="PREFIX_TUNING", make=make_prefix, read=read_prefix),
+    PartMethod(name="prompt_tuning", peft_type="PROMPT_TUNING", make=make_prompt, read=read_prompt),
+    PartMethod(name="p_tuning", peft_type="P_TUNING", make=make_prompt, read=read_prompt),
+    PartMethod(name="reft", peft_type="REFT", make=make_reft, read=read_reft),
+    PartMethod(name="bitfit", peft_type="BITFIT", make=make_biases, read=read_biases),
+    PartMethod(name="trainable_tokens", peft_type="TRAINABLE_TOKENS", make=make_token_rows, read=read_token_rows),
+)
 
 
 def rewrite_of(keys: AdapterKeys, base: Path) -> SpecRewrite:
@@ -46,7 +57,12 @@ def rewrite_of(keys: AdapterKeys, base: Path) -> SpecRewrite:
     Args:
         base: the model's directory, for methods that look at its tokenizer.
     """
-    makers: list[MakePart] = [partial(method.make, keys) for method in PART_METHODS if method.name == keys.adapter_type]
+    makes = [method.make for method in PART_METHODS if method.name == keys.adapter_type]
+    if keys.lora_bias != "none":
+        makes.append(make_biases)
+    if keys.trainable_tokens and make_token_rows not in makes:
+        makes.append(make_token_rows)
+    makers: list[MakePart] = [partial(make, keys, base) for make in makes]
     changes = any(method.name == keys.adapter_type for method in METHODS)
     inner = adapt_rewrite(lambda places: changes_of(keys, places)) if changes else _as_it_is
     return with_parts(inner, makers)
@@ -57,7 +73,12 @@ def parts_in_file(config: PeftConfig, shapes: Shapes) -> tuple[list[MakePart], b
     for method in PART_METHODS:
         if method.peft_type == config.peft_type:
             return [partial(method.read, config, shapes)], True
-    return [], False
+    makers: list[MakePart] = []
+    if biases_in(shapes):
+        makers.append(partial(read_biases, config, shapes))
+    if config.values.get("trainable_token_indices"):
+        makers.append(partial(read_token_rows, config, shapes))
+    return makers, False
 
 
 def _as_it_is(family: Family, spec: DecoderSpec) -> DecoderSpec:

@@ -87,11 +87,10 @@ def load_adapter_weights(model: Decoder, directory: Path) -> None:
     Raises:
         CheckpointError: a missing, surplus or misshapen tensor (named), or a damaged file.
     """
-    wanted, biases = adapter_tensors(model), _bias_slots(model)
-    slots = wanted | biases
+    slots = adapter_tensors(model)
     with SafetensorsSource(directory / WEIGHTS) as source:
         unknown = sorted(set(source.shapes) - set(slots))
-        missing = sorted(set(wanted) - set(source.shapes))
+        missing = sorted(set(slots) - set(source.shapes))
         if unknown or missing:
             raise CheckpointError(
                 f"tensor {(unknown or missing)[0]} {'has no place in this model' if unknown else 'is missing'}",
@@ -106,8 +105,6 @@ def load_adapter_weights(model: Decoder, directory: Path) -> None:
                 )
             if source.dtypes[name] not in FLOATS:
                 raise CheckpointError(f"stored as {source.dtypes[name]}", where=f"{directory / WEIGHTS}: {name}")
-            if name in biases:
-                source.read_into(name, biases[name])
         sittings = _sittings(model)
         for change in _distinct(sittings):
             change.restore_shared({name: source.read(f"{SHARED}{name}") for name in change.shared()})
@@ -169,17 +166,6 @@ def adapter_tensors(model: Decoder) -> dict[str, Tensor]:
 
 def _distinct(sittings: Mapping[str, tuple[Sitting, Change]]) -> list[Change]:
     return list(dict.fromkeys(change for _, change in sittings.values()))
-
-
-def _bias_slots(model: Decoder) -> dict[str, Tensor]:
-    """Biases PEFT stores beside an adapter trained with ``bias`` all or lora_only (a base_layer in newer files)."""
-    parameters, found = dict(model.named_parameters()), {}
-    for place in families.find(model.config).names(model.spec).places:
-        if place.file.endswith(".bias"):
-            target = place.view(parameters[place.parameter].data)
-            found[f"{PREFIX}{place.file}"] = target
-            found[f"{PREFIX}{place.file.removesuffix('bias')}base_layer.bias"] = target
-    return found
 
 
 def require_base(directory: Path, base: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -175,7 +176,7 @@ def require_room(spec: DecoderSpec, count: int, key: str) -> None:
         raise ConfigError(what, where=key, fix="lower it")
 
 
-def make_prefix(keys: AdapterKeys, family: Family, spec: DecoderSpec) -> PrefixSpec:
+def make_prefix(keys: AdapterKeys, base: Path, family: Family, spec: DecoderSpec) -> PrefixSpec:
     """A prefix as a configuration asks for it."""
     require_room(spec, keys.num_prefix_tokens, "num_prefix_tokens")
     encoder = (keys.prefix_projection_hidden_size or spec.hidden_size) if keys.prefix_projection else None

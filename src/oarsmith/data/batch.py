@@ -39,6 +39,14 @@ class Batch:
     num_trained: float
     where: tuple[str, ...]
 
+    @property
+    def prompts(self) -> list[int]:
+        """Of each document, the tokens before the first target that is trained on; all of it, if none is."""
+        trained = self.weights.nonzero()[:, 0].numpy()
+        starts = np.array(self.bounds)
+        first = np.append(trained, starts[-1])[np.searchsorted(trained, starts[:-1])]
+        return [int(size) for size in np.minimum(first + 1, starts[1:]) - starts[:-1]]
+
 
 def make_batch(samples: Sequence[Sample]) -> Batch:
     """One batch of the samples in the given order."""

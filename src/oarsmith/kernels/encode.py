@@ -6,12 +6,14 @@ Shapes: O out features, I in features, G groups of a row, K columns of a group.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from oarsmith.kernels.coded import TILE, UINT4, Code, pack_pairs
+from oarsmith.kernels.select import native_for
 
 _TINY = 1e-38  # bitsandbytes divides by no less
 
@@ -22,10 +24,29 @@ def encode_blocks(weight_OI: Tensor, code: Code, block: int) -> tuple[Tensor, Te
     Numbers are rounded to the nearest value, one half way to that with the lower place in ascending order. bitsandbytes
     lays blocks along the flat weight; where the block divides I, as it does in released models, both are the same.
     """
-    values = torch.tensor(code.values, device=weight_OI.device)
+    library = native_for(weight_OI)
+    if library is None or block % 2:
+        return encode_blocks_reference(weight_OI, code, block)
+    (rows, width), (borders, order) = weight_OI.shape, _places(code)
+    codes = torch.empty(rows, -(-width // 2), dtype=torch.uint8)
+    absmax = torch.empty(rows, -(-width // block))
+    sizes = (rows, width, block)
+    library.call("encode4", weight_OI.dtype, weight_OI.contiguous(), borders, order.byte(), codes, absmax, *sizes)
+    return codes, absmax
+
+
+@cache
+def _places(code: Code) -> tuple[Tensor, Tensor]:
+    """Borders half way between the values in ascending order, and the code of each."""
+    values = torch.tensor(code.values)
     order = values.argsort(stable=True)
     ascending = values[order]
-    borders = (ascending[:-1] + ascending[1:]) / 2
+    return (ascending[:-1] + ascending[1:]) / 2, order
+
+
+def encode_blocks_reference(weight_OI: Tensor, code: Code, block: int) -> tuple[Tensor, Tensor]:
+    """The plain twin."""
+    borders, order = (table.to(weight_OI.device) for table in _places(code))
 
     def encode(groups_OGK: Tensor) -> tuple[Tensor, Tensor]:
         absmax_OG = groups_OGK.abs().amax(-1)

@@ -45,6 +45,7 @@ _SIGNATURES = {
     "dequantize_rows": "ppppplll",
     "decode4": "pppppllllll",
     "decode8": "pppppllllll",
+    "encode4": "ppppplll",
 }
 # In bf16 only, and only on CPUs that multiply pairs of bf16.
 _DOCUMENT_ATTENTION = {

@@ -33,7 +33,7 @@ class TokenCrossEntropy:
                 tokens, so any split into micro-batches gives the same loss and gradient.
         """
         device = model.device
-        layout = Layout.documents(batch.bounds, batch.positions.to(device))
+        layout = Layout.documents(batch.bounds, batch.positions.to(device)).asking(batch.prompts)
         hidden_TD = model.hidden(batch.input_ids.to(device), layout)
         chosen_N = batch.weights.nonzero()[:, 0].to(device)
         weights_N, targets_N = batch.weights.to(device)[chosen_N], batch.targets.to(device)[chosen_N]

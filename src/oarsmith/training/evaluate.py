@@ -99,7 +99,8 @@ def _score_batch(model: Decoder, pieces: Sequence[Piece]) -> Iterator[PieceScore
         for at in range(start + piece.first - 1, start + len(piece.ids) - 1)
     ]
     targets = [index for piece in pieces for index in piece.ids[piece.first :]]
-    hidden_TD = model.hidden(torch.tensor(ids, device=device), Layout.documents(bounds, positions.to(device)))
+    layout = Layout.documents(bounds, positions.to(device)).asking([piece.first for piece in pieces])
+    hidden_TD = model.hidden(torch.tensor(ids, device=device), layout)
     targets_N = torch.tensor(targets, device=device)
     result = model.head_loss(
         hidden_TD[torch.tensor(chosen, device=device)], targets_N, torch.ones(len(targets), device=device)

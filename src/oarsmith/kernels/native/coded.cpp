@@ -1,5 +1,7 @@
-// Weights in 4 or 8 bits back to floats: out = (values[code] - zero) * scale, with a scale (and a zero) for each run of
+// Weights in blocks to 4 bits, and weights in 4 or 8 bits back to floats: out = (values[code] - zero) * scale, with a scale (and a zero) for each run of
 // `group` columns of a row. Two 4-bit codes lie in a byte, the first in the upper half.
+#include <vector>
+
 #include "common.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -69,6 +71,54 @@ static void decode(const uint8_t* codes, const float* values, const float* scale
   }
 }
 
+// Blocks of a row divided by their largest magnitude, each number then the place in `codes` of the nearest of sixteen
+// values: as many as there are of the fifteen `borders` between them, ascending, that lie below it. Pairs as above.
+template <class T>
+static void encode(const T* x, const float* borders, const uint8_t* codes, uint8_t* pairs, float* absmax, int64_t rows,
+                   int64_t width, int64_t block) {
+  const int64_t blocks = (width + block - 1) / block, stride = (width + 1) / 2;
+#pragma omp parallel if (rows * width > SERIAL)
+  {
+    std::vector<int32_t> counts(block);
+    std::vector<float> buffer(block);
+    int32_t* places = counts.data();
+    float* scaled = buffer.data();
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t b = 0; b < blocks; ++b) {
+        const T* own = x + r * width + b * block;
+        const int64_t size = std::min(block, width - b * block);
+        // Magnitudes of floats are in the order of their bits, where what is not finite comes last.
+        uint32_t highest = 0;
+#pragma omp simd reduction(max : highest)
+        for (int64_t i = 0; i < size; ++i) {
+          float v = load(own + i);
+          uint32_t bits;
+          std::memcpy(&bits, &v, 4);
+          bits &= 0x7fffffffu;
+          highest = bits > highest ? bits : highest;
+        }
+        float top;
+        std::memcpy(&top, &highest, 4);
+        absmax[r * blocks + b] = top;
+        const float inverse = 1.0f / (top > 1e-38f ? top : 1e-38f);
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) {
+          scaled[i] = load(own + i) * inverse;
+          places[i] = 0;
+        }
+        for (int k = 0; k < 15; ++k) {
+          const float border = borders[k];
+#pragma omp simd
+          for (int64_t i = 0; i < size; ++i) places[i] += scaled[i] > border;
+        }
+        uint8_t* o = pairs + r * stride + b * block / 2;
+        for (int64_t i = 0; i < size; i += 2)
+          o[i / 2] = static_cast<uint8_t>(codes[places[i]] << 4 | (i + 1 < size ? codes[places[i + 1]] : 0));
+      }
+  }
+}
+
 #define EXPORT(T, suffix)                                                                                                \
   extern "C" void decode4_##suffix(const uint8_t* codes, const float* values, const float* scale, const uint8_t* zero,   \
                                    T* out, int64_t rows, int64_t stride, int64_t groups, int64_t group, int64_t first,   \
@@ -79,6 +129,10 @@ static void decode(const uint8_t* codes, const float* values, const float* scale
                                    T* out, int64_t rows, int64_t stride, int64_t groups, int64_t group, int64_t first,   \
                                    int64_t last) {                                                                       \
     decode<T, 8>(codes, values, scale, zero, out, rows, stride, groups, group, first, last);                             \
+  }                                                                                                                      \
+  extern "C" void encode4_##suffix(const T* x, const float* borders, const uint8_t* codes, uint8_t* pairs,               \
+                                   float* absmax, int64_t rows, int64_t width, int64_t block) {                          \
+    encode<T>(x, borders, codes, pairs, absmax, rows, width, block);                                                     \
   }
 EXPORT(float, f32)
 EXPORT(bf16, bf16)
