@@ -4,7 +4,7 @@ from oarsmith.kernels.activation import activation, gated_activation
 from oarsmith.kernels.adam8bit import Moments8bit, adam8bit_step
 from oarsmith.kernels.adamw import AdamWRule, adamw_step
 from oarsmith.kernels.attention import Scores, SpanBounds, attention, gather
-from oarsmith.kernels.cross_entropy import HeadResult, head_loss, token_logprobs
+from oarsmith.kernels.cross_entropy import HeadResult, head_loss, token_logprobs, token_logprobs_squares
 from oarsmith.kernels.linear import linear
 from oarsmith.kernels.norm import rms_norm
 from oarsmith.kernels.rope import rope
@@ -34,5 +34,6 @@ __all__ = [
     "rows_to_add",
     "sum_of_squares",
     "token_logprobs",
+    "token_logprobs_squares",
     "using",
 ]

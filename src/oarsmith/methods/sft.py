@@ -6,8 +6,6 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from oarsmith.config.groups import DataKeys
 from oarsmith.config.sft import SftConfig
 from oarsmith.data.dataset import Progress as DataProgress
@@ -15,9 +13,8 @@ from oarsmith.data.dataset import SampleSet, build_samples
 from oarsmith.data.loader import Loader
 from oarsmith.data.rows import fingerprint_of
 from oarsmith.data.samples import Sample, SampleOptions
-from oarsmith.errors import DataError
 from oarsmith.losses.token import token_cross_entropy
-from oarsmith.methods.data import TrainingData
+from oarsmith.methods.data import TrainingData, first_batches, hold_out
 from oarsmith.methods.generation import Question, read_questions
 from oarsmith.text import Tokenizer
 from oarsmith.training.batches import BatchSet
@@ -52,7 +49,7 @@ def build_data(config: SftConfig, tokenizer: Tokenizer, progress: DataProgress |
     test = build_samples(source, tokenizer, replace(options, split="test"), progress) if config.do_predict else None
     samples, held_out = train.samples, () if evaluation is None else evaluation.samples
     if evaluation is None and config.eval_split_ratio > 0:
-        samples, held_out = _split(train.samples, config.eval_split_ratio, config.seed)
+        samples, held_out = hold_out(train.samples, config.eval_split_ratio, config.seed)
     reports: dict[str, object] = {"train": train.report.to_dict()}
     lines = list(train.report.lines())
     for name, title, part in (("eval", "evaluation", evaluation), ("test", "test", test)):
@@ -107,20 +104,6 @@ def _evaluation_samples(
     return build_samples(source, tokenizer, replace(options, split="dev"), progress)
 
 
-def _split(samples: tuple[Sample, ...], ratio: float, seed: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """Hold out a share, by rows: samples cut from one row never end up on both sides."""
-    rows = sorted({sample.where for sample in samples})
-    count = max(1, round(len(rows) * ratio))
-    if count >= len(rows):
-        raise DataError(f"eval_split_ratio {ratio} leaves nothing of {len(rows)} rows to train on")
-    draws = np.random.Philox(np.random.SeedSequence([seed, 0xE7A1])).random_raw(len(rows))
-    chosen = {rows[index] for index in np.argsort(draws, kind="stable")[:count]}
-    return (
-        tuple(sample for sample in samples if sample.where not in chosen),
-        tuple(sample for sample in samples if sample.where in chosen),
-    )
-
-
 def _batch_set(samples: tuple[Sample, ...], config: SftConfig) -> BatchSet | None:
     """The samples in their order, at most ``max_evaluate_steps`` batches of them."""
     if not samples:
@@ -133,6 +116,4 @@ def _batch_set(samples: tuple[Sample, ...], config: SftConfig) -> BatchSet | Non
         seed=config.seed,
         shuffle=False,
     )
-    count, limit = loader.batches_per_epoch(0), config.max_evaluate_steps
-    shown = range(count if limit < 0 else min(limit, count))
-    return lambda: (loader.batch_at(0, index) for index in shown)
+    return first_batches(loader, config.max_evaluate_steps)

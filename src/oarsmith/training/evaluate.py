@@ -13,7 +13,7 @@ from oarsmith.data.batch import Batch
 from oarsmith.errors import DataError
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.layout import Layout
-from oarsmith.training.objective import Objective
+from oarsmith.training.objective import Objective, StepObjective
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,12 @@ class Evaluation:
 def evaluate(
     model: Decoder, objective: Objective, batches: Iterable[Batch], progress: Callable[[int], None] | None = None
 ) -> Evaluation:
-    """Run the objective without gradients; the model's mode is restored."""
+    """Run the objective without gradients; the model's mode is restored. The whole set is one step."""
     training = model.training
     model.eval()
+    if isinstance(objective, StepObjective):
+        batches = tuple(batches)
+        objective = objective.of_step(model, batches)
     total = count = correct = 0.0
     for index, batch in enumerate(batches):
         outcome = objective(model, batch, 1.0)

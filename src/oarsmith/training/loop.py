@@ -22,7 +22,7 @@ from oarsmith.training.checkpoint import read_checkpoint
 from oarsmith.training.ema import Ema
 from oarsmith.training.forensics import Recorder, StepFacts, WeightsAre
 from oarsmith.training.log import RunLog
-from oarsmith.training.objective import Objective
+from oarsmith.training.objective import Objective, StepObjective
 from oarsmith.training.optimizer import Optimizer
 from oarsmith.training.progress import Progress
 from oarsmith.training.run_state import LoopSettings, RunState
@@ -240,6 +240,8 @@ class Loop:
         }
         if self.scaler is not None:
             saved["scaler"] = self.scaler.state()
+        if isinstance(self.objective, StepObjective):
+            saved["objective"] = self.objective.state()
         with self.meter.paused():
             self.saver.save(state.step, self.model, tensors, saved, state.best_step)
 
@@ -265,6 +267,8 @@ class Loop:
         self.spikes.load_state(saved.get("spikes", []))
         if self.scaler is not None and "scaler" in saved:
             self.scaler.load_state(saved["scaler"])
+        if isinstance(self.objective, StepObjective):
+            self.objective.load_state(saved.get("objective", {}))
         state = RunState(**saved["run"])
         self.progress.message(f"resuming from {checkpoint} at step {state.step} of {self.settings.total_steps}")
         return state

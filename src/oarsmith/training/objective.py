@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -36,3 +37,35 @@ class Objective(Protocol):
     """
 
     def __call__(self, model: Decoder, batch: Batch, scale: float) -> Outcome: ...
+
+
+class StepObjective(ABC):
+    """An objective in which the micro-batches of a step depend on each other, or a step on those before it.
+
+    ``of_step`` sees all batches of a step before the first gradient: means and orders over the whole step are then the
+    same however it is split.
+    """
+
+    @abstractmethod
+    def of_step(self, model: Decoder, batches: Sequence[Batch]) -> Objective:
+        """The objective for these batches, which are one step; nothing here changes."""
+
+    def __call__(self, model: Decoder, batch: Batch, scale: float) -> Outcome:
+        """A step of one batch."""
+        return self.of_step(model, (batch,))(model, batch, scale)
+
+    def note(self, sums: Mapping[str, float], count: float) -> None:  # noqa: B027  (most have nothing to remember)
+        """Take in the sums of a step that has been applied."""
+
+    def state(self) -> dict[str, float]:
+        """What a resume needs."""
+        return {}
+
+    def load_state(self, state: Mapping[str, float]) -> None:
+        """Go on from a saved state."""
+        assert not state, state
+
+
+def objective_of_step(objective: Objective, model: Decoder, batches: Sequence[Batch]) -> Objective:
+    """What the micro-batches of a step go through."""
+    return objective.of_step(model, batches) if isinstance(objective, StepObjective) else objective

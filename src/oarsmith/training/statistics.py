@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from oarsmith.data.batch import Batch
 from oarsmith.models.decoder import Decoder
-from oarsmith.training.objective import Objective
+from oarsmith.training.objective import Objective, objective_of_step
 from oarsmith.training.step import global_norm
 
 
@@ -121,9 +121,10 @@ def measure_step(
     grads: dict[str, Tensor] = {}
     totals, count = [], 0.0
     forward: dict[str, Summary] = {}
+    of_step = objective_of_step(objective, model, batches)
     for batch in batches:
         with _watched(model, forward):
-            outcome = objective(model, batch, scale)
+            outcome = of_step(model, batch, scale)
         totals.append((outcome.total, outcome.count))
         count += outcome.count
         new = torch.autograd.grad(outcome.loss, list(parameters.values()), allow_unused=True)

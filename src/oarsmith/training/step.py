@@ -14,7 +14,7 @@ from oarsmith.data.batch import Batch
 from oarsmith.errors import TrainingError
 from oarsmith.kernels import sum_of_squares
 from oarsmith.models.decoder import Decoder
-from oarsmith.training.objective import Objective
+from oarsmith.training.objective import Objective, StepObjective, objective_of_step
 from oarsmith.training.optimizer import Optimizer
 from oarsmith.training.scaler import LossScaler
 from oarsmith.training.seeds import seed_step
@@ -83,8 +83,9 @@ def run_step(
     try:
         sums = _Sums()
         scale = 1.0 / sum(batch.num_trained for batch in batches)
+        of_step = objective_of_step(objective, model, batches)
         for batch in batches:
-            _backward(model, objective, batch, scale * loss_scale, sums)
+            _backward(model, of_step, batch, scale * loss_scale, sums)
         grads = gradients.result()
         norm = global_norm(grads.values()) / loss_scale
         if not math.isfinite(norm):
@@ -99,6 +100,7 @@ def run_step(
         optimizer.step(grads if hooks is None else hooks.adjusted(grads), lr=lr, grad_scale=clip / loss_scale)
         if hooks is not None and hooks.updated(grads, grad_scale=clip / loss_scale, step=number):
             optimizer.adopt_weights()
+        sums.tell(objective)
     finally:
         gradients.clear()
     if scaler is not None:
@@ -144,6 +146,7 @@ def run_step_in_backward(
                 name, _nothing(parameter), lr=optimizer.rate(name, lr), grad_scale=1.0, step=optimizer.step_count + 1
             )
     optimizer.step_count += 1
+    sums.tell(objective)
     return sums.result(math.sqrt(sum(squares.get(name, 0.0) for name in optimizer.parameters)))
 
 
@@ -154,6 +157,11 @@ class _Sums:
         self.total = self.count = 0.0
         self.sums: dict[str, float] = {}
         self.num_tokens = 0
+
+    def tell(self, objective: Objective) -> None:
+        """The step has been applied."""
+        if isinstance(objective, StepObjective):
+            objective.note(self.sums, self.count)
 
     def result(self, norm: float, *, loss_scale: float = 1.0, skipped: bool = False) -> StepResult:
         return StepResult(

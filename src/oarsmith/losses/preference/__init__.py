@@ -1,0 +1,1 @@
+"""Preference objectives: pairs of answers of which the first one is preferred."""
