@@ -83,6 +83,20 @@ COMMANDS: dict[str, Command] = {
         "CONFIG | MODEL DATA",
         "oarsmith sft config.json --learning_rate 1e-5",
     ),
+    "dpo": Command(
+        _TRAIN,
+        "train on pairs of answers of which one is preferred: DPO and its relatives",
+        "oarsmith.jobs.dpo:run",
+        "CONFIG | MODEL DATA",
+        "oarsmith dpo runs/sft pairs.jsonl --lora --loss_type sigmoid",
+    ),
+    "kto": Command(
+        _TRAIN,
+        "train on single answers that are good or bad: KTO",
+        "oarsmith.jobs.kto:run",
+        "CONFIG | MODEL DATA",
+        "oarsmith kto runs/sft judged.jsonl --lora",
+    ),
     "compare": Command(
         _TRAIN,
         "fine-tune by several methods on the same data: one table, one picture",

@@ -312,7 +312,7 @@ def _visibility(bench: Bench, model: Decoder) -> None:
 def shared_prompt(bench: Bench) -> str:
     """A prompt that lies in the stream once gives its answers what each has behind a prompt of its own."""
     model = bench.model().train()
-    if not shares_beginnings(model):
+    if not shares_beginnings(model.spec):
         return "apart"
     pairs = []
     for length, seed in ((19, 31), (33, 32)):

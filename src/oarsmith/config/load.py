@@ -151,7 +151,7 @@ def _unknown_key(config_class: type[JobConfig], entry: Entry) -> ConfigError:
     if entry.name in OTHER_JOBS:
         job = OTHER_JOBS[entry.name]
         return ConfigError(
-            f"the key '{entry.name}' belongs to 'oarsmith {job}', which this version does not have yet",
+            f"the key '{entry.name}' belongs to 'oarsmith {job}'",
             where=entry.where,
             fix=f"remove it; 'oarsmith {config_class.command} --help' lists the keys of this command",
         )

@@ -149,20 +149,19 @@ NOT_BUILT: dict[str, NotBuilt] = {
     "benchmark": _switch("a benchmark mode", "set it to false; 'oarsmith bench' measures"),
     "autotuner_benchmark": _switch("a benchmark mode"),
     "ckpt_quant_stage": NotBuilt(frozenset({"o0", "none", ""}), "quantized optimizer states", "set it to O0"),
+    "ref_model_update_steps": NotBuilt(
+        frozenset({"-1", "0", "none"}), "a reference that follows the model", "set it to -1"
+    ),
     "quant_type": NotBuilt(_OFF, "quantized inference", 'set it to ""'),
 }
 
-# Key -> the command of the DESIGN that will own it.
+# Key -> the command that owns it, where it is somebody else's.
 OTHER_JOBS: dict[str, str] = {
-    "beta": "dpo",
-    "loss_type": "dpo",
-    "label_smoothing": "dpo",
-    "pref_loss_ratio": "dpo",
-    "sft_loss_ratio": "dpo",
-    "simpo_gamma": "dpo",
-    "dpop_lambda": "dpo",
+    **dict.fromkeys(
+        ("beta", "loss_type", "label_smoothing", "pref_loss_ratio", "sft_loss_ratio", "simpo_gamma", "dpop_lambda"),
+        "dpo",
+    ),
     "reference_free": "dpo",
-    "ref_model_update_steps": "dpo",
     "desirable_weight": "kto",
     "undesirable_weight": "kto",
 }

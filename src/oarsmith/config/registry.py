@@ -11,6 +11,8 @@ CONFIG_CLASSES: dict[str, tuple[str, str]] = {
     "pretrain": ("pretrain", "PretrainConfig"),
     "preprocess": ("preprocess", "PreprocessConfig"),
     "sft": ("sft", "SftConfig"),
+    "dpo": ("dpo", "DpoConfig"),
+    "kto": ("dpo", "KtoConfig"),
     "compare": ("compare", "CompareConfig"),
     "generate": ("inference", "GenerateConfig"),
     "chat": ("inference", "ChatConfig"),

@@ -51,6 +51,7 @@ class Recipe(Generic[C]):
         load_model: the model, with the parameters that train marked so.
         weights: how its trained weights become files.
         plan: the rows of a step, in words; ``tokens_per_pass``: about how many tokens one pass has.
+        complete: the data with what only the loaded model can say of it, before it trains.
         extra_scores: further numbers of an evaluation, beside loss, perplexity and accuracy.
     """
 
@@ -63,6 +64,7 @@ class Recipe(Generic[C]):
     weights: Callable[[C, Start, Tokenizer], Weights]
     plan: Callable[[C], str]
     tokens_per_pass: Callable[[C], int]
+    complete: Callable[[C, Start, Decoder, TrainingData, Console], TrainingData] = lambda *given: given[3]
     extra_scores: Callable[[C, Decoder, Tokenizer, TrainingData], Evaluate | None] = lambda *_: None
 
 
@@ -82,18 +84,21 @@ def run(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainResu
     result = train(resolved, recipe, console) if resolved.config.do_train else evaluate_only(resolved, recipe, console)
     for name, record in (("eval:", result.evaluation), ("test:", result.test)):
         if record is not None:
-            others = [f"{key.removeprefix('eval_')} {value:.2f}" for key, value in record.items() if key not in _SHOWN]
-            console.print(
-                f"{name:<7} loss {record['eval_loss']:.4f}, perplexity {record['eval_perplexity']:.2f}, "
-                + ", ".join([f"token accuracy {record['eval_accuracy']:.1%}", *others])
-            )
+            console.print(f"{name:<7} {', '.join(_shown(record))}")
     if resolved.config.do_train:
         console.print(f"model:  {result.model_dir}")
         console.print(f"report: {result.output_dir / 'report.html'}")
     return result
 
 
-_SHOWN = frozenset({"step", "eval_loss", "eval_perplexity", "eval_accuracy"})
+def _shown(record: Mapping[str, float]) -> list[str]:
+    """The numbers of an evaluation, in words."""
+    words = {"eval_loss": "loss {:.4f}", "eval_perplexity": "perplexity {:.2f}", "eval_accuracy": "accuracy {:.1%}"}
+    if "eval_perplexity" in record:
+        words["eval_accuracy"] = "token accuracy {:.1%}"
+    first = [form.format(record[key]) for key, form in words.items() if key in record]
+    others = [(key.removeprefix("eval_"), value) for key, value in record.items() if key not in words and key != "step"]
+    return first + [f"{key.replace('_', ' ')} {value:.2f}" for key, value in others]
 
 
 def train(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainResult:
@@ -129,6 +134,7 @@ def train(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainRe
         _record(resolved, output_dir, data, model)
         weights = recipe.weights(config, start, tokenizer)
         objective = recipe.objective(config)
+        data = recipe.complete(config, start, model, data, console)
         extra = recipe.extra_scores(config, model, tokenizer, data)
         loader = with_skipped_positions(config, start, data.train)
         if checkpoint is None:
@@ -189,6 +195,8 @@ def evaluate_only(resolved: Resolved[C], recipe: Recipe[C], console: Console) ->
         if data.evaluation is None:
             raise ConfigError("there is nothing to evaluate on", where="do_train false", fix="give eval_dataset_path")
         model = recipe.load_model(config, start, device)
+        data = recipe.complete(config, start, model, data, console)
+        assert data.evaluation is not None
         scores = evaluation_of(
             model, recipe.objective(config), data.evaluation, recipe.extra_scores(config, model, tokenizer, data)
         )

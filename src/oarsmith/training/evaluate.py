@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
 
+from oarsmith.data.answers import AnswerBatch
 from oarsmith.data.batch import Batch
 from oarsmith.errors import DataError
 from oarsmith.models.decoder import Decoder
@@ -18,18 +19,29 @@ from oarsmith.training.objective import Objective, StepObjective
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over all trained tokens of the set."""
+    """Means over all that is counted in the set: trained tokens, or judged prompts (``of_tokens`` false).
+
+    ``means``: of what the objective sums besides its loss.
+    """
 
     loss: float
-    accuracy: float
+    means: Mapping[str, float]
     count: float
+    of_tokens: bool = True
+
+    @property
+    def accuracy(self) -> float:
+        return self.means.get("accuracy", 0.0)
 
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
 
     def record(self) -> dict[str, float]:
-        return {"eval_loss": self.loss, "eval_perplexity": self.perplexity, "eval_accuracy": self.accuracy}
+        """As a record of the log."""
+        if self.of_tokens:
+            return {"eval_loss": self.loss, "eval_perplexity": self.perplexity, "eval_accuracy": self.accuracy}
+        return {"eval_loss": self.loss, **{f"eval_{name}": value for name, value in self.means.items()}}
 
 
 @torch.no_grad()
@@ -42,16 +54,19 @@ def evaluate(
     if isinstance(objective, StepObjective):
         batches = tuple(batches)
         objective = objective.of_step(model, batches)
-    total = count = correct = 0.0
+    total = count = 0.0
+    sums, of_tokens = dict[str, float](), True
     for index, batch in enumerate(batches):
         outcome = objective(model, batch, 1.0)
         total, count = total + outcome.total, count + outcome.count
-        correct += outcome.sums.get("accuracy", 0.0)
+        of_tokens = not isinstance(batch, AnswerBatch)
+        for name, value in outcome.sums.items():
+            sums[name] = sums.get(name, 0.0) + value
         if progress is not None:
             progress(index + 1)
     model.train(training)
     assert count > 0, "nothing to evaluate on"
-    return Evaluation(total / count, correct / count, count)
+    return Evaluation(total / count, {name: value / count for name, value in sums.items()}, count, of_tokens)
 
 
 @dataclass(frozen=True)
