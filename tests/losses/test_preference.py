@@ -96,7 +96,7 @@ def test_trl(model: Decoder, weighted: bool) -> None:
     theirs, trainer = trl_parts.dpo(tokens, names, weights, use_weighting=weighted)
     loss = PreferenceLoss(terms=tuple(zip(names, weights, strict=True)), weighted=weighted)
     found, grads = step(model, loss, [make_answer_batch(ROWS)])
-    assert found["loss"] == pytest.approx(float(theirs), rel=1e-5) and found["scaled"] == pytest.approx(found["loss"])
+    assert found["loss"] == pytest.approx(theirs.item(), rel=1e-5) and found["scaled"] == pytest.approx(found["loss"])
     close(grads, list(torch.autograd.grad(theirs, list(model.parameters()))))
     metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     for ours, name in {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from oarsmith.errors import ConfigError
 from oarsmith.losses.preference.objective import PreferenceLoss
 from oarsmith.losses.preference.pairs import Options, Pairs, WholeStep
-from oarsmith.losses.preference.table import LOSS_TYPES
+from oarsmith.losses.preference.table import ALIASES, LOSS_TYPES
 
 IN_TRL = [
     "sigmoid",
@@ -141,10 +142,10 @@ def test_by_hand() -> None:
     assert one("sigmoid", pairs, beta=0.5, label_smoothing=0.1) == pytest.approx(
         -0.9 * math.log(s(2)) - 0.1 * math.log(s(-2))
     )
-    assert one("dpop", pairs, beta=0.5, dpop_lambda=5.0) == pytest.approx(-math.log(s(2)) + 15)
-    assert one("dpop_paper", pairs, beta=0.5, dpop_lambda=5.0) == pytest.approx(-math.log(s(0.5 * (4 - 15))))
+    assert one("dpop_added", pairs, beta=0.5, dpop_lambda=5.0) == pytest.approx(-math.log(s(2)) + 15)
+    assert one("dpop", pairs, beta=0.5, dpop_lambda=5.0) == pytest.approx(-math.log(s(0.5 * (4 - 15))))
     above = hand(-9.0, -27.0, -10.0, -20.0)
-    assert one("dpop", above, beta=0.5) == one("dpop_paper", above, beta=0.5) == one("sigmoid", above, beta=0.5)
+    assert one("dpop", above, beta=0.5) == one("dpop_added", above, beta=0.5) == one("sigmoid", above, beta=0.5)
     # Both means are below 0.
     assert one("kto_pair", pairs, beta=0.5) == pytest.approx(0.5 * ((1 - s(-1.5)) + (1 - s(3.5))))
     assert one("simpo", pairs, beta=2.0, simpo_gamma=0.5) == pytest.approx(-math.log(s(2 * (-3.25 + 3.375) - 0.5)))
@@ -217,6 +218,14 @@ def test_conservative_smoothing_of_every_sigmoid() -> None:
 def test_refused(settings: Any, options: Any, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         PreferenceLoss(options=Options(**options), **settings)
+
+
+def test_the_documented_table_is_this_one() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "alignment.md").read_text(encoding="utf-8")
+    for name, kind in LOSS_TYPES.items():
+        ends = ("yes" if kind.reference else "no", "mean" if kind.averaged else "sum")
+        assert f"| `{name}` | {kind.formula} | {kind.paper} | {ends[0]} | {ends[1]} |" in text.splitlines(), name
+    assert all(f"`{name}`" in text for name in ALIASES)
 
 
 def test_what_needs_a_reference() -> None:

@@ -163,13 +163,13 @@ def _precise(hidden: Tensor, weight: Tensor, targets: Tensor, mode: _Mode) -> tu
     # Of each token its own logit, the denominator's logarithm, and that of the sum of its squared summands.
     picked, lse, lse_2 = (torch.full((3, len(targets)), -torch.inf, dtype=torch.float64, device=hidden.device)).unbind()
     block_BD = torch.empty(min(PRECISE_ROWS, vocab), weight.shape[1], device=hidden.device)
+    wide_ND = hidden.float()
     with _exact_products(weight.dtype):
-        for first in range(0, len(targets), PRECISE_TOKENS):
-            rows = slice(first, min(first + PRECISE_TOKENS, len(targets)))
-            wide_CD = hidden[rows].float()
-            for start in range(0, vocab, len(block_BD)):
-                part_BD = block_BD[: min(len(block_BD), vocab - start)].copy_(weight[start : start + len(block_BD)])
-                logits_CB = torch.mm(wide_CD, part_BD.t())
+        for start in range(0, vocab, len(block_BD)):
+            part_BD = block_BD[: min(len(block_BD), vocab - start)].copy_(weight[start : start + len(block_BD)])
+            for first in range(0, len(targets), PRECISE_TOKENS):
+                rows = slice(first, min(first + PRECISE_TOKENS, len(targets)))
+                logits_CB = torch.mm(wide_ND[rows], part_BD.t())
                 if mode.rule.softcap is not None:
                     logits_CB.div_(mode.rule.softcap).tanh_().mul_(mode.rule.softcap)
                 inside, at = _inside(targets[rows] - start, len(part_BD))

@@ -23,17 +23,23 @@ class AnswerScores:
 
     Attributes:
         logprobs_N: of each predicted token; ``squares_N``: log sum_v p_v^2 at its place, without gradient, if asked.
-        sums_A: float64, of each answer; ``sizes_A``: float64, its predicted tokens.
+        sums_A: float64, of each answer.
+        sizes: predicted tokens of each answer.
     """
 
     logprobs_N: Tensor
     squares_N: Tensor | None
     sums_A: Tensor
-    sizes_A: Tensor
+    sizes: tuple[int, ...]
 
-    def sum_A(self, values_N: Tensor, answers_N: Tensor) -> Tensor:
+    @property
+    def sizes_A(self) -> Tensor:
+        """The sizes in float64, at least 1."""
+        return torch.tensor(self.sizes, dtype=torch.float64, device=self.sums_A.device).clamp(min=1)
+
+    def sum_A(self, values_N: Tensor) -> Tensor:
         """Of each answer the sum over its tokens, in float64."""
-        return _sum_up(values_N, answers_N.to(values_N.device), len(self.sums_A))
+        return _sum_up(values_N, self.sizes)
 
 
 def answer_hidden(model: Decoder, batch: AnswerBatch) -> Tensor:
@@ -47,14 +53,14 @@ def score_answers(model: Decoder, batch: AnswerBatch, *, squares: bool = False) 
     device = model.device
     hidden_TD = answer_hidden(model, batch)
     inputs_ND, weight_VD = model.head_inputs(hidden_TD[batch.predictors_N.to(device)])
-    targets_N, answers_N, softcap = batch.predicted_N.to(device), batch.answers_N.to(device), model.spec.head.softcap
+    targets_N, softcap = batch.predicted_N.to(device), model.spec.head.softcap
     squares_N = None
     if squares:
         logprobs_N, squares_N = kernels.token_logprobs_squares(inputs_ND, weight_VD, targets_N, softcap=softcap)
     else:
         logprobs_N = kernels.token_logprobs(inputs_ND, weight_VD, targets_N, softcap=softcap, precise=True)
-    sizes_A = torch.bincount(answers_N, minlength=batch.num_answers).double()
-    return AnswerScores(logprobs_N, squares_N, _sum_up(logprobs_N, answers_N, batch.num_answers), sizes_A)
+    sizes = tuple(torch.bincount(batch.answers_N, minlength=batch.num_answers).tolist())
+    return AnswerScores(logprobs_N, squares_N, _sum_up(logprobs_N, sizes), sizes)
 
 
 def only(batch: AnswerBatch, keep_A: Tensor) -> AnswerBatch:
@@ -96,5 +102,6 @@ def only(batch: AnswerBatch, keep_A: Tensor) -> AnswerBatch:
     )
 
 
-def _sum_up(values_N: Tensor, answers_N: Tensor, num_answers: int) -> Tensor:
-    return values_N.new_zeros(num_answers, dtype=torch.float64).index_add(0, answers_N, values_N.double())
+def _sum_up(values_N: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Answer by answer: on a GPU index_add would add in another order each time."""
+    return torch.stack([part.sum() for part in values_N.double().split(sizes)])

@@ -32,7 +32,7 @@ class RewardOptions:
             differ (safe-rlhf, Dai et al. 2023).
         label_smoothing: the probability that a pair is the wrong way round.
         center: weight of the squared sum of both values, which keeps them around 0 (Eisenstein et al. 2023).
-        square: weight of the mean of both values' squares (the suite's ``regularization``).
+        square: weight of the mean of both values' squares (PaddleNLP's ``regularization``).
     """
 
     kind: Literal["sequence-wise", "token-wise"] = "sequence-wise"

@@ -61,13 +61,13 @@ def discopop(pairs: Pairs, options: Options, step: WholeStep) -> Tensor:
     return -logsigmoid(z) * torch.sigmoid(-z / options.discopop_tau) + exponential
 
 
-def dpop(pairs: Pairs, options: Options, step: WholeStep) -> Tensor:
-    """DPO-Positive as the suite has it: the penalty for a chosen answer below its reference beside the log-sigmoid."""
+def dpop_added(pairs: Pairs, options: Options, step: WholeStep) -> Tensor:
+    """DPO-Positive as earlier PaddleNLP has it, with the penalty beside the log-sigmoid."""
     return -logsigmoid(options.beta * pairs.margin(options)) + options.dpop_lambda * torch.relu(-pairs.chosen_ratio)
 
 
-def dpop_paper(pairs: Pairs, options: Options, step: WholeStep) -> Tensor:
-    """DPO-Positive (Smaug, Pal et al. 2024, equation 3): the penalty inside the log-sigmoid."""
+def dpop(pairs: Pairs, options: Options, step: WholeStep) -> Tensor:
+    """DPO-Positive (Smaug, Pal et al. 2024, equation 3): a penalty for a chosen answer below its reference."""
     penalty = options.dpop_lambda * torch.relu(-pairs.chosen_ratio)
     return -logsigmoid(options.beta * (pairs.margin(options) - penalty))
 
@@ -75,7 +75,7 @@ def dpop_paper(pairs: Pairs, options: Options, step: WholeStep) -> Tensor:
 def kto_pair(pairs: Pairs, options: Options, step: WholeStep) -> Tensor:
     """KTO on pairs: each side's KL is the mean log-ratio of the step's other side, not below 0, without gradient.
 
-    The suite takes the mean over the answers, twice as many as pairs; so half of the sum here.
+    PaddleNLP takes the mean over the answers, twice as many as pairs; so half of the sum here.
     """
     chosen_kl, rejected_kl = (r.mean().clamp(min=0) for r in (step.pairs.chosen_ratio, step.pairs.rejected_ratio))
     chosen = torch.sigmoid(-options.beta * (pairs.chosen_ratio - rejected_kl))
@@ -144,7 +144,7 @@ def cpo(pairs: Pairs, options: Options, step: WholeStep) -> Tensor:
 
 
 def odds_ratio(pairs: Pairs, options: Options, step: WholeStep) -> Tensor:
-    """ORPO's odds ratio (Hong et al. 2024, equation 7) of mean probabilities, by itself: the suite's ``or``."""
+    """ORPO's odds ratio (Hong et al. 2024, equation 7) of mean probabilities, by itself: PaddleNLP's ``or``."""
     chosen, rejected = (mean.clamp(max=NEAREST) for mean in pairs.means)
     return -logsigmoid((chosen - rejected) - (_log_complement(chosen) - _log_complement(rejected)))
 

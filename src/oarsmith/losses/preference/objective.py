@@ -116,7 +116,7 @@ class PreferenceLoss(StepObjective):
 
     def pairs(self, batch: AnswerBatch, scores: AnswerScores) -> Pairs:
         """Log-probabilities of the batch's pairs."""
-        sums_A, sizes_A = scores.sums_A, scores.sizes_A.clamp(min=1)
+        sums_A, sizes_A = scores.sums_A, scores.sizes_A
         references_A = torch.zeros_like(sums_A)
         if self.needs_reference:
             assert not bool(batch.references_A.isnan().any()), batch.where
@@ -156,7 +156,7 @@ class _OfStep:
         scores = score_answers(model, found, squares=own.weighted)
         pairs = own.pairs(found, scores)
         whole = self.wholes.get(batch) or own.step_alone(pairs)
-        total = own.loss(pairs, whole, _policy_weights(found, scores) if own.weighted else None).sum()
+        total = own.loss(pairs, whole, _policy_weights(scores) if own.weighted else None).sum()
         nll = -self.share * pairs.chosen.sum()
         if own.nll_weight != 0:
             total = total + own.nll_weight * nll
@@ -183,11 +183,11 @@ def _metrics(pairs: Pairs, chosen: Tensor, rejected: Tensor, *, reference: bool)
     return dict(zip(found, totals, strict=True))
 
 
-def _policy_weights(batch: AnswerBatch, scores: AnswerScores) -> Tensor:
+def _policy_weights(scores: AnswerScores) -> Tensor:
     """WPO's weight of each pair, equation 2: exp of the mean of log p - log sum p^2, of one answer times the other."""
     assert scores.squares_N is not None
     aligned_N = scores.logprobs_N.detach().double() - scores.squares_N.double()
-    weights_A = (scores.sum_A(aligned_N, batch.answers_N) / scores.sizes_A.clamp(min=1)).exp()
+    weights_A = (scores.sum_A(aligned_N) / scores.sizes_A).exp()
     return weights_A[0::2] * weights_A[1::2]
 
 
