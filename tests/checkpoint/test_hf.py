@@ -201,7 +201,7 @@ def test_a_model_with_an_adapter_is_not_written(tmp_path: Path) -> None:
     from oarsmith.adapters.lora import Lora
     from oarsmith.adapters.targets import adapt_rewrite
 
-    rewrite = adapt_rewrite(lambda modules: {modules[0]: Lora(rank=2, alpha=2.0)})
+    rewrite = adapt_rewrite(lambda places: {next(iter(places)): Lora(rank=2, alpha=2.0)})
     model = load_decoder(make(tmp_path / "a"), rewrite=rewrite)
     (tmp_path / "b").mkdir()
     with pytest.raises(ModelError, match=r"carries an adapter on 1 linear maps, first layers.0.attention.qkv"):

@@ -12,11 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from oarsmith.checkpoint.quantized.base import CodedSource
 from oarsmith.checkpoint.quantized.unpacked import unpacked
 from oarsmith.checkpoint.source import open_source
 from oarsmith.checkpoint.tensors import TensorSource
 from oarsmith.errors import CheckpointError
-from oarsmith.kernels.coded import decode, decode_reference
+from oarsmith.kernels.coded import E4M3, decode, decode_reference
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "quantized"
 # name: (code, group, zeros), or None where the codes are no matrix by themselves
@@ -79,6 +80,37 @@ def test_values(name: str, tmp_path: Path) -> None:
         for wide in (decode(coded, torch.float32), decode_reference(coded, torch.float32)):
             # bitsandbytes multiplies an int8 number by its scale and by 1/127 in turn.
             torch.testing.assert_close(wide[::step], expected, rtol=2e-7 if name == "bnb_int8" else 0, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in KEPT if not name.startswith("bnb")])
+def test_the_same_weight_has_the_same_codes(name: str, tmp_path: Path) -> None:
+    """And another one the nearest steps, at most half of one away unless it lies outside of all."""
+    config, tensors, _ = load(name)
+    with opened(config, tensors, tmp_path) as source:
+        assert isinstance(source, CodedSource)
+        ((file, weight),) = source.code_names().items()
+        coded = source.coded(weight)
+        assert coded is not None
+        dense = decode(coded, torch.float32)
+        again = source.recoded(weight, dense)
+        assert again.dtype == tensors[file].dtype and torch.equal(
+            again.view(torch.uint8), tensors[file].view(torch.uint8)
+        )
+        assert torch.equal(source.recoded(weight, source.read(weight).float()).float(), again.float())
+        other = dense * 0.6 + 0.1 * dense.abs().mean() * torch.randn(
+            dense.shape, generator=torch.Generator().manual_seed(0)
+        )
+        recoded = source.recoded(weight, other).contiguous()
+    with opened(config, tensors | {file: recoded}, tmp_path) as source:
+        found = source.coded(weight)
+    assert found is not None
+    error, group_I = (decode(found, torch.float32) - other).abs(), torch.arange(dense.shape[1]) // coded.group
+    scale = coded.scale_OG.float().abs()[:, group_I]  # AutoRound has scales below 0
+    if coded.code is E4M3:
+        assert bool((error <= other.abs() / 16 + scale * 2**-10).all())
+    else:
+        near = error <= scale * 0.5001
+        assert near.float().mean() > 0.95 and bool((near | (decode(found, torch.float32).abs() < other.abs())).all())
 
 
 def test_16_bits_as_the_file_says(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from oarsmith.checkpoint.quantized.gptq import GptqSource
 from oarsmith.checkpoint.quantized.unpacked import unpacked
 from oarsmith.checkpoint.source import open_source
 from oarsmith.checkpoint.tensors import TensorSource
@@ -66,6 +67,8 @@ def test_bits_and_both_formats(bits: int, v2: bool, tmp_path: Path) -> None:
         coded = source.coded("a.weight")
         assert coded is not None and torch.equal(decode(coded, torch.float32), weight)
         assert torch.equal(source.read("a.weight"), weight.half())
+        assert isinstance(source, GptqSource)
+        assert torch.equal(source.recoded("a.weight", weight), tensors["a.qweight"])
         del tensors["a.g_idx"]
     with source_of(tensors, tmp_path, v2=v2) as source:
         assert torch.equal(source.read("a.weight"), weight.half())
@@ -80,6 +83,8 @@ def test_act_order(bits: int, tmp_path: Path) -> None:
         with source_of(tensors, tmp_path) as source:
             assert source.coded("a.weight") is None
             assert torch.equal(source.read("a.weight"), weight.half())
+            assert isinstance(source, GptqSource)
+            assert torch.equal(source.recoded("a.weight", weight), tensors["a.qweight"])
             target = torch.empty(OUT, IN)
             source.read_into("a.weight", target)
             assert torch.equal(target, weight.half().float())

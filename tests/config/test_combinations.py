@@ -9,7 +9,7 @@ import pytest
 
 import oarsmith
 from oarsmith.config.bench import BenchConfig
-from oarsmith.config.checkpoints import ConvertConfig
+from oarsmith.config.checkpoints import ConvertConfig, MergeAdapterConfig
 from oarsmith.config.combinations import IMPOSSIBLE
 from oarsmith.config.eval import EvalConfig
 from oarsmith.config.inference import ChatConfig, GenerateConfig
@@ -78,6 +78,7 @@ CASES = [
     (SftConfig, "--lora --weight_blocksize 32", "no effect without weight_quantize_algo nf4, fp4 or weight_only_int4"),
     (SftConfig, "--lora --weight_double_quant", "no effect without weight_quantize_algo nf4 or fp4"),
     (SftConfig, "--lora --load_in_4bit --weight_double_quant_block_size 64", "no effect without weight_double_quant"),
+    (MergeAdapterConfig, "--requantize --dtype fp32", "the numbers that the base has"),
     (SftConfig, "--muon_momentum 0.9", "no effect without optim muon"),
     (SftConfig, "--projection_rank 4", "projection_scale is given, but has no effect"),
     (SftConfig, "--power 2", "no effect without lr_scheduler_type polynomial"),
@@ -160,6 +161,7 @@ BASE = {
     GenerateConfig: {"--model_name_or_path": "m", "--prompt": "hi"},
     ChatConfig: {"--model_name_or_path": "m"},
     ConvertConfig: {},
+    MergeAdapterConfig: {"--adapter": "a"},
     EvalConfig: {"--model_name_or_path": "m"},
     BenchConfig: {"--model_name_or_path": "m"},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import capabilities, conversions
 from .capabilities import Capability
+from .part_adapters import part_adapters
 
 COLUMNS: dict[str, Capability] = {
     "files": Capability("files", "released files load, and are written back bit for bit", capabilities.load_and_save),
@@ -16,6 +17,12 @@ COLUMNS: dict[str, Capability] = {
         "every other method on projections: starts as the base, its file gives it back, merging changes nothing; not: "
         "its blocks do not divide the random model's widths",
         capabilities.adapters,
+    ),
+    "parts": Capability(
+        "prefixes and rows",
+        "prefix and prompt tuning, ReFT, BitFit and trainable tokens: packed as alone, and the engine answers as whole "
+        "passes do; not: the model has no biases, or no keys of its heads to put a prefix before",
+        part_adapters,
     ),
     "packing": Capability("packing", "packed documents give what they give alone", capabilities.packing),
     "shared": Capability(

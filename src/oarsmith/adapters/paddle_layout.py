@@ -1,4 +1,4 @@
-"""Adapters in PaddleNLP's layout, from and to PEFT's, by what config lies there: LoRA, MoRA, LoKr and VeRA."""
+"""Adapters in PaddleNLP's layout, from and to PEFT's, by what config lies there: LoRA, MoRA, LoKr, VeRA, prefixes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from oarsmith.adapters.mora import Mora
 from oarsmith.adapters.paddle_lora import LORA_CONFIG, check_lora_config, lora_from_peft, lora_to_peft
+from oarsmith.adapters.paddle_prefix import PREFIX_CONFIG, check_prefix_config, prefix_from_peft, prefix_to_peft
 from oarsmith.adapters.paddle_square import (
     LOKR,
     LOKR_CONFIG,
@@ -22,7 +23,12 @@ from oarsmith.adapters.peft_config import CONFIG, read_adapter_config
 from oarsmith.checkpoint.files import read_json_object
 from oarsmith.errors import CheckpointError
 
-_CHECKS = {LORA_CONFIG: check_lora_config, LOKR_CONFIG: check_lokr_config, VERA_CONFIG: check_vera_config}
+_CHECKS = {
+    LORA_CONFIG: check_lora_config,
+    LOKR_CONFIG: check_lokr_config,
+    VERA_CONFIG: check_vera_config,
+    PREFIX_CONFIG: check_prefix_config,
+}
 
 
 def is_paddle_adapter(directory: Path) -> bool:
@@ -64,6 +70,8 @@ def peft_from_paddle(
     said = base or theirs.get("base_model_name_or_path")
     if name == VERA_CONFIG:
         return vera_to_peft(src, dst, theirs, config, said, weights)
+    if name == PREFIX_CONFIG:
+        return prefix_to_peft(src, dst, theirs, config, said)
     if name == LOKR_CONFIG:
         return square_to_peft(src, dst, lokr_of(theirs), LOKR, config, said)
     if theirs.get("use_mora"):
@@ -82,6 +90,8 @@ def paddle_from_peft(src: Path, dst: Path, config: Mapping[str, Any], *, base: s
         return lora_from_peft(src, dst, described, config, base, pickled=pickled)
     if described.peft_type in ("LOKR", "MORA"):
         return square_from_peft(src, dst, described, config, base, pickled=pickled)
+    if described.peft_type == "PREFIX_TUNING":
+        return prefix_from_peft(src, dst, described, config, base)
     if described.peft_type == "VERA":
         return vera_from_peft(src, dst, described, config, base)
     raise CheckpointError(f"adapters of type {described.peft_type!r} cannot be converted", where=str(src / CONFIG))

@@ -97,7 +97,7 @@ def write_peft(
         "inference_mode": True,
         "target_modules": shortest_names([m.name for m in modules], [m.name for m in modules_of(config)]),
     }
-    _write(dst, tensors, {CONFIG: {**common, **settings}}, WEIGHTS, "pt")
+    write_files(dst, tensors, {CONFIG: {**common, **settings}}, WEIGHTS, "pt")
 
 
 def write_paddle(
@@ -122,10 +122,10 @@ def write_paddle(
     }
     name, own = settings
     texts = {name: {**own, **common}, "config.json": to_paddle_config(config, dtype)}
-    _write(dst, tensors, texts, file, "np")
+    write_files(dst, tensors, texts, file, "np")
 
 
-def _write(
+def write_files(
     dst: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, Mapping[str, Any]], file: str, kind: str
 ) -> None:
     """Configs and weights, read back before they appear."""

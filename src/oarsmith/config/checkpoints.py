@@ -69,4 +69,9 @@ class MergeAdapterConfig(JobConfig):
         "adapter by "
         "more than this (mean KL divergence, nats per token).",
     )
+    requantize: Bool = Field(
+        False,
+        description="Write the merged model in the layout of its quantized base (GPTQ, AWQ, compressed-tensors, FP8), "
+        "on the base's scales. Changes of less than half a step are lost: the proof shows how much that is.",
+    )
     overwrite: Bool = Field(False, description="Replace output_dir if it exists.")

@@ -12,7 +12,7 @@ from oarsmith.errors import ConfigError
 
 from .base import JobConfig
 from .bench import BenchConfig
-from .checkpoints import ConvertConfig
+from .checkpoints import ConvertConfig, MergeAdapterConfig
 from .eval import EvalConfig
 from .groups import DataKeys, SamplingKeys
 from .impossible import Impossible
@@ -23,6 +23,12 @@ from .training_combinations import TRAINING
 
 IMPOSSIBLE: tuple[Impossible[Any], ...] = (
     *TRAINING,
+    Impossible(
+        MergeAdapterConfig,
+        lambda c: c.requantize and c.dtype != "auto",
+        "requantize writes the numbers that the base has; dtype {dtype} asks for others",
+        "give only one of them",
+    ),
     Impossible(
         DataKeys,
         lambda c: c.src_length is not None and c.src_length >= c.max_length,

@@ -12,6 +12,7 @@ from rich.console import Console
 from oarsmith.adapters.merge import MergeProof, base_logits, merge_adapter, prompt_logits, prove
 from oarsmith.atomic import atomic_directory, atomic_write_text
 from oarsmith.checkpoint.hf import write_decoder
+from oarsmith.checkpoint.quantized.written import write_requantized
 from oarsmith.config.checkpoints import MergeAdapterConfig
 from oarsmith.config.resolved import Resolved
 from oarsmith.errors import CheckpointError, ModelError
@@ -52,6 +53,7 @@ def run(resolved: Resolved[MergeAdapterConfig]) -> int:
         config.kl_budget,
         config.dtype,
         any_base=config.any_base,
+        requantize=config.requantize,
     )
     print_proof(proof, console)
     console.print(f"merged model: {output_dir}\nnext: oarsmith chat {output_dir}")
@@ -68,8 +70,12 @@ def merge(
     dtype: str = "auto",
     *,
     any_base: bool = False,
+    requantize: bool = False,
 ) -> MergeProof:
     """Merge, compare on the prompts, and write only a merge that is the adapter within the budget.
+
+    Args:
+        requantize: write it in the layout of its quantized base; what is compared is what is written.
 
     Raises:
         ModelError: the merged model differs from base plus adapter by more than ``kl_budget`` nats per token.
@@ -78,19 +84,28 @@ def merge(
     ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
     adapted, plain = prompt_logits(model, ids), base_logits(model, ids)
     merged = merge_adapter(model)
-    proof = prove(adapted, prompt_logits(merged, ids), plain)
-    if not proof.mean_kl <= kl_budget:
-        raise ModelError(
-            f"the merged model differs from base plus adapter by {proof.mean_kl:.2e} nats per token, the budget is "
-            f"{kl_budget:.2e}; nothing was written",
-            where=str(adapter),
-            fix="merge with --dtype fp32 (less rounding), or raise kl_budget if the difference is acceptable",
-        )
     with atomic_directory(output_dir) as folder:
-        write_decoder(merged, folder)
+        if requantize:
+            write_requantized(base, merged, folder)
+            merged = load_model(folder, dtype=dtype)
+        proof = prove(adapted, prompt_logits(merged, ids), plain)
+        _require(proof, kl_budget, adapter, requantize=requantize)
+        if not requantize:
+            write_decoder(merged, folder)
         tokenizer.save(folder)
         atomic_write_text(folder / "merge_proof.json", json.dumps(asdict(proof), indent=1) + "\n")
     return proof
+
+
+def _require(proof: MergeProof, kl_budget: float, adapter: Path, *, requantize: bool) -> None:
+    if not proof.mean_kl <= kl_budget:
+        instead = "merge without requantize" if requantize else "merge with --dtype fp32 (less rounding)"
+        raise ModelError(
+            f"the merged model differs from base plus adapter by {proof.mean_kl:.2e} nats per token (the adapter "
+            f"itself moves it by {proof.effect_kl:.2e}), the budget is {kl_budget:.2e}; nothing was written",
+            where=str(adapter),
+            fix=f"{instead}, or raise kl_budget if the difference is acceptable",
+        )
 
 
 def print_proof(proof: MergeProof, console: Console) -> None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from oarsmith.kernels.coded import TILE, UINT4, Code, pack_pairs
+from oarsmith.kernels.coded import UINT4, Code, pack_pairs
 from oarsmith.kernels.select import native_for
 
+_CHUNK = 1 << 18  # numbers at a time: each of the copies of them takes a megabyte
 _TINY = 1e-38  # bitsandbytes divides by no less
 
 
@@ -99,5 +100,5 @@ def _by_rows(weight_OI: Tensor, group: int, encode: Callable[[Tensor], tuple[Ten
 
 def _chunks(weight_OI: Tensor) -> Iterator[Tensor]:
     """Rows in fp32, so many that copies of them stay small beside a weight."""
-    for rows in weight_OI.split(max(1, TILE // max(1, weight_OI.shape[1]))):
+    for rows in weight_OI.split(max(1, _CHUNK // max(1, weight_OI.shape[1]))):
         yield rows.float()

@@ -7,13 +7,22 @@ from __future__ import annotations
 from torch import Tensor
 
 from oarsmith.checkpoint.quantized.base import CodedSource, Config, Packed
-from oarsmith.checkpoint.quantized.integers import float_kind, group_size, integer_weight, stems, unpack_words
+from oarsmith.checkpoint.quantized.integers import (
+    float_kind,
+    group_size,
+    integer_weight,
+    numbers_on_grid,
+    pack_words,
+    stems,
+    unpack_words,
+)
 from oarsmith.checkpoint.tensors import TensorSource
 from oarsmith.errors import CheckpointError
 
 _BITS = 4
 _A_WORD = 32 // _BITS
 _ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where columns 0, 1, ... lie in a word
+_IN_WORD = [0, 2, 4, 6, 1, 3, 5, 7]  # which columns lie in it
 
 
 class AwqSource(CodedSource):
@@ -52,6 +61,13 @@ class AwqSource(CodedSource):
         numbers_OI, zeros_OG = (_in_order(self._inner.read(stem + part)).t() for part in ("qweight", "qzeros"))
         scales_OG = self._inner.read(stem + "scales").t()
         return Packed(integer_weight(numbers_OI.contiguous(), scales_OG, zeros_OG, _BITS, self._groups[name]))
+
+    def code_names(self) -> dict[str, str]:
+        return {name.removesuffix("weight") + "qweight": name for name in self._groups}
+
+    def recoded(self, name: str, weight_OI: Tensor) -> Tensor:
+        numbers_IO = numbers_on_grid(self._checked(name), weight_OI, _BITS).t()
+        return pack_words(numbers_IO.unflatten(-1, (-1, _A_WORD))[..., _IN_WORD].flatten(-2), _BITS)
 
 
 def _in_order(words: Tensor) -> Tensor:

@@ -112,6 +112,14 @@ class CodedSource(Replaced):
         plain = packed.columns is None and packed.shape is None
         return packed.weight if plain else None
 
+    def code_names(self) -> dict[str, str]:
+        """The files' tensors of codes, and the weight that each belongs to; empty: this format is not written."""
+        return {}
+
+    def recoded(self, name: str, weight_OI: Tensor) -> Tensor:
+        """The codes of another fp32 weight on the scales and zeros of a virtual tensor, as the files have them."""
+        raise NotImplementedError(type(self).__name__)
+
     def unpack(self, name: str) -> Tensor:
         packed = self._checked(name)
         result = decode(packed.weight, FLOATS[self.dtypes[name]])

@@ -11,13 +11,22 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from oarsmith.checkpoint.quantized.base import CodedSource, Config, Packed
-from oarsmith.checkpoint.quantized.fp8 import ACTIVATIONS, fp8_weight, scale_block
-from oarsmith.checkpoint.quantized.integers import float_kind, group_size, integer_weight, stems, unpack_words
+from oarsmith.checkpoint.quantized.fp8 import ACTIVATIONS, fp8_codes, fp8_weight, scale_block
+from oarsmith.checkpoint.quantized.integers import (
+    float_kind,
+    group_size,
+    integer_weight,
+    numbers_on_grid,
+    pack_words,
+    stems,
+    unpack_words,
+)
 from oarsmith.checkpoint.tensors import TensorSource
 from oarsmith.errors import CheckpointError
-from oarsmith.kernels.coded import CodedWeight
+from oarsmith.kernels.coded import E4M3, CodedWeight
 
 _FLOATS = ("F16", "BF16", "F32")
 _PACKED_BITS = (2, 4, 8)
@@ -112,6 +121,19 @@ class CompressedSource(CodedSource):
                 scale, zeros = scale[:, groups_I], None if zeros is None else zeros[:, groups_I]
                 columns, group = torch.arange(len(groups_I)), 1
         return Packed(integer_weight(numbers_OI, scale, zeros, bits, group), columns)
+
+    def code_names(self) -> dict[str, str]:
+        return {f"{name}_packed": name for name in self._bits} | {name: name for name in self._blocks}
+
+    def recoded(self, name: str, weight_OI: Tensor) -> Tensor:
+        grid = self._checked(name)
+        if grid.weight.code is E4M3:
+            return fp8_codes(grid, weight_OI)
+        bits = self._bits.get(name, 8)
+        numbers_OI = numbers_on_grid(grid, weight_OI, bits)
+        if name in self._blocks:
+            return (numbers_OI ^ 128).view(torch.int8)
+        return pack_words(functional.pad(numbers_OI, (0, -numbers_OI.shape[1] % (32 // bits))), bits)
 
     def _plain(self, name: str, scale: Tensor, zeros: Tensor | None) -> CodedWeight:
         block, weight = self._blocks[name], self._inner.read(name)

@@ -18,6 +18,7 @@ SCALES = ("_scale_inv", "_scale")
 KINDS = ("F32", "BF16", "F16", "F8_E8M0")
 # How activations and caches are to be rounded.
 ACTIVATIONS = (".input_scale", ".input_zero_point", ".output_scale", ".k_scale", ".v_scale", ".q_scale")
+_LARGEST = torch.finfo(torch.float8_e4m3fn).max
 _ACTIVATION_SCALES = (".activation_scale", ".input_scale_ub")
 
 
@@ -51,6 +52,19 @@ class Fp8Source(CodedSource):
     def packed(self, name: str) -> Packed:
         scale, block = self._scales[name]
         return Packed(fp8_weight(self._inner.read(name), self._inner.read(scale), block))
+
+    def code_names(self) -> dict[str, str]:
+        return {name: name for name in self._scales}
+
+    def recoded(self, name: str, weight_OI: Tensor) -> Tensor:
+        return fp8_codes(self._checked(name), weight_OI)
+
+
+def fp8_codes(grid: Packed, weight_OI: Tensor) -> Tensor:
+    """Another weight in E4M3 on the scales of this one."""
+    group_I = torch.arange(weight_OI.shape[1]) // grid.weight.group
+    scaled = (weight_OI / grid.weight.scale_OG.float()[:, group_I]).nan_to_num(0.0)
+    return scaled.clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
 
 
 def scale_block(shape: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int] | None:

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from oarsmith.checkpoint.quantized.base import CodedSource, Config, Packed
-from oarsmith.checkpoint.quantized.integers import float_kind, group_size, integer_weight, stems, unpack_words
+from oarsmith.checkpoint.quantized.integers import (
+    float_kind,
+    group_size,
+    integer_weight,
+    numbers_on_grid,
+    pack_words,
+    stems,
+    unpack_words,
+)
 from oarsmith.checkpoint.tensors import TensorSource
 from oarsmith.errors import CheckpointError
 
@@ -64,6 +72,13 @@ class GptqSource(CodedSource):
                 name, self._inner.read(f"{stem}g_idx").long(), numbers_OI, zeros_OG, scales_OG, group
             )
         return Packed(integer_weight(numbers_OI, scales_OG, zeros_OG, bits, group), columns)
+
+    def code_names(self) -> dict[str, str]:
+        return {name.removesuffix("weight") + "qweight": name for name in self._sizes}
+
+    def recoded(self, name: str, weight_OI: Tensor) -> Tensor:
+        bits = self._sizes[name][0]
+        return pack_words(numbers_on_grid(self._checked(name), weight_OI, bits), bits).t().contiguous()
 
     def _zeros(self, words: Tensor, bits: int) -> Tensor:
         if self._plain_zeros:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oarsmith.checkpoint.quantized.base import Config
+from oarsmith.checkpoint.quantized.base import Config, Packed
 from oarsmith.checkpoint.tensors import TensorSource
 from oarsmith.kernels.coded import INT4, INT8, UINT4, UINT8, CodedWeight, pack_pairs
 
@@ -42,6 +42,25 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     stream = (words[..., None] >> torch.arange(32, dtype=torch.int32) & 1).to(torch.uint8).flatten(-2)
     places = (1 << torch.arange(bits)).to(torch.uint8)
     return (stream.unflatten(-1, (-1, bits)) * places).sum(-1, dtype=torch.uint8)
+
+
+def pack_words(numbers: Tensor, bits: int) -> Tensor:
+    """The other way: numbers [..., N] to int32 [..., N bits / 32]."""
+    stream = numbers.long()[..., None] >> torch.arange(bits) & 1
+    words = stream.flatten(-2).unflatten(-1, (-1, 32)) << torch.arange(32)
+    return words.sum(-1).to(torch.int32)
+
+
+def numbers_on_grid(grid: Packed, weight_OI: Tensor, bits: int) -> Tensor:
+    """Numbers without sign [O, I] of the steps nearest to another weight, in the order of its inputs."""
+    coded, columns = grid.weight, grid.columns
+    group_I = torch.arange(coded.in_features) // coded.group
+    if columns is not None:
+        group_I = group_I[columns]
+    scale_OI = coded.scale_OG.float()[:, group_I]
+    zero = 1 << bits - 1 if coded.zero_OG is None else coded.zero_OG.float()[:, group_I]
+    steps = (weight_OI / scale_OI).nan_to_num(0.0).round() + zero
+    return steps.clamp(0, (1 << bits) - 1).to(torch.uint8)
 
 
 def integer_weight(
