@@ -27,7 +27,7 @@ from oarsmith.adapters.linear import attach
 from oarsmith.adapters.lora import Lora
 from oarsmith.adapters.merge import merge_adapter, mergeable
 from oarsmith.adapters.methods import METHODS, changes_of
-from oarsmith.adapters.peft_layout import adapter_rewrite, load_adapter_weights, write_adapter
+from oarsmith.adapters.peft_layout import adapter_rewrite, adapter_tensors, load_adapter_weights, write_adapter
 from oarsmith.adapters.targets import adapt_rewrite
 from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.config.load import load_config

@@ -29,7 +29,7 @@ from oarsmith.text import Tokenizer
 from oarsmith.training.batches import BatchSet
 from oarsmith.training.checkpoint import CheckpointStore
 from oarsmith.training.environment import describe_environment
-from oarsmith.training.evaluate import evaluate
+from oarsmith.training.evaluate import evaluate, in_words
 from oarsmith.training.loop import Loop
 from oarsmith.training.objective import Objective
 from oarsmith.training.progress import Progress
@@ -84,21 +84,11 @@ def run(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainResu
     result = train(resolved, recipe, console) if resolved.config.do_train else evaluate_only(resolved, recipe, console)
     for name, record in (("eval:", result.evaluation), ("test:", result.test)):
         if record is not None:
-            console.print(f"{name:<7} {', '.join(_shown(record))}")
+            console.print(f"{name:<7} {', '.join(in_words(record))}")
     if resolved.config.do_train:
         console.print(f"model:  {result.model_dir}")
         console.print(f"report: {result.output_dir / 'report.html'}")
     return result
-
-
-def _shown(record: Mapping[str, float]) -> list[str]:
-    """The numbers of an evaluation, in words."""
-    words = {"eval_loss": "loss {:.4f}", "eval_perplexity": "perplexity {:.2f}", "eval_accuracy": "accuracy {:.1%}"}
-    if "eval_perplexity" in record:
-        words["eval_accuracy"] = "token accuracy {:.1%}"
-    first = [form.format(record[key]) for key, form in words.items() if key in record]
-    others = [(key.removeprefix("eval_"), value) for key, value in record.items() if key not in words and key != "step"]
-    return first + [f"{key.replace('_', ' ')} {value:.2f}" for key, value in others]
 
 
 def train(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainResult:

@@ -44,6 +44,16 @@ class Evaluation:
         return {"eval_loss": self.loss, **{f"eval_{name}": value for name, value in self.means.items()}}
 
 
+def in_words(record: Mapping[str, float]) -> list[str]:
+    """The numbers of an evaluation's record."""
+    words = {"eval_loss": "loss {:.4f}", "eval_perplexity": "perplexity {:.2f}", "eval_accuracy": "accuracy {:.1%}"}
+    if "eval_perplexity" in record:
+        words["eval_accuracy"] = "token accuracy {:.1%}"
+    first = [form.format(record[key]) for key, form in words.items() if key in record]
+    others = [(key.removeprefix("eval_"), value) for key, value in record.items() if key not in words and key != "step"]
+    return first + [f"{key.replace('_', ' ')} {value:.2f}" for key, value in others]
+
+
 @torch.no_grad()
 def evaluate(
     model: Decoder, objective: Objective, batches: Iterable[Batch], progress: Callable[[int], None] | None = None

@@ -20,6 +20,7 @@ from oarsmith.models.decoder import Decoder
 from oarsmith.training.batches import BatchSource
 from oarsmith.training.checkpoint import read_checkpoint
 from oarsmith.training.ema import Ema
+from oarsmith.training.evaluate import in_words
 from oarsmith.training.forensics import Recorder, StepFacts, WeightsAre
 from oarsmith.training.log import RunLog
 from oarsmith.training.objective import Objective, StepObjective
@@ -294,14 +295,7 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _evaluation_line(record: Mapping[str, float], best: bool) -> str:
-    others = [f", {name.removeprefix('eval_')} {value:.2f}" for name, value in record.items() if name not in _ALWAYS]
-    return (
-        f"step {record['step']}: eval loss {record['eval_loss']:.4f}, perplexity {record['eval_perplexity']:.2f}, "
-        f"token accuracy {record['eval_accuracy']:.1%}{''.join(others)}{' (best checkpoint so far)' if best else ''}"
-    )
-
-
-_ALWAYS = frozenset({"step", "eval_loss", "eval_perplexity", "eval_accuracy"})
+    return f"step {record['step']}: eval {', '.join(in_words(record))}{' (best checkpoint so far)' if best else ''}"
 
 
 @contextmanager

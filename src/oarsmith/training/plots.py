@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def draw_run(
     loss_unit: str | None,
 ) -> bytes:
     """A PNG 1800 pixels wide (900 at twice the density): training and evaluation loss in ``loss_unit`` (None: a plain
-    number) with the steps of events, and below them, where the log has them, learning rate and gradient norm."""
+    number) with the steps of events; below them, where the log has them, rewards, learning rate and gradient norm."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -74,7 +75,13 @@ def draw_run(
     eval_loss = Series((record.step, record.eval_loss) for record in evaluations)
     rate = Series((record.step, record.learning_rate) for record in training)
     norm = Series((record.step, record.grad_norm) for record in training)
-    small = [(series, draw) for series, draw in ((rate, _draw_rate), (norm, _draw_norm)) if series.finite.any()]
+    rewards = _Rewards(training, evaluations)
+    panels: list[tuple[Series, Callable[[Axes], None]]] = [
+        (rewards.chosen, partial(_draw_rewards, rewards=rewards)),
+        (rate, partial(_draw_rate, rate=rate)),
+        (norm, partial(_draw_norm, norm=norm)),
+    ]
+    small = [draw for series, draw in panels if series.finite.any()]
     heights = [3.6, *(1.25 for _ in small)]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, sum(heights) + 0.6), dpi=200, layout="constrained", facecolor="white")
@@ -83,8 +90,8 @@ def draw_run(
         axes: list[Axes] = list(grid[:, 0])
         _mark_events(axes[0], events)
         _draw_loss(axes[0], loss, eval_loss, f"loss ({loss_unit})" if loss_unit else "loss")
-        for ax, (series, draw) in zip(axes[1:], small, strict=True):
-            draw(ax, series)
+        for ax, draw in zip(axes[1:], small, strict=True):
+            draw(ax)
         ends = _epoch_ends(training)
         for ax in axes:
             for step in ends:
@@ -152,6 +159,31 @@ def _draw_rate(ax: Axes, rate: Series) -> None:
         ax.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     else:
         ax.set_yticks([0])
+
+
+class _Rewards:
+    """Rewards of chosen and rejected answers, of methods that have them."""
+
+    def __init__(self, training: Sequence[LogRecord], evaluations: Sequence[LogRecord]) -> None:
+        self.chosen = Series((record.step, record.rewards_chosen) for record in training)
+        self.rejected = Series((record.step, record.rewards_rejected) for record in training)
+        self.held_out = tuple(
+            Series((record.step, value(record)) for record in evaluations)
+            for value in (lambda r: r.eval_rewards_chosen, lambda r: r.eval_rewards_rejected)
+        )
+
+
+def _draw_rewards(ax: Axes, rewards: _Rewards) -> None:
+    """Both, and the margin between them as an area; squares: evaluations."""
+    chosen, rejected = rewards.chosen, rewards.rejected
+    mean = running_mean if len(chosen.x) >= _MIN_SMOOTHED else (lambda y: y)
+    ax.fill_between(chosen.x, mean(rejected.y), mean(chosen.y), color=_TRAIN, alpha=0.12, linewidth=0)
+    ax.plot(chosen.x, mean(chosen.y), color=_TRAIN, linewidth=1.3, label="chosen")
+    ax.plot(rejected.x, mean(rejected.y), color=_EVAL, linewidth=1.3, label="rejected")
+    for series, colour in zip(rewards.held_out, (_TRAIN, _EVAL), strict=True):
+        ax.plot(series.x, series.y, "s", markersize=4, color=colour)
+    ax.set_ylabel("rewards")
+    ax.legend(fontsize=8, loc="upper left", ncols=2)
 
 
 def _draw_norm(ax: Axes, norm: Series) -> None:

@@ -36,6 +36,10 @@ class LogRecord(_Part):
     learning_rate: float | None = None
     tokens: int | None = None
     trained_tokens: float | None = None
+    rewards_chosen: float | None = None
+    rewards_rejected: float | None = None
+    eval_rewards_chosen: float | None = None
+    eval_rewards_rejected: float | None = None
     eval_loss: float | None = None
     eval_perplexity: float | None = None
     eval_accuracy: float | None = None
