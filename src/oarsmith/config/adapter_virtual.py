@@ -21,6 +21,8 @@ PART_RATES = {
 PARTS = frozenset(PART_RATES)
 # Methods with virtual tokens before every text.
 WITH_VIRTUAL = frozenset({"prefix_tuning", "prompt_tuning", "p_tuning"})
+# Methods that no plain model does the same as.
+UNMERGEABLE = WITH_VIRTUAL | {"reft", "bottleneck"}
 
 
 def _to_tokens(value: object) -> object:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from oarsmith.config.adapter_virtual import UNMERGEABLE
 from oarsmith.config.resolved import Resolved
 from oarsmith.config.sft import SftConfig
 from oarsmith.jobs import start as starting
@@ -32,7 +33,7 @@ def run(resolved: Resolved[SftConfig]) -> int:
     result = training.run(resolved, RECIPE, console)
     if resolved.config.do_train:
         console.print(f"next:   oarsmith chat {result.output_dir}")
-        if resolved.config.has_adapter:
+        if resolved.config.has_adapter and resolved.config.adapter_type not in UNMERGEABLE:
             console.print(f"        oarsmith merge-adapter {result.output_dir} MERGED   (a plain model, with proof)")
     return 0
 
