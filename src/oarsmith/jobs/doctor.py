@@ -38,7 +38,7 @@ EXTRAS = {
     "grpc": ("oarsmith serve --grpc_port", ["grpcio", "protobuf"]),
     "ui": ("oarsmith serve --ui_port", ["gradio", "httpx"]),
     "ray": ("oarsmith preprocess --engine ray, oarsmith serve --replicas", ["ray"]),
-    "oracles": ("tests against transformers and PEFT", ["transformers", "peft"]),
+    "oracles": ("tests against transformers, PEFT and TRL", ["transformers", "peft", "trl"]),
     "bench": ("benchmarks beside transformers, PEFT and TRL", ["transformers", "peft", "trl"]),
     "dev": (
         "work on Oarsmith itself",
