@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from oarsmith.config.dpo import DpoConfig
 from oarsmith.config.load import load_config
 from oarsmith.config.names import canonical_key
-from oarsmith.config.paddle import NOT_BUILT, OTHER_JOBS, WITHOUT_EFFECT, refusal
+from oarsmith.config.paddle import NOT_BUILT, WITHOUT_EFFECT, refusal
 from oarsmith.config.pretrain import PretrainConfig
 from oarsmith.config.registry import CONFIG_CLASSES, config_class
 from oarsmith.config.sft import SftConfig
@@ -16,16 +17,29 @@ from oarsmith.errors import ConfigError
 
 FILES = sorted((Path(__file__).parents[1] / "fixtures" / "configs").glob("*.json"))
 SFT_FILE = next(path for path in FILES if "sft" in path.name)
+DPO_FILE = next(path for path in FILES if "dpo" in path.name)
 PRETRAIN_FILE = next(path for path in FILES if "pretrain" in path.name)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_key_of_the_shipped_files_is_known(path):
     assert len(FILES) == 3
-    ours = {*SftConfig.model_fields, *PretrainConfig.model_fields}
-    known = {*ours, *SWITCHES, *WITHOUT_EFFECT, *NOT_BUILT, *OTHER_JOBS}
+    ours = {*SftConfig.model_fields, *PretrainConfig.model_fields, *DpoConfig.model_fields}
+    known = {*ours, *SWITCHES, *WITHOUT_EFFECT, *NOT_BUILT}
     for key in json.loads(path.read_text()):
         assert canonical_key(key, ours) in known, key
+
+
+def test_the_dpo_file_runs_unchanged():
+    resolved = load_config(DpoConfig, DPO_FILE)
+    config = resolved.config
+    assert (config.dataset_name_or_path, config.eval_dataset_path) == ("./data/train.jsonl", "./data/dev.jsonl")
+    assert (config.max_length, config.max_prompt_len, config.loss_type) == (4096, 2048, ("sigmoid",))
+    assert (config.beta, config.learning_rate, config.evaluation_strategy) == (0.1, 1e-6, "steps")
+    given = set(json.loads(DPO_FILE.read_text()))
+    with pytest.raises(ConfigError, match="the key 'beta' belongs to 'oarsmith dpo'"):
+        load_config(SftConfig, DPO_FILE)
+    assert {"tensor_parallel_degree", "flash_mask", "lazy"} <= set(resolved.without_effect) & given
 
 
 def test_the_sft_file_runs_unchanged():
@@ -71,7 +85,7 @@ def test_neutral_values_pass_and_requests_stop(tmp_path, key, neutral, asking):
 
 def test_no_name_stands_in_two_tables():
     ours = {key for job in CONFIG_CLASSES for key in config_class(job).model_fields}
-    tables = [ours, set(WITHOUT_EFFECT), set(NOT_BUILT), set(OTHER_JOBS), set(SWITCHES)]
+    tables = [ours, set(WITHOUT_EFFECT), set(NOT_BUILT), set(SWITCHES)]
     for index, table in enumerate(tables):
         for other in tables[index + 1 :]:
             assert not table & other

@@ -19,12 +19,14 @@ from .entries import COMMAND_LINE, Entry, FileLayer, read_file
 from .idle import idle_keys
 from .names import ALIASES, canonical_key, canonical_value, nearest
 from .overrides import parse_overrides
-from .paddle import NOT_BUILT, OTHER_JOBS, WITHOUT_EFFECT, refusal
+from .paddle import NOT_BUILT, WITHOUT_EFFECT, refusal
 from .registry import config_class as class_of
 from .resolved import RUN_FILE, Resolved, is_given
 from .switches import SWITCHES, resolve_switches
 
 C = TypeVar("C", bound=JobConfig)
+# Commands whose files are easily taken for one another.
+_TRAINING = ("dpo", "kto", "sft", "pretrain")
 
 
 def load_config(
@@ -148,10 +150,10 @@ def _refuse_unless_neutral(key: str, entry: Entry) -> None:
 
 
 def _unknown_key(config_class: type[JobConfig], entry: Entry) -> ConfigError:
-    if entry.name in OTHER_JOBS:
-        job = OTHER_JOBS[entry.name]
+    owners = [job for job in _TRAINING if entry.name in class_of(job).model_fields]
+    if owners and config_class.command in _TRAINING:
         return ConfigError(
-            f"the key '{entry.name}' belongs to 'oarsmith {job}'",
+            f"the key '{entry.name}' belongs to 'oarsmith {owners[0]}'",
             where=entry.where,
             fix=f"remove it; 'oarsmith {config_class.command} --help' lists the keys of this command",
         )

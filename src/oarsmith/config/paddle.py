@@ -155,17 +155,6 @@ NOT_BUILT: dict[str, NotBuilt] = {
     "quant_type": NotBuilt(_OFF, "quantized inference", 'set it to ""'),
 }
 
-# Key -> the command that owns it, where it is somebody else's.
-OTHER_JOBS: dict[str, str] = {
-    **dict.fromkeys(
-        ("beta", "loss_type", "label_smoothing", "pref_loss_ratio", "sft_loss_ratio", "simpo_gamma", "dpop_lambda"),
-        "dpo",
-    ),
-    "reference_free": "dpo",
-    "desirable_weight": "kto",
-    "undesirable_weight": "kto",
-}
-
 
 def refusal(key: str, value: object) -> NotBuilt | None:
     """Why this value of a key in ``NOT_BUILT`` cannot be honoured, or None where it asks for nothing."""
