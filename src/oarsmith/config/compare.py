@@ -21,6 +21,7 @@ class CompareConfig(SftConfig):
     command: ClassVar[str] = "compare"
     also_accepts: ClassVar[tuple[str, ...]] = ("sft",)
 
+    output_dir: str = Field("runs/compare", description="Table, picture, and a run folder for each method.")
     methods: Methods = Field(
         (FULL, "lora"),
         description="What to compare, separated by commas: full (all weights) or an adapter_type, each with settings "
