@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 import torch
@@ -21,17 +21,14 @@ from oarsmith.training.objective import Objective, StepObjective
 class Evaluation:
     """Means over all that is counted in the set: trained tokens, or judged prompts (``of_tokens`` false).
 
-    ``means``: of what the objective sums besides its loss.
+    ``others``: means of what else the objective sums.
     """
 
     loss: float
-    means: Mapping[str, float]
+    accuracy: float
     count: float
     of_tokens: bool = True
-
-    @property
-    def accuracy(self) -> float:
-        return self.means.get("accuracy", 0.0)
+    others: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -41,7 +38,8 @@ class Evaluation:
         """As a record of the log."""
         if self.of_tokens:
             return {"eval_loss": self.loss, "eval_perplexity": self.perplexity, "eval_accuracy": self.accuracy}
-        return {"eval_loss": self.loss, **{f"eval_{name}": value for name, value in self.means.items()}}
+        others = {f"eval_{name}": value for name, value in self.others.items()}
+        return {"eval_loss": self.loss, "eval_accuracy": self.accuracy, **others}
 
 
 def in_words(record: Mapping[str, float]) -> list[str]:
@@ -76,7 +74,8 @@ def evaluate(
             progress(index + 1)
     model.train(training)
     assert count > 0, "nothing to evaluate on"
-    return Evaluation(total / count, {name: value / count for name, value in sums.items()}, count, of_tokens)
+    means = {name: value / count for name, value in sums.items()}
+    return Evaluation(total / count, means.pop("accuracy", 0.0), count, of_tokens, means)
 
 
 @dataclass(frozen=True)
