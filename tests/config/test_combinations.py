@@ -11,6 +11,7 @@ import oarsmith
 from oarsmith.config.bench import BenchConfig
 from oarsmith.config.checkpoints import ConvertConfig, MergeAdapterConfig
 from oarsmith.config.combinations import IMPOSSIBLE
+from oarsmith.config.dpo import DpoConfig, KtoConfig
 from oarsmith.config.eval import EvalConfig
 from oarsmith.config.inference import ChatConfig, GenerateConfig
 from oarsmith.config.load import load_config
@@ -22,6 +23,11 @@ from oarsmith.errors import ConfigError
 CASES = [
     (SftConfig, "--do_train 0 --do_eval 0", "nothing to do"),
     (SftConfig, "--overwrite_output_dir --resume_from_checkpoint runs/x", "starts anew"),
+    (DpoConfig, "--metric_for_best_model perplexity", "perplexity is a number of single texts"),
+    (KtoConfig, "--metric_for_best_model bleu4", "bleu4 is a number of single texts"),
+    *((keys, "--z_loss 0.1", "z_loss is for oarsmith sft") for keys in (DpoConfig, KtoConfig)),
+    *((keys, "--use_ssa", "use_ssa is for oarsmith sft") for keys in (DpoConfig, KtoConfig)),
+    *((keys, "--use_pose_convert", "use_pose_convert is for oarsmith sft") for keys in (DpoConfig, KtoConfig)),
     (SftConfig, "--max_length 8 --src_length 8", "src_length 8 leaves no room"),
     (SftConfig, "--max_steps 0", "max_steps is 0"),
     (SftConfig, "--min_learning_rate 1e-3", "min_learning_rate 0.001 is above learning_rate 2e-05"),
@@ -158,6 +164,8 @@ BASE = {
     PreprocessConfig: {"--input_path": "in"},
     PretrainConfig: {"--model_name_or_path": "m", "--input_dir": "d"},
     SftConfig: {"--model_name_or_path": "m", "--dataset_name_or_path": "d"},
+    DpoConfig: {"--model_name_or_path": "m", "--dataset_name_or_path": "d"},
+    KtoConfig: {"--model_name_or_path": "m", "--dataset_name_or_path": "d"},
     GenerateConfig: {"--model_name_or_path": "m", "--prompt": "hi"},
     ChatConfig: {"--model_name_or_path": "m"},
     ConvertConfig: {},

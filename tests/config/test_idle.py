@@ -6,6 +6,7 @@ import pytest
 
 from oarsmith import cli
 from oarsmith.config.checkpoints import ConvertConfig
+from oarsmith.config.dpo import DpoConfig
 from oarsmith.config.idle import IDLE
 from oarsmith.config.inference import GenerateConfig
 from oarsmith.config.load import load_config
@@ -29,6 +30,10 @@ CASES = [
     (ConvertConfig, "--gguf_type f16 --with_tokenizer false", "--to gguf"),
     (ConvertConfig, "--paddle_layout pdparams", "--to paddle"),
     (ConvertConfig, "--to gguf --dtype fp32 --max_shard_gb 2", "--to hf"),
+    (DpoConfig, "--simpo_gamma 1", "--loss_type simpo"),
+    (DpoConfig, "--dpop_lambda 5", "--loss_type dpop,sft"),
+    (DpoConfig, "--discopop_tau 0.1", "--loss_type discopop"),
+    (DpoConfig, "--f_alpha_divergence_coef 1", "--f_divergence_type alpha_divergence"),
     (GenerateConfig, "--num_draft_tokens 3 --ngram_min 2 --ngram_max 5", "--speculative ngram"),
     (GenerateConfig, "--length_penalty 2 --early_stopping never", "--num_beams 2"),
     (GenerateConfig, "--mode static --cache_gib 2", "--mode dynamic"),

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,7 +66,7 @@ def test_it_learns_and_goes_on(folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert ("reference: 48 answers in" in printed) != simpo
     assert "report.html" in printed and f"oarsmith chat {first}" in printed
     logged = steps(first)
-    if not simpo:  # the policy is its reference
+    if not simpo and "adapter_type" not in more:  # the policy is its reference; a prefix does not start as the base
         assert logged[0]["margin"] == pytest.approx(0, abs=1e-9) and logged[0]["kl"] == pytest.approx(0, abs=1e-9)
     assert logged[-1]["margin"] > logged[0]["margin"]
     assert logged[-1]["loss"] < logged[0]["loss"]
@@ -80,6 +81,18 @@ def test_it_learns_and_goes_on(folder: Path, tmp_path: Path, capsys: pytest.Capt
     files = [path.relative_to(first) for path in (first / name).glob("*.safetensors")]
     for file in (Path("log.jsonl"), *files):
         assert (first / file).read_bytes() == (again / file).read_bytes(), file
+
+
+def test_the_reference_has_no_adapter(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A prefix changes answers from the start; its reference is the base, as that of all other methods."""
+    assert run("dpo", folder, tmp_path / "prefix", adapter_type="prefix_tuning", num_prefix_tokens=3, dtype="fp32") == 0
+    (file,) = (tmp_path / "cache" / "references").glob("*.npy")
+    known = np.load(file)
+    file.unlink()
+    assert run("dpo", folder, tmp_path / "full", dtype="fp32", zero_padding=False) == 0
+    assert "kept from an earlier run" not in capsys.readouterr().out
+    (other,) = (tmp_path / "cache" / "references").glob("*.npy")
+    assert np.allclose(np.load(other), known, atol=1e-3)
 
 
 def test_splits_of_a_step_do_not_matter(folder: Path, tmp_path: Path) -> None:

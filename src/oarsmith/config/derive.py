@@ -11,7 +11,7 @@ from .adapter_factors import ALPHA_IS_RANK, OWN_PLACES, WITHOUT_ALPHA
 from .adapter_virtual import PART_RATES, PARTS
 from .adapters import AdapterKeys, SharedAdapterKeys
 from .base import JobConfig
-from .dpo import DpoConfig, KtoConfig
+from .dpo import JudgedConfig
 from .groups import ModelKeys, SamplingKeys
 from .pretrain import PretrainConfig, split_shares
 from .sft import SftConfig
@@ -30,7 +30,7 @@ class Rule(Generic[C]):
     reason: str
 
 
-def _evaluation_strategy(c: SftConfig | DpoConfig | KtoConfig) -> str:
+def _evaluation_strategy(c: SftConfig | JudgedConfig) -> str:
     return "epoch" if c.eval_dataset_path or c.eval_split_ratio > 0 else "no"
 
 
@@ -62,24 +62,6 @@ def _decode_strategy(c: SamplingKeys) -> str:
     return "sampling" if drawn else "greedy"
 
 
-def _of_judged(keys: type[DpoConfig | KtoConfig]) -> tuple[Rule[Any], ...]:
-    return (
-        Rule(
-            keys,
-            "per_device_train_batch_size",
-            lambda c: 1 if c.zero_padding else 8,
-            "1 packed row, or 8 prompts without packing",
-        ),
-        Rule(
-            keys,
-            "learning_rate",
-            lambda c: PART_RATES.get(c.adapter_type or "", 5e-5) if c.has_adapter else 1e-6,
-            "5e-5 with an adapter, more for those that change no projections, 1e-6 without",
-        ),
-        Rule(keys, "evaluation_strategy", _evaluation_strategy, "epoch where eval data is named, else no"),
-    )
-
-
 # In order: a later rule sees what an earlier one derived.
 RULES: tuple[Rule[Any], ...] = (
     Rule(ModelKeys, "tokenizer_name_or_path", lambda c: c.model_name_or_path, "the model's own"),
@@ -98,7 +80,19 @@ RULES: tuple[Rule[Any], ...] = (
         "2e-4 with an adapter, more for those that change no projections, 2e-5 without",
     ),
     Rule(SftConfig, "evaluation_strategy", _evaluation_strategy, "epoch where eval data is named, else no"),
-    *(rule for keys in (DpoConfig, KtoConfig) for rule in _of_judged(keys)),
+    Rule(
+        JudgedConfig,
+        "per_device_train_batch_size",
+        lambda c: 1 if c.zero_padding else 8,
+        "1 packed row, or 8 prompts without packing",
+    ),
+    Rule(
+        JudgedConfig,
+        "learning_rate",
+        lambda c: PART_RATES.get(c.adapter_type or "", 5e-5) if c.has_adapter else 1e-6,
+        "5e-5 with an adapter, more for those that change no projections, 1e-6 without",
+    ),
+    Rule(JudgedConfig, "evaluation_strategy", _evaluation_strategy, "epoch where eval data is named, else no"),
     Rule(PretrainConfig, "evaluation_strategy", _corpus_evaluation, "steps where split has a part for it, else no"),
     Rule(TrainConfig, "do_eval", lambda c: c.evaluation_strategy != "no", "true where there is an evaluation_strategy"),
     Rule(PretrainConfig, "eval_steps", lambda c: max(100, c.logging_steps), "100, or logging_steps if more"),

@@ -23,6 +23,13 @@ def _to_floats(value: object) -> object:
 Floats = Annotated[tuple[float, ...], BeforeValidator(_to_floats)]
 
 
+class JudgedConfig(ModelKeys, PreferenceDataKeys, AdapterKeys, TrainConfig):
+    """What training on judged answers has whatever the loss."""
+
+    title: ClassVar[str] = "Judged answers"
+    positional: ClassVar[tuple[str, ...]] = ("model_name_or_path", "dataset_name_or_path")
+
+
 class PairLossKeys(JobConfig):
     title: ClassVar[str] = "Preference loss"
 
@@ -61,12 +68,11 @@ class PairLossKeys(JobConfig):
     )
 
 
-class DpoConfig(ModelKeys, PreferenceDataKeys, PairLossKeys, AdapterKeys, TrainConfig):
+class DpoConfig(PairLossKeys, JudgedConfig):
     """All keys of ``oarsmith dpo``: one of two answers is preferred."""
 
     title: ClassVar[str] = "Preference training"
     command: ClassVar[str] = "dpo"
-    positional: ClassVar[tuple[str, ...]] = ("model_name_or_path", "dataset_name_or_path")
 
     output_dir: str = Field("runs/dpo", description="The run folder: checkpoints, reports, resolved configuration.")
 
@@ -82,11 +88,10 @@ class KtoLossKeys(JobConfig):
     undesirable_weight: Float = Field(1.0, ge=0, description="Weight of bad answers.")
 
 
-class KtoConfig(ModelKeys, PreferenceDataKeys, KtoLossKeys, AdapterKeys, TrainConfig):
+class KtoConfig(KtoLossKeys, JudgedConfig):
     """All keys of ``oarsmith kto``: single answers are good or bad."""
 
     title: ClassVar[str] = "KTO"
     command: ClassVar[str] = "kto"
-    positional: ClassVar[tuple[str, ...]] = ("model_name_or_path", "dataset_name_or_path")
 
     output_dir: str = Field("runs/kto", description="The run folder: checkpoints, reports, resolved configuration.")

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from .base import JobConfig
 from .checkpoints import ConvertConfig
+from .dpo import DpoConfig
 from .inference import CacheKeys, GenerateConfig, ModeKeys, SpeculativeKeys
 from .resolved import is_given
 from .train import TrainConfig
@@ -27,6 +28,11 @@ class Idle(Generic[C]):
     names: tuple[str, ...]
     when: Callable[[C], bool]
     why: str
+
+
+def _only_of(key: str, *losses: str) -> Idle[DpoConfig]:
+    """A key that only some losses of pairs have."""
+    return Idle(DpoConfig, (key,), lambda c: not set(losses) & set(c.loss_type), f"loss_type is not {losses[0]}")
 
 
 IDLE: tuple[Idle[Any], ...] = (
@@ -51,6 +57,15 @@ IDLE: tuple[Idle[Any], ...] = (
         ("decay_steps",),
         lambda c: c.lr_scheduler_type.startswith("constant"),
         "a constant learning rate does not fall",
+    ),
+    _only_of("simpo_gamma", "simpo"),
+    _only_of("dpop_lambda", "dpop", "dpop_added"),
+    _only_of("discopop_tau", "discopop"),
+    Idle(
+        DpoConfig,
+        ("f_alpha_divergence_coef",),
+        lambda c: c.f_divergence_type != "alpha_divergence",
+        "f_divergence_type is another one",
     ),
     Idle(
         TrainConfig, ("eval_steps",), lambda c: c.evaluation_strategy != "steps", "evaluation_strategy is another one"

@@ -10,6 +10,7 @@ from typing import Any
 from .adapter_lowbit import IN_BLOCKS, WITH_ABSMAX
 from .adapters import AdapterKeys
 from .base import JobConfig
+from .dpo import JudgedConfig
 from .factor_combinations import FACTORS
 from .groups import EvalRowKeys, RunKeys
 from .impossible import Impossible
@@ -44,6 +45,15 @@ def _missing_tracker(name: str, extra: str) -> Impossible[Any]:
         f"report_to {name} needs the package '{name}', which is not installed",
         f"pip install 'oarsmith[{extra}]', or set report_to to none",
     )
+
+
+def _not_judged(key: str, why: str, off: str) -> Impossible[Any]:
+    """A key of training on single texts, given to a command that trains on judged answers."""
+
+    def given(c: JobConfig) -> bool:
+        return bool(dict(c)[key])
+
+    return Impossible(JudgedConfig, given, f"{key} is for oarsmith sft and pretrain: {why}", f"set {key} to {off}")
 
 
 def _nothing_to_evaluate_on(c: SftConfig) -> bool:
@@ -137,6 +147,15 @@ TRAINING: tuple[Impossible[Any], ...] = (
         "{metric_for_best_model} compares generated answers, but evaluations do not generate",
         "set eval_with_do_generation to true",
     ),
+    Impossible(
+        JudgedConfig,
+        lambda c: c.metric_for_best_model not in ("loss", "accuracy"),
+        "{metric_for_best_model} is a number of single texts, and evaluations here are of judged answers",
+        "set metric_for_best_model to loss or accuracy",
+    ),
+    _not_judged("z_loss", "preference losses look at no softmax alone", "0"),
+    _not_judged("use_ssa", "its groups follow a text's whole length, so answers could not share a prompt", "false"),
+    _not_judged("use_pose_convert", "answers go on where their prompt ends", "false"),
     Impossible(
         PretrainConfig,
         lambda c: c.metric_for_best_model in _GENERATED,

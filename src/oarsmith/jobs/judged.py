@@ -10,13 +10,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from oarsmith.adapters.linear import disabled
 from oarsmith.adapters.parts import rewrite_of
 from oarsmith.checkpoint.fingerprint import fingerprint
-from oarsmith.config.dpo import DpoConfig, KtoConfig
+from oarsmith.config.dpo import JudgedConfig
 from oarsmith.config.resolved import Resolved
 from oarsmith.data.answers import with_references
 from oarsmith.data.judged import Kind
-from oarsmith.errors import ConfigError
 from oarsmith.jobs import start as starting
 from oarsmith.jobs import train as training
 from oarsmith.jobs import weights
@@ -32,8 +32,7 @@ from oarsmith.models.sharing import shares_beginnings
 from oarsmith.text import Tokenizer
 from oarsmith.training.numbers import show_duration
 
-JudgedConfig = DpoConfig | KtoConfig
-J = TypeVar("J", DpoConfig, KtoConfig)
+J = TypeVar("J", bound=JudgedConfig)
 # Tokens of a batch without gradient.
 _CAPACITY = 4096
 
@@ -47,16 +46,8 @@ class JudgedData(TrainingData):
 
 
 def start(resolved: Resolved[J], device: torch.device) -> tuple[Resolved[J], Start]:
-    """A checkpoint; ``max_length`` fits its context.
-
-    Raises:
-        ConfigError: groups of tokens that follow a document's length, with which no prompt can be shared.
-    """
+    """A checkpoint; ``max_length`` fits its context."""
     config = resolved.config
-    if config.use_ssa:
-        raise ConfigError(
-            "shifted sparse attention is for oarsmith sft and pretrain", where="use_ssa", fix="set it to false"
-        )
     begin = starting.from_checkpoint(config, starting.model_directory(config))
     return fit_max_length(starting.settle_dtype(resolved, device), config.max_length, begin.max_positions), begin
 
@@ -73,10 +64,10 @@ def build_data(config: JudgedConfig, begin: Start, tokenizer: Tokenizer, *, kind
 def with_reference(
     config: JudgedConfig, begin: Start, model: Decoder, data: TrainingData, console: Console
 ) -> TrainingData:
-    """The data with log-probabilities under the model as it is now, kept on disk for the next run."""
+    """The data with log-probabilities under the model that training begins with, without an adapter; they are kept on
+    disk for the next run."""
     assert isinstance(data, JudgedData), data
     rows = data.rows.all
-    # An adapter that starts as the base gives the base's numbers, whatever the method.
     form = config.weight_quantize_algo if config.has_adapter else "none"
     settings = (config.weight_blocksize, config.weight_double_quant, config.weight_double_quant_block_size)
     file = reference_file(
@@ -94,9 +85,10 @@ def with_reference(
         with bar:
             task = bar.add_task("reference", total=len(rows))
             capacity = max(_CAPACITY, config.max_length)
-            found = compute_references(
-                model, rows, share=data.share, capacity=capacity, told=lambda done: bar.update(task, completed=done)
-            )
+            with disabled(model):
+                found = compute_references(
+                    model, rows, share=data.share, capacity=capacity, told=lambda done: bar.update(task, completed=done)
+                )
         keep_references(file, found)
         console.print(f"reference: {found.size:,} answers in {show_duration(time.monotonic() - begun)}")
     scored = with_references(rows, found)
