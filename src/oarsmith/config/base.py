@@ -88,6 +88,12 @@ def _to_ints(value: object) -> object:
     return tuple(_to_int(word) for word in words) if isinstance(words, tuple) else words
 
 
+def _to_floats(value: object) -> object:
+    """Numbers separated by commas, or a list."""
+    words = _to_words([value] if isinstance(value, (int, float)) and not isinstance(value, bool) else value)
+    return tuple(float(str(word)) for word in words) if isinstance(words, tuple) else words
+
+
 def _to_object(value: object) -> object:
     """A mapping, or the JSON text of one."""
     if isinstance(value, str):
@@ -112,6 +118,8 @@ Bool = Annotated[bool, BeforeValidator(_to_bool)]
 Int = Annotated[int, BeforeValidator(_to_int)]
 Float = Annotated[float, BeforeValidator(_to_float)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_to_strings)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_to_words)]
+Floats = Annotated[tuple[float, ...], BeforeValidator(_to_floats)]
 Ints = Annotated[tuple[int, ...], BeforeValidator(_to_ints)]
 Biases = Annotated[dict[int, float], BeforeValidator(_to_biases)]
 Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(_to_words)]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from .base import Bool, _to_words
+from .base import Bool, Words
 from .sft import SftConfig
 
 FULL = "full"
-
-Methods = Annotated[tuple[str, ...], BeforeValidator(_to_words)]
 
 
 class CompareConfig(SftConfig):
@@ -22,7 +20,7 @@ class CompareConfig(SftConfig):
     also_accepts: ClassVar[tuple[str, ...]] = ("sft",)
 
     output_dir: str = Field("runs/compare", description="Table, picture, and a run folder for each method.")
-    methods: Methods = Field(
+    methods: Words = Field(
         (FULL, "lora"),
         description="What to compare, separated by commas: full (all weights) or an adapter_type, each with settings "
         "of its own behind colons, as in lora:lora_rank=16:learning_rate=1e-4. What is not set there is the same for "

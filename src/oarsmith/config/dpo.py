@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from .adapters import AdapterKeys
-from .base import Bool, Float, JobConfig, _to_words
+from .base import Bool, Float, Floats, JobConfig, Words
 from .groups import ModelKeys
 from .preferences import PreferenceDataKeys
 from .train import TrainConfig
-
-Words = Annotated[tuple[str, ...], BeforeValidator(_to_words)]
-
-
-def _to_floats(value: object) -> object:
-    words = _to_words([value] if isinstance(value, (int, float)) else value)
-    return tuple(float(str(word)) for word in words) if isinstance(words, tuple) else words
-
-
-Floats = Annotated[tuple[float, ...], BeforeValidator(_to_floats)]
 
 
 class JudgedConfig(ModelKeys, PreferenceDataKeys, AdapterKeys, TrainConfig):

@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from rich.console import Console
 from oarsmith.atomic import atomic_write_bytes, atomic_write_text
 from oarsmith.config.adapters import AdapterKeys
 from oarsmith.config.compare import FULL, CompareConfig
-from oarsmith.config.load import load_config
+from oarsmith.config.load import load_config, overlay
 from oarsmith.config.resolved import RUN_FILE, Resolved, is_given
 from oarsmith.config.sft import SftConfig
 from oarsmith.errors import ConfigError, OarsmithError
@@ -105,7 +104,11 @@ def _concerns(kind: str, key: str, value: Any) -> bool:
     """Whether a key that all runs share means anything to a method: a rank is nothing to all weights."""
     if key not in AdapterKeys.model_fields:
         return True
-    return _fault({"adapter_type": kind, key: value}) is None
+    try:
+        overlay(load_config(SftConfig, None, ["model", "data"]), {"adapter_type": kind, key: value}, key)
+    except ConfigError:
+        return False
+    return True
 
 
 def _plain(text: str) -> Any:
@@ -117,21 +120,11 @@ def _plain(text: str) -> Any:
 
 
 def _check(contestant: Contestant) -> None:
-    if (fault := _fault(contestant.values)) is not None:
-        raise ConfigError(f"{contestant.name}: {fault.what}", where="methods", fix=fault.fix) from fault
-
-
-def _fault(values: Mapping[str, Any]) -> ConfigError | None:
-    """What `oarsmith sft` would say of these values; a model and data need not be among them."""
-    named = {"model_name_or_path": "model", "dataset_name_or_path": "data", **values}
-    with tempfile.TemporaryDirectory(prefix="oarsmith-compare-") as name:
-        file = Path(name) / _SETTINGS
-        file.write_text(json.dumps(named), encoding="utf-8")
-        try:
-            load_config(SftConfig, file)
-        except ConfigError as error:
-            return error
-    return None
+    """As `oarsmith sft` would see it."""
+    try:
+        overlay(load_config(SftConfig, None, ["model", "data"]), contestant.values, "methods")
+    except ConfigError as error:
+        raise ConfigError(f"{contestant.name}: {error.what}", where="methods", fix=error.fix) from error
 
 
 def _train(contestant: Contestant, *, overwrite: bool) -> OarsmithError | None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from oarsmith.checkpoint.safetensors_stream import check_safetensors
 from oarsmith.training.numbers import show_duration
 from oarsmith.training.run_parts import RunParts, read_run
 
@@ -76,7 +75,7 @@ def read_outcome(name: str, folder: Path) -> Outcome:
         median(speeds) if speeds else float("nan"),
         tokens / median(speeds) if speeds else float("nan"),
         sum(steps * tokens / speed for steps, speed in zip(laps, speeds, strict=True)),
-        sum(path.stat().st_size for path in weights if check_safetensors(path)),
+        sum(path.stat().st_size for path in weights),
     )
 
 
