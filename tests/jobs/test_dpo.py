@@ -65,6 +65,7 @@ def test_it_learns_and_goes_on(folder: Path, tmp_path: Path, capsys: pytest.Capt
     simpo = more.get("loss_type") == "simpo"
     assert ("reference: 48 answers in" in printed) != simpo
     assert "report.html" in printed and f"oarsmith chat {first}" in printed
+    assert ("oarsmith merge-adapter" in printed) == ("lora" in more)  # a prefix has no weights to merge into
     logged = steps(first)
     if not simpo and "adapter_type" not in more:  # the policy is its reference; a prefix does not start as the base
         assert logged[0]["margin"] == pytest.approx(0, abs=1e-9) and logged[0]["kl"] == pytest.approx(0, abs=1e-9)

@@ -39,7 +39,7 @@ def keep_step(tmp_path, *, spoil=None, **keys):
     config = load_config(SftConfig, str(run / "run.json"), []).config
     base = model_dir if config.lora else run / "model"
     start = Start(base=base, config=read_config(base))
-    model = sft.load_trainable(config, start, CPU).train()
+    model = sft.RECIPE.load_model(config, start, CPU).train()
     if spoil is not None:
         with torch.no_grad():
             spoil(model)
@@ -50,7 +50,7 @@ def keep_step(tmp_path, *, spoil=None, **keys):
         model=model,
         objective=sft.RECIPE.objective(config),
         decode=tokenizer.decode,
-        write_model=sft.weights_of(config, start, tokenizer).write,
+        write_model=sft.RECIPE.weights(config, start, tokenizer).write,
     )
     if spoil is not None:
         return keeper.failure(FACTS, "the loss is nan", batches)

@@ -7,7 +7,7 @@ from rich.console import Console
 from oarsmith.config.dpo import DpoConfig
 from oarsmith.config.resolved import Resolved
 from oarsmith.errors import ConfigError
-from oarsmith.jobs import judged
+from oarsmith.jobs import judged, tuning
 from oarsmith.jobs import train as training
 from oarsmith.jobs.adapter_training import with_terms
 from oarsmith.jobs.console import make_console
@@ -23,8 +23,7 @@ def run(resolved: Resolved[DpoConfig]) -> int:
     """The command."""
     console, _ = make_console(), make_loss(resolved.config)  # what cannot be is said before anything is loaded
     result = training.run(resolved, RECIPE, console)
-    if resolved.config.do_train:
-        judged.say_next(resolved.config, result, console)
+    tuning.say_next(resolved.config, result, console)
     return 0
 
 
@@ -66,15 +65,15 @@ def _completed(config: DpoConfig, begin: Start, model: Decoder, data: TrainingDa
 
 RECIPE: training.Recipe[DpoConfig] = training.Recipe(
     objective=lambda config: with_terms(config, make_loss(config)),
-    start=judged.start,
+    start=tuning.start,
     tokenizer=make_tokenizer,
-    inputs=lambda config: [config.dataset_name_or_path, config.eval_dataset_path],
+    inputs=tuning.inputs,
     build_data=lambda config, begin, tokenizer: judged.build_data(
         config, begin, tokenizer, kind="pair", mismatched=False
     ),
-    load_model=judged.load_trainable,
+    load_model=tuning.load_trainable,
     complete=_completed,
-    weights=judged.weights_of,
-    plan=judged.plan,
-    tokens_per_pass=lambda config: (config.per_device_train_batch_size or 1) * config.max_length,
+    weights=tuning.weights_of,
+    plan=lambda config: tuning.plan(config, alone="prompt"),
+    tokens_per_pass=tuning.tokens_per_pass,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from oarsmith.config.dpo import KtoConfig
 from oarsmith.config.resolved import Resolved
-from oarsmith.jobs import judged
+from oarsmith.jobs import judged, tuning
 from oarsmith.jobs import train as training
 from oarsmith.jobs.adapter_training import with_terms
 from oarsmith.jobs.console import make_console
@@ -16,8 +16,7 @@ def run(resolved: Resolved[KtoConfig]) -> int:
     """The command."""
     console = make_console()
     result = training.run(resolved, RECIPE, console)
-    if resolved.config.do_train:
-        judged.say_next(resolved.config, result, console)
+    tuning.say_next(resolved.config, result, console)
     return 0
 
 
@@ -33,15 +32,15 @@ def make_loss(config: KtoConfig) -> KtoLoss:
 
 RECIPE: training.Recipe[KtoConfig] = training.Recipe(
     objective=lambda config: with_terms(config, make_loss(config)),
-    start=judged.start,
+    start=tuning.start,
     tokenizer=make_tokenizer,
-    inputs=lambda config: [config.dataset_name_or_path, config.eval_dataset_path],
+    inputs=tuning.inputs,
     build_data=lambda config, begin, tokenizer: judged.build_data(
         config, begin, tokenizer, kind="point", mismatched=make_loss(config).needs_mismatched
     ),
-    load_model=judged.load_trainable,
+    load_model=tuning.load_trainable,
     complete=judged.with_reference,
-    weights=judged.weights_of,
-    plan=judged.plan,
-    tokens_per_pass=lambda config: (config.per_device_train_batch_size or 1) * config.max_length,
+    weights=tuning.weights_of,
+    plan=lambda config: tuning.plan(config, alone="prompt"),
+    tokens_per_pass=tuning.tokens_per_pass,
 )

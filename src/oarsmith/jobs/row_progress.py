@@ -1,4 +1,4 @@
-"""How far ``generate --input_file`` is: a bar on a terminal; elsewhere a line from time to time."""
+"""How far work on rows is: a bar on a terminal; elsewhere a line from time to time."""
 
 from __future__ import annotations
 
@@ -14,15 +14,22 @@ _SECONDS = 30.0
 
 
 class RowProgress:
-    """Rows from ``first`` to ``total``, and the tokens of their answers."""
+    """Rows from ``first`` to ``total``, and the tokens that were computed for them.
 
-    def __init__(self, console: Console, first: int, total: int) -> None:
+    Args:
+        what: is done with them.
+        quiet: no bar in any case.
+    """
+
+    def __init__(
+        self, console: Console, first: int, total: int, what: str = "answering", *, quiet: bool = False
+    ) -> None:
         self._console = console
         self._first, self._done, self._total = first, first, total
         self._num_tokens = 0
         self._begin = self._said = time.perf_counter()
         self._bar = Progress(
-            TextColumn("answering"),
+            TextColumn(what),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[speed]}"),
@@ -31,14 +38,14 @@ class RowProgress:
             TimeRemainingColumn(),
             console=console,
             speed_estimate_period=300,
-            disable=not console.is_terminal,
+            disable=quiet or not console.is_terminal,
         )
         if not self._bar.disable:
-            self._task = self._bar.add_task("answering", total=total, completed=first, speed="")
+            self._task = self._bar.add_task(what, total=total, completed=first, speed="")
 
-    def add(self, num_tokens: int) -> None:
-        """One more row is done."""
-        self._done += 1
+    def add(self, num_tokens: int, num_rows: int = 1) -> None:
+        """One more row is done, or several."""
+        self._done += num_rows
         self._num_tokens += num_tokens
         now = time.perf_counter()
         if not self._bar.disable:

@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
-from oarsmith.config.adapter_virtual import UNMERGEABLE
 from oarsmith.config.resolved import Resolved
 from oarsmith.config.sft import SftConfig
-from oarsmith.jobs import start as starting
 from oarsmith.jobs import train as training
-from oarsmith.jobs import weights
+from oarsmith.jobs import tuning
 from oarsmith.jobs.adapter_training import with_terms
 from oarsmith.jobs.console import make_console
-from oarsmith.jobs.runtime import fit_max_length, make_tokenizer
-from oarsmith.jobs.start import Start
-from oarsmith.jobs.weights import Weights
+from oarsmith.jobs.runtime import make_tokenizer
 from oarsmith.losses.token import TokenCrossEntropy
 from oarsmith.methods import sft
 from oarsmith.methods.data import TrainingData
@@ -31,38 +25,8 @@ def run(resolved: Resolved[SftConfig]) -> int:
     """The command."""
     console = make_console()
     result = training.run(resolved, RECIPE, console)
-    if resolved.config.do_train:
-        console.print(f"next:   oarsmith chat {result.output_dir}")
-        if resolved.config.has_adapter and resolved.config.adapter_type not in UNMERGEABLE:
-            console.print(f"        oarsmith merge-adapter {result.output_dir} MERGED   (a plain model, with proof)")
+    tuning.say_next(resolved.config, result, console)
     return 0
-
-
-def start(resolved: Resolved[SftConfig], device: torch.device) -> tuple[Resolved[SftConfig], Start]:
-    """A checkpoint; ``max_length`` fits its context."""
-    begin = starting.from_checkpoint(resolved.config, starting.model_directory(resolved.config))
-    return fit_max_length(
-        starting.settle_dtype(resolved, device), resolved.config.max_length, begin.max_positions
-    ), begin
-
-
-def load_trainable(config: SftConfig, begin: Start, device: torch.device) -> Decoder:
-    """All weights, or fresh adapters on frozen ones."""
-    if config.has_adapter:
-        return starting.load_with_adapter(config, config, begin, device)
-    return starting.load_whole(config, begin, device)
-
-
-def weights_of(config: SftConfig, begin: Start, tokenizer: Tokenizer) -> Weights:
-    """An adapter's files, or a model's."""
-    return weights.adapter(begin.base, tokenizer) if config.has_adapter else weights.whole_model(tokenizer)
-
-
-def plan(config: SftConfig) -> str:
-    """The rows of a step."""
-    length = f"{config.max_length:,} tokens, packed" if config.zero_padding else "one sample each"
-    count = (config.per_device_train_batch_size or 1) * config.gradient_accumulation_steps
-    return f"{count} {'row' if count == 1 else 'rows'} ({length})"
 
 
 def generation_scores(
@@ -85,13 +49,13 @@ def generation_scores(
 
 RECIPE: training.Recipe[SftConfig] = training.Recipe(
     objective=lambda config: with_terms(config, TokenCrossEntropy(z_loss=config.z_loss)),
-    start=start,
+    start=tuning.start,
     tokenizer=make_tokenizer,
-    inputs=lambda config: [config.dataset_name_or_path, config.eval_dataset_path],
+    inputs=tuning.inputs,
     build_data=lambda config, begin, tokenizer: sft.build_data(config, tokenizer),
-    load_model=load_trainable,
-    weights=weights_of,
-    plan=plan,
+    load_model=tuning.load_trainable,
+    weights=tuning.weights_of,
+    plan=lambda config: tuning.plan(config, alone="sample"),
     extra_scores=generation_scores,
-    tokens_per_pass=lambda config: (config.per_device_train_batch_size or 1) * config.max_length,
+    tokens_per_pass=tuning.tokens_per_pass,
 )

@@ -61,13 +61,13 @@ def keep_references(file: Path, found: References) -> None:
 
 @torch.no_grad()
 def compute_references(
-    model: Decoder, rows: Sequence[Answered], *, share: bool, capacity: int, told: Callable[[int], None]
+    model: Decoder, rows: Sequence[Answered], *, share: bool, capacity: int, told: Callable[[int, int], None]
 ) -> References:
     """Log-probability of each answer [rows, answers] under the model as it is.
 
     Args:
         capacity: tokens of a batch.
-        told: called with the number of rows that are done.
+        told: called after each batch with its tokens and its rows.
     """
     found, training = np.empty((len(rows), len(rows[0].answers))), model.training
     model.eval()
@@ -85,6 +85,6 @@ def compute_references(
         batch = make_answer_batch([rows[index] for index in chosen], share=share)
         found[chosen] = score_answers(model, batch).sums_A.view(len(chosen), -1).cpu().numpy()
         at += len(chosen)
-        told(at)
+        told(batch.num_tokens, len(chosen))
     model.train(training)
     return found
