@@ -20,7 +20,8 @@ from torch.nn import functional
 from oarsmith.adapters.paddle_modules import write_files
 from oarsmith.adapters.peft_config import CONFIG, PeftConfig
 from oarsmith.adapters.peft_layout import WEIGHTS
-from oarsmith.adapters.prefix import STORED, prefix_size, virtual_tokens
+from oarsmith.adapters.prefix import prefix_size
+from oarsmith.adapters.virtual import STORED, virtual_tokens
 from oarsmith.checkpoint.convert import DTYPE_NAMES
 from oarsmith.checkpoint.paddle.config import to_paddle_config
 from oarsmith.checkpoint.paddle.names import paddle_family

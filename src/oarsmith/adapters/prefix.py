@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from oarsmith.adapters.part import AdapterPart
 from oarsmith.adapters.peft_config import PeftConfig
+from oarsmith.adapters.virtual import VirtualTokens, require_room, virtual_tokens
 from oarsmith.config.adapters import AdapterKeys
-from oarsmith.errors import CheckpointError, ConfigError
+from oarsmith.errors import ConfigError
 from oarsmith.models.families import Family
 from oarsmith.models.part import KeysAndValues
 from oarsmith.models.spec import DecoderSpec, ResetAfter
@@ -30,7 +30,6 @@ from oarsmith.models.spec_parts import GQA
 if TYPE_CHECKING:
     from oarsmith.models.decoder import Decoder
 
-STORED = "prompt_embeddings"
 # Small beside what a trained model's keys and values are: at first the prefix only takes a share of the attention.
 _STD = 0.02
 
@@ -66,16 +65,15 @@ class PrefixSpec:
         return Prefix(self)
 
 
-class Prefix(AdapterPart):
+class Prefix(VirtualTokens):
     """``rows`` [P, L 2 G K] or, with an encoder, [P, D] and its two layers."""
 
     what = PrefixSpec.what
     unmergeable = "the prefix acts through the attention: no weights do the same"
 
     def __init__(self, spec: PrefixSpec) -> None:
-        super().__init__()
+        super().__init__(spec.num_virtual, encoded=spec.encoder is not None)
         self.spec = spec
-        self.num_virtual = spec.num_virtual
         self.rows = nn.Parameter(torch.empty(spec.num_virtual, spec.width if spec.encoder is None else spec.hidden))
         if spec.encoder is not None:
             self.down = nn.Parameter(torch.empty(spec.encoder, spec.hidden))
@@ -94,37 +92,16 @@ class Prefix(AdapterPart):
                 drawn.uniform_(-bound, bound, generator=generator)
             setattr(self, name, nn.Parameter(drawn.to(model.device)))
 
-    def prefix_table(self) -> Tensor:
-        """[P, L 2 G K] in fp32."""
+    def virtual_rows(self) -> Tensor:
         if self.spec.encoder is None:
             return self.rows
         hidden_PM = functional.linear(self.rows, self.down, self.down_bias).tanh()
         return functional.linear(hidden_PM, self.up, self.up_bias)
 
     def virtual_keys(self) -> Sequence[KeysAndValues]:
-        table = functional.dropout(self.prefix_table(), self.spec.dropout, self.training)
-        pairs = table.unflatten(1, (self.spec.num_layers, 2, *self.spec.size)).unbind(1)
+        table_PN = functional.dropout(self.virtual_rows(), self.spec.dropout, self.training)
+        pairs = table_PN.unflatten(1, (self.spec.num_layers, 2, *self.spec.size)).unbind(1)
         return [(pair[:, 0], pair[:, 1]) for pair in pairs]
-
-    def stored(self, model: Decoder) -> Mapping[str, Tensor]:
-        return {STORED: self.prefix_table()}
-
-    def exact(self) -> Mapping[str, Tensor]:
-        return {} if self.spec.encoder is None else dict(self.named_parameters())
-
-    def restore(self, model: Decoder, found: Mapping[str, Tensor]) -> None:
-        if self.spec.encoder is None:
-            self.rows.copy_(found[STORED])
-            return
-        missing = [name for name, _ in self.named_parameters() if name not in found]
-        if missing:
-            raise CheckpointError(
-                "the file of a prefix holds what its encoder made, and training goes on from the encoder itself",
-                where=STORED,
-                fix="keep adapter_exact.safetensors beside it",
-            )
-        for name, parameter in self.named_parameters():
-            parameter.copy_(found[name])
 
     def peft_config(self, model: Decoder) -> dict[str, Any]:
         """As PEFT has it for grouped heads: so many "attention heads", and all of them together as ``token_dim``."""
@@ -165,17 +142,6 @@ def prefix_size(spec: DecoderSpec) -> tuple[int, int]:
     return next(iter(sizes))
 
 
-def require_room(spec: DecoderSpec, count: int, key: str) -> None:
-    """Refuse virtual tokens that leave no room.
-
-    Raises:
-        ConfigError: they fill the context.
-    """
-    if count >= spec.max_positions:
-        what = f"{count} virtual tokens leave nothing of the model's context of {spec.max_positions}"
-        raise ConfigError(what, where=key, fix="lower it")
-
-
 def make_prefix(keys: AdapterKeys, base: Path, family: Family, spec: DecoderSpec) -> PrefixSpec:
     """A prefix as a configuration asks for it."""
     require_room(spec, keys.num_prefix_tokens, "num_prefix_tokens")
@@ -205,20 +171,3 @@ def read_prefix(
         hidden=spec.hidden_size,
         folded=projected,
     )
-
-
-def virtual_tokens(config: PeftConfig, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """How many a file has, which config and table agree on.
-
-    Raises:
-        CheckpointError: they do not, or there is no table.
-    """
-    shape = shapes.get(STORED)
-    if shape is None or len(shape) != 2:
-        what = f"tensor {STORED} is missing" if shape is None else f"tensor {STORED} has shape {shape}"
-        raise CheckpointError(what, where=config.where)
-    count = config.whole("num_virtual_tokens", shape[0])
-    if config.whole("num_transformer_submodules", 1) != 1 or count != shape[0]:
-        what = f"tensor {STORED} has {shape[0]} rows, the config speaks of {count} tokens"
-        raise CheckpointError(what, where=config.where, fix="both must be of the same adapter")
-    return count

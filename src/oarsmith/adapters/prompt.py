@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from oarsmith.adapters.part import AdapterPart
 from oarsmith.adapters.peft_config import PeftConfig
-from oarsmith.adapters.prefix import STORED, require_room, virtual_tokens
+from oarsmith.adapters.virtual import VirtualTokens, require_room, virtual_tokens
 from oarsmith.config.adapters import AdapterKeys
-from oarsmith.errors import CheckpointError, ConfigError
+from oarsmith.errors import ConfigError
 from oarsmith.models.families import Family
 from oarsmith.models.spec import DecoderSpec
 from oarsmith.text import load_tokenizer
@@ -70,16 +69,15 @@ class PromptSpec:
         return SoftPrompt(self)
 
 
-class SoftPrompt(AdapterPart):
+class SoftPrompt(VirtualTokens):
     """``rows`` [P, E] and, with an encoder, its layers."""
 
     unmergeable = "its vectors stand before every text: no weights do the same"
 
     def __init__(self, spec: PromptSpec) -> None:
-        super().__init__()
+        super().__init__(spec.num_virtual, encoded=spec.encoder is not None)
         self.spec = spec
         self.what = spec.what
-        self.num_virtual = spec.num_virtual
         self.rows = nn.Parameter(torch.empty(spec.num_virtual, spec.size))
         self.lstm: nn.LSTM | None = None
         self.linears = nn.ParameterDict()
@@ -125,8 +123,7 @@ class SoftPrompt(AdapterPart):
             ids = torch.tensor(self.spec.start).repeat(-(-count // len(self.spec.start)))[:count]
         return table_VE[ids.to(table_VE.device)].float() * self.spec.scale
 
-    def vectors(self) -> Tensor:
-        """[P, E] in fp32."""
+    def virtual_rows(self) -> Tensor:
         x: Tensor = self.rows
         if self.lstm is not None:
             self.lstm.train(self.training)
@@ -138,27 +135,8 @@ class SoftPrompt(AdapterPart):
         return x
 
     def embedded(self, ids_T: Tensor, x_TE: Tensor) -> Tensor:
-        rows_TE = self.vectors().to(x_TE.dtype)[(-1 - ids_T).clamp_min(0)]
+        rows_TE = self.virtual_rows().to(x_TE.dtype)[(-1 - ids_T).clamp_min(0)]
         return torch.where((ids_T < 0)[:, None], rows_TE, x_TE)
-
-    def stored(self, model: Decoder) -> Mapping[str, Tensor]:
-        return {STORED: self.vectors()}
-
-    def exact(self) -> Mapping[str, Tensor]:
-        return {} if self.spec.encoder is None else dict(self.named_parameters())
-
-    def restore(self, model: Decoder, found: Mapping[str, Tensor]) -> None:
-        if self.spec.encoder is None:
-            self.rows.copy_(found[STORED])
-            return
-        if "rows" not in found:
-            raise CheckpointError(
-                "the file of P-tuning holds what its encoder made, and training goes on from the encoder itself",
-                where=STORED,
-                fix="keep adapter_exact.safetensors beside it",
-            )
-        for name, parameter in self.named_parameters():
-            parameter.copy_(found[name])
 
     def peft_config(self, model: Decoder) -> dict[str, Any]:
         config: dict[str, Any] = {
