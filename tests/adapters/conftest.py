@@ -13,6 +13,8 @@ import torch
 import transformers
 from torch import Tensor
 
+import oarsmith
+
 VOCAB_SIZE = 61
 BASES: dict[str, Any] = {
     "llama": transformers.LlamaConfig(
@@ -40,6 +42,22 @@ BASES: dict[str, Any] = {
         sliding_window=6,
         tie_word_embeddings=True,
     ),
+}
+
+MIXTRAL: dict[str, Any] = {
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.2,
+    "torch_dtype": "float32",
 }
 
 
@@ -76,6 +94,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
         return made[name]
 
     return make
+
+
+def mixtral(folder: Path) -> Path:
+    """A small model with experts."""
+    if not folder.exists():
+        oarsmith.save_model(oarsmith.new_model(MIXTRAL, seed=1), folder)
+    return folder
+
+
+@pytest.fixture
+def base_of(base: Callable[[str], Base], tmp_path: Path) -> Callable[[str], Path]:
+    """The path of a base, or of a small model with experts."""
+    return lambda name: mixtral(tmp_path / "mixtral") if name == "mixtral" else base(name).path
 
 
 @dataclass(frozen=True)

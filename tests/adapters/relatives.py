@@ -24,29 +24,7 @@ from oarsmith.models.decoder import Decoder
 from .conftest import Adapted, Base, randomise, tokens
 
 SOME = {"llama": ("q_proj", "v_proj", "down_proj"), "gpt2": ("c_attn", "mlp.c_proj"), "mixtral": ("k_proj", "w1")}
-MIXTRAL: dict[str, Any] = {
-    "model_type": "mixtral",
-    "architectures": ["MixtralForCausalLM"],
-    "vocab_size": 61,
-    "hidden_size": 24,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "num_local_experts": 3,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 32,
-    "initializer_range": 0.2,
-    "torch_dtype": "float32",
-}
 IDS = tokens(2, 9)
-
-
-def mixtral(folder: Path) -> Path:
-    """A small model with experts."""
-    if not folder.exists():
-        oarsmith.save_model(oarsmith.new_model(MIXTRAL, seed=1), folder)
-    return folder
 
 
 def under(

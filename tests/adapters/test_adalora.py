@@ -26,7 +26,7 @@ from oarsmith.training.optimizer import AdamW, AdamWSettings
 from oarsmith.training.step import run_step
 from tiny import batches_of, random_samples
 
-from .conftest import Adapted, Base
+from .conftest import Adapted, Base, mixtral
 from .relatives import (
     IDS,
     SOME,
@@ -34,7 +34,6 @@ from .relatives import (
     close,
     logits,
     loss_of,
-    mixtral,
     our_gradients,
     peft_gradients,
     same_as_peft,

@@ -16,8 +16,7 @@ from oarsmith.adapters.merge import merge_adapter
 from oarsmith.adapters.peft_layout import WEIGHTS
 from oarsmith.errors import CheckpointError, ConfigError
 
-from .conftest import Adapted, Base, tokens
-from .relatives import mixtral
+from .conftest import Adapted, Base, mixtral, tokens
 from .with_parts import answers_as_forward, loss_of, off_is_base, packed_as_alone, read, saved, trained, under
 
 IDS = tokens(2, 17)

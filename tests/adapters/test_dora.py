@@ -18,13 +18,12 @@ from oarsmith.adapters.linear import Adapt, adapted_modules
 from oarsmith.errors import CheckpointError
 from oarsmith.models.spec_parts import LinearSpec, Segment
 
-from .conftest import Adapted, Base
+from .conftest import Adapted, Base, mixtral
 from .relatives import (
     SOME,
     by_peft,
     close,
     logits,
-    mixtral,
     our_gradients,
     peft_gradients,
     same_as_peft,

@@ -28,23 +28,9 @@ from oarsmith.models.decoder import Decoder
 from oarsmith.models.names import Place
 
 from .beside_peft import randomised, refused, saved
-from .conftest import Base, tokens
+from .conftest import tokens
+from .relatives import SOME
 
-MIXTRAL = {
-    "model_type": "mixtral",
-    "architectures": ["MixtralForCausalLM"],
-    "vocab_size": 61,
-    "hidden_size": 24,
-    "intermediate_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 32,
-    "initializer_range": 0.2,
-    "torch_dtype": "float32",
-}
 CASES: dict[str, dict[str, Any]] = {
     "mora": {"lora_rank": 2},
     "vera": {"lora_rank": 6},
@@ -63,20 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bottleneck parallel": {"lora_rank": 4, "bottleneck_placement": "parallel", "bottleneck_scale": 4.0},
 }
 BASES = ("llama", "gpt2", "mixtral")
-TARGETS = {"llama": ("q_proj", "v_proj", "down_proj"), "gpt2": ("c_attn", "mlp.c_proj"), "mixtral": ("k_proj", "w1")}
 MakeBase = Callable[[str], Path]
-
-
-@pytest.fixture
-def base_of(base: Callable[[str], Base], tmp_path: Path) -> MakeBase:
-    def make(name: str) -> Path:
-        if name != "mixtral":
-            return base(name).path
-        if not (tmp_path / "mixtral").exists():
-            oarsmith.save_model(oarsmith.new_model(MIXTRAL, seed=1), tmp_path / "mixtral")
-        return tmp_path / "mixtral"
-
-    return make
 
 
 def keys(case: str, tmp_path: Path, targets: tuple[str, ...] | None = None) -> SftConfig:
@@ -110,7 +83,7 @@ def logits(model: Decoder) -> torch.Tensor:
 def test_start_merge_and_files(base_of: MakeBase, tmp_path: Path, case: str, name: str) -> None:
     """On some parts of fused maps, on experts, and on transposed weights."""
     base = base_of(name)
-    plain, model = logits(load_decoder(base)), model_of(case, base, tmp_path, TARGETS[name])
+    plain, model = logits(load_decoder(base)), model_of(case, base, tmp_path, SOME[name])
     torch.testing.assert_close(logits(model), plain, rtol=0, atol=1e-5)
     trains = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trains and all(".adapter." in n for n in trains)
@@ -132,7 +105,7 @@ def test_start_merge_and_files(base_of: MakeBase, tmp_path: Path, case: str, nam
 @pytest.mark.parametrize("case", [case for case in CASES if "constrained" not in case])
 def test_gradients_by_differences(base_of: MakeBase, tmp_path: Path, case: str) -> None:
     """The derivative along a random direction."""
-    model = randomised(model_of(case, base_of("llama"), tmp_path, TARGETS["llama"]))
+    model = randomised(model_of(case, base_of("llama"), tmp_path, SOME["llama"]))
     leaves = [p for p in model.parameters() if p.requires_grad]
     generator = torch.Generator().manual_seed(7)
     steps = [torch.randn(p.shape, generator=generator) for p in leaves]
@@ -156,10 +129,10 @@ def test_gradients_by_differences(base_of: MakeBase, tmp_path: Path, case: str) 
 @pytest.mark.parametrize("case", CASES)
 def test_over_8_bits(base_of: MakeBase, tmp_path: Path, case: str) -> None:
     base = base_of("llama")
-    model = model_of(case, base, tmp_path, TARGETS["llama"], small=True)
+    model = model_of(case, base, tmp_path, SOME["llama"], small=True)
     rounded = load_decoder(base, rewrite=kept_as(INT8_ROWS, lambda family, spec: spec))
     torch.testing.assert_close(logits(model), logits(rounded), rtol=0, atol=0.15 if "oft" in case else 1e-4)
-    exact = randomised(model_of(case, base, tmp_path, TARGETS["llama"]))
+    exact = randomised(model_of(case, base, tmp_path, SOME["llama"]))
     effect = logits(exact) - logits(load_decoder(base))
     found = logits(randomised(model)) - logits(rounded)
     assert torch.cosine_similarity(found.flatten(), effect.flatten(), dim=0) > 0.97
@@ -189,7 +162,7 @@ GREEDY = Sampling(max_new_tokens=5, logprobs=1)
 def test_requests_choose_it(base_of: MakeBase, tmp_path: Path, case: str) -> None:
     """In a step with requests that have none."""
     base = base_of("llama")
-    folder = saved(randomised(model_of(case, base, tmp_path, TARGETS["llama"])), tmp_path / "adapter", base)
+    folder = saved(randomised(model_of(case, base, tmp_path, SOME["llama"])), tmp_path / "adapter", base)
     alone = Engine(oarsmith.load_model(base, adapter=folder, device="cpu")).generate(PROMPTS, GREEDY)
     plain = Engine(oarsmith.load_model(base, device="cpu")).generate(PROMPTS, GREEDY)
     engine = Engine(oarsmith.load_model(base, device="cpu"), adapters={"it": folder})

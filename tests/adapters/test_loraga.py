@@ -21,8 +21,8 @@ from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.errors import ConfigError
 from oarsmith.models.decoder import Decoder
 
-from .conftest import Base, tokens
-from .relatives import SOME, by_peft, close, logits, mixtral, saved, settings, trained, under
+from .conftest import Base, mixtral, tokens
+from .relatives import SOME, by_peft, close, logits, saved, settings, trained, under
 
 GA = LoraGa(rank=3, alpha=5.0, rslora=True, gamma=4.0)
 

@@ -18,8 +18,8 @@ from oarsmith.training.optimizer import AdamW, AdamWSettings
 from oarsmith.training.step import global_norm, run_step
 from tiny import batches_of, random_samples, tiny_decoder
 
-from .conftest import Base
-from .relatives import SOME, by_peft, close, logits, mixtral, our_gradients, saved, trained, under, whole
+from .conftest import Base, mixtral
+from .relatives import SOME, by_peft, close, logits, our_gradients, saved, trained, under, whole
 
 PRO = LoraPro(rank=3, alpha=6.0)
 

@@ -29,38 +29,11 @@ from oarsmith.models.decoder import Decoder
 from oarsmith.models.linear import ExpertLinear, Linear
 from random_adapter import randomise
 
-from .conftest import Base, tokens
+from .conftest import tokens
 from .made_changes import AFTER, LORA, MADE, Alone, Made
+from .relatives import SOME
 
-TARGETS = {"llama": ("q_proj", "v_proj", "down_proj"), "gpt2": ("c_attn", "mlp.c_proj"), "mixtral": ("k_proj", "w1")}
-MIXTRAL = {
-    "model_type": "mixtral",
-    "architectures": ["MixtralForCausalLM"],
-    "vocab_size": 61,
-    "hidden_size": 24,
-    "intermediate_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 32,
-    "initializer_range": 0.2,
-    "torch_dtype": "float32",
-}
 MakeBase = Callable[[str], Path]
-
-
-@pytest.fixture
-def base_of(base: Callable[[str], Base], tmp_path: Path) -> MakeBase:
-    def make(name: str) -> Path:
-        if name != "mixtral":
-            return base(name).path
-        if not (tmp_path / "mixtral").exists():
-            oarsmith.save_model(oarsmith.new_model(MIXTRAL, seed=1), tmp_path / "mixtral")
-        return tmp_path / "mixtral"
-
-    return make
 
 
 def adapted(
@@ -84,9 +57,9 @@ def logits(model: Decoder) -> Tensor:
     return model(tokens(2, 9))
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", SOME)
 def test_a_model_s_start_merge_and_base(base_of: MakeBase, name: str) -> None:
-    base, targets = base_of(name), TARGETS[name]
+    base, targets = base_of(name), SOME[name]
     plain = logits(load_decoder(base))
     fresh = adapted(base, targets, seed=0)
     torch.testing.assert_close(logits(fresh), plain, rtol=0, atol=1e-4)
@@ -110,7 +83,7 @@ def test_a_model_s_start_merge_and_base(base_of: MakeBase, name: str) -> None:
 def test_the_start_over_8_bits(base_of: MakeBase) -> None:
     """Lengths are those of the weight as it is kept."""
     base, rewrite = base_of("llama"), kept_as(INT8_ROWS, lambda family, spec: spec)
-    fresh = adapted(base, TARGETS["llama"], AFTER, seed=0, form=INT8_ROWS)
+    fresh = adapted(base, SOME["llama"], AFTER, seed=0, form=INT8_ROWS)
     torch.testing.assert_close(logits(fresh), logits(load_decoder(base, rewrite=rewrite)), rtol=0, atol=1e-4)
 
 
@@ -142,9 +115,9 @@ def save(model: Decoder, folder: Path) -> Path:
 
 
 @pytest.mark.usefixtures("made_method")
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", SOME)
 def test_files(base_of: MakeBase, name: str, tmp_path: Path) -> None:
-    base, model = base_of(name), adapted(base_of(name), TARGETS[name])
+    base, model = base_of(name), adapted(base_of(name), SOME[name])
     folder = save(model, tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["peft_type"], config["factor"]) == ("MADE", 0.5)
@@ -173,14 +146,14 @@ def same(found: list[Completion], expected: list[Completion]) -> None:
 
 
 @pytest.mark.usefixtures("made_method")
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", SOME)
 def test_requests_choose_it_beside_lora(base_of: MakeBase, name: str, tmp_path: Path) -> None:
     """In the same steps: two of a made-up method, LoRA, and none; each answers as alone."""
     base = base_of(name)
     paths = {
-        "made": save(adapted(base, TARGETS[name]), tmp_path / "made"),
+        "made": save(adapted(base, SOME[name]), tmp_path / "made"),
         "all": save(adapted(base, "all-linear", replace(MADE, factor=2.0), seed=2), tmp_path / "all"),
-        "lora": save(adapted(base, TARGETS[name], LORA, seed=3), tmp_path / "lora"),
+        "lora": save(adapted(base, SOME[name], LORA, seed=3), tmp_path / "lora"),
     }
     alone = {key: Engine(oarsmith.load_model(base, adapter=path, device="cpu")) for key, path in paths.items()}
     expected: dict[str | None, list[Completion]] = {
@@ -218,12 +191,12 @@ def test_rows_of_one_call(base_of: MakeBase, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("made_method")
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", SOME)
 def test_over_a_base_with_an_adapter_of_its_own(base_of: MakeBase, name: str, tmp_path: Path) -> None:
     """It changes the adapted base, as it would the merged one."""
     base = base_of(name)
     under = adapted(base, "all-linear", LORA, seed=3)
-    over = save(adapted(base, TARGETS[name]), tmp_path / "over")
+    over = save(adapted(base, SOME[name]), tmp_path / "over")
     found = Engine(under, adapters={"over": over}).generate(PROMPTS, GREEDY, adapter="over")
     oarsmith.save_model(merge_adapter(adapted(base, "all-linear", LORA, seed=3)), tmp_path / "merged")
     merged = Engine(oarsmith.load_model(tmp_path / "merged", adapter=over, device="cpu"))
@@ -234,7 +207,7 @@ def test_over_a_base_with_an_adapter_of_its_own(base_of: MakeBase, name: str, tm
 def test_over_8_bits(base_of: MakeBase, tmp_path: Path) -> None:
     base = base_of("llama")
     model = load_decoder(base, rewrite=kept_as(INT8_ROWS, lambda family, spec: spec)).eval()
-    alone = adapted(base, TARGETS["llama"], form=INT8_ROWS)
+    alone = adapted(base, SOME["llama"], form=INT8_ROWS)
     bank, x = AdapterBank(model), torch.randn(9, 24, generator=torch.Generator().manual_seed(1))
     bank.add("over", [(save(alone, tmp_path / "over"), 1.0)])
     with torch.no_grad(), bank.rows([("over", 0, None)]):

@@ -19,8 +19,8 @@ from oarsmith.adapters.mixer import Mixed
 from oarsmith.adapters.peft_layout import load_adapter_weights
 from oarsmith.errors import CheckpointError
 
-from .conftest import Base
-from .relatives import SOME, by_peft, close, logits, mixtral, our_gradients, saved, trained, under, whole
+from .conftest import Base, mixtral
+from .relatives import SOME, by_peft, close, logits, our_gradients, saved, trained, under, whole
 
 MIXED = Mixed(rank=4, alpha=6.0)
 

@@ -25,13 +25,12 @@ from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.engine import Engine, Sampling
 from oarsmith.errors import CheckpointError, ConfigError
 
-from .conftest import Adapted, Base
+from .conftest import Adapted, Base, mixtral
 from .relatives import (
     SOME,
     by_peft,
     close,
     logits,
-    mixtral,
     our_gradients,
     peft_gradients,
     saved,
