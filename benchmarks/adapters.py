@@ -27,8 +27,8 @@ from oarsmith.config.sft import SftConfig
 from oarsmith.data.batch import make_batch
 from oarsmith.data.samples import Sample
 from oarsmith.jobs.optimizers import make_optimizer
-from oarsmith.jobs.sft import load_trainable
 from oarsmith.jobs.start import from_checkpoint
+from oarsmith.jobs.tuning import load_trainable
 from oarsmith.losses.token import TokenCrossEntropy
 from oarsmith.training.log import peak_memory_mb
 from oarsmith.training.step import run_step

@@ -14,9 +14,10 @@ from oarsmith import cli
 from oarsmith.config.load import load_config
 from oarsmith.config.sft import SftConfig
 from oarsmith.errors import StoppedError
-from oarsmith.jobs import sft as job
+from oarsmith.jobs import tuning
 from oarsmith.jobs.console import make_console
 from oarsmith.jobs.loop_parts import make_loop
+from oarsmith.jobs.runtime import make_tokenizer
 from oarsmith.methods.sft import OBJECTIVE, build_data
 from oarsmith.training.checkpoint import CheckpointStore
 from oarsmith.training.evaluate import Evaluation
@@ -152,16 +153,16 @@ def test_a_signal_during_an_evaluation_waits_for_the_next_step(model_dir, rows, 
     words = [f"--{key}={value}" for key, value in {**KEYS, "eval_steps": 2, "evaluation_strategy": "steps"}.items()]
     words += ["--eval_split_ratio=0.2", "--dtype=fp32", f"--output_dir={tmp_path}", "--save_strategy=no"]
     resolved = load_config(SftConfig, None, [str(model_dir), str(rows), *words])
-    resolved, start = job.start(resolved, torch.device("cpu"))
-    config, tokenizer = resolved.config, job.make_tokenizer(resolved.config)
+    resolved, start = tuning.start(resolved, torch.device("cpu"))
+    config, tokenizer = resolved.config, make_tokenizer(resolved.config)
     loop = make_loop(
         config,
-        model=job.load_trainable(config, start, torch.device("cpu")),
+        model=tuning.load_trainable(config, start, torch.device("cpu")),
         objective=OBJECTIVE,
         loader=build_data(config, tokenizer).train,
         store=CheckpointStore(tmp_path, keep=None),
         progress=Progress(make_console(), quiet=True),
-        weights=job.weights_of(config, start, tokenizer),
+        weights=tuning.weights_of(config, start, tokenizer),
         evaluate=None,
         decode=tokenizer.decode,
         tokens_per_pass=64,

@@ -19,7 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from oarsmith import cli
 from oarsmith.data.batch import Batch
-from oarsmith.jobs import sft as job
+from oarsmith.jobs import tuning
+from oarsmith.jobs.runtime import make_tokenizer
 from oarsmith.loading import load_model
 from oarsmith.methods import sft
 from tiny import CONFIGS, read_lines, sft_words, write_rows, write_tiny_model
@@ -82,9 +83,9 @@ def test_30_steps(model_dir: Path, variant: str, tmp_path: Path) -> None:
 
 def reference_model(model_dir: Path, words: list[str], tmp_path: Path) -> tuple[Any, list[list[Batch]]]:
     """transformers' model (with peft's LoRA from our first A), and the micro-batches of each update."""
-    resolved, start = job.start(cli.load("sft", words[1:]), torch.device("cpu"))
+    resolved, start = tuning.start(cli.load("sft", words[1:]), torch.device("cpu"))
     config = resolved.config
-    data = sft.build_data(config, job.make_tokenizer(config))
+    data = sft.build_data(config, make_tokenizer(config))
     updates: list[list[Batch]] = []
     epoch = 0
     while len(updates) < STEPS:
@@ -93,9 +94,9 @@ def reference_model(model_dir: Path, words: list[str], tmp_path: Path) -> tuple[
         epoch += 1
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     if config.lora:
-        fresh = job.load_trainable(config, start, torch.device("cpu"))
+        fresh = tuning.load_trainable(config, start, torch.device("cpu"))
         (tmp_path / "first").mkdir()
-        job.weights_of(config, start, job.make_tokenizer(config)).write(fresh, tmp_path / "first")
+        tuning.weights_of(config, start, make_tokenizer(config)).write(fresh, tmp_path / "first")
         model = PeftModel.from_pretrained(model, tmp_path / "first", is_trainable=True)
     return model.train(), updates[:STEPS]
 
