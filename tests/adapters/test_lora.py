@@ -161,7 +161,7 @@ def test_scales() -> None:
 
 def adapted_model(base: Base, dtype: torch.dtype) -> Decoder:
     def choose(modules: list[str]) -> dict[str, Lora]:
-        return {m: Lora(rank=3, alpha=2.1) for m in modules if "k_proj" not in m}
+        return {m: Lora(rank=3, alpha=2.1) for m in match_targets(modules, "all-linear") if "k_proj" not in m}
 
     model = load_decoder(base.path, dtype=dtype, rewrite=adapt_rewrite(choose)).eval()
     attach(model, seed=1)

@@ -17,7 +17,7 @@ from oarsmith.adapters.linear import Adapt, adapted_modules, attach
 from oarsmith.adapters.lora import Lora
 from oarsmith.adapters.merge import merge_adapter
 from oarsmith.adapters.peft_layout import adapter_rewrite, load_adapter_weights, write_adapter
-from oarsmith.adapters.targets import adapt_rewrite
+from oarsmith.adapters.targets import adapt_rewrite, match_targets
 from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.errors import ConfigError
 from oarsmith.models import families
@@ -79,7 +79,7 @@ def test_the_same_as_one_map_for_each_expert() -> None:
 
 def adapted(rewrite_of: str = "") -> Decoder:
     def choose(modules: list[str]) -> dict[str, Lora]:
-        return {m: Lora(rank=2, alpha=3.0) for m in modules if rewrite_of in m}
+        return {m: Lora(rank=2, alpha=3.0) for m in match_targets(modules, "all-linear") if rewrite_of in m}
 
     family, spec = families.build_spec(CONFIG)
     model = Decoder(adapt_rewrite(choose)(family, spec), CONFIG)
@@ -129,7 +129,8 @@ def test_peft_reads_it(model_type: str, tmp_path: Path) -> None:
     randomised(plain.parameters(), 3)
     oarsmith.save_model(plain, tmp_path / "base")
 
-    rewrite = adapt_rewrite(lambda modules: dict.fromkeys(modules, Lora(rank=2, alpha=3.0)))
+    change = Lora(rank=2, alpha=3.0)
+    rewrite = adapt_rewrite(lambda modules: dict.fromkeys(match_targets(modules, "all-linear"), change))
     model = load_decoder(tmp_path / "base", rewrite=rewrite).eval()
     attach(model, 0)
     randomised((p for p in model.parameters() if p.requires_grad), 5)

@@ -230,7 +230,10 @@ def test_incomplete_and_surplus_tensors(adapted: MakeAdapted) -> None:
         assert f"{module} has a lora_A of shape {tuple(wrong.shape)}" in refused(lambda: read(made))
     odd = "base_model.model.model.embed_tokens.lora_embedding_A"
     save_file({**stored, odd: torch.zeros(2, 61)}, path)
-    assert f"tensor {odd} has no place in this model" in refused(lambda: read(made))
+    assert f"tensor {odd[:-1]}B is missing" in refused(lambda: read(made))
+    odd = "base_model.model.model.norm.lora_embedding_A"
+    save_file({**stored, odd: torch.zeros(2, 61)}, path)
+    assert "sits on model.norm, which the base model does not have" in refused(lambda: read(made))
     save_file({"base_model.model.model.layers.0.self_attn.q_proj.lora_E": torch.zeros(2)}, path)
     assert "sits on nothing" in refused(lambda: read(made))
     path.write_bytes(path.read_bytes()[:20])

@@ -59,7 +59,7 @@ def test_ours(base: Callable[[str], Base], tmp_path: Path, save: bool) -> None:
 def test_one_pair_for_all(base: Callable[[str], Base]) -> None:
     """Also where a change is found again in a file, and for each copy in another dtype."""
     change = Vera(rank=6)
-    model = fresh(base("llama").path, lambda modules: dict.fromkeys(modules, change))
+    model = fresh(base("llama").path, lambda modules: dict.fromkeys(match_targets(modules, "all-linear"), change))
     model(tokens(1, 5))
     found = {id(c.projection) for _, m in adapted_modules(model) for c in m.changes.values() if isinstance(c, Vera)}
     assert len(found) == 1

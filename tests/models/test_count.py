@@ -191,6 +191,16 @@ def test_training_flops_of_adapters():
     assert counted.backward < 0.65 * full.backward
 
 
+def test_training_flops_of_a_head_s_adapter():
+    """It stands after everything frozen, so nothing else needs a gradient."""
+    spec = tiny_decoder().spec
+    plain, adapted = (
+        FlopCounter(spec, trained).count(lambda _: 7, num_tokens=3, num_head_tokens=2)
+        for trained in ({}, {"parts.0.maps.head.adapter.lm_head.lora_A": 50})
+    )
+    assert adapted.forward - plain.forward == 2 * 50 * 2 and adapted.backward == 2 * (2 * 50) * 2
+
+
 def test_six_and_four_flops_a_parameter():
     """The rule of thumb of PaLM's appendix B, and its variant for frozen weights."""
     model = tiny_decoder()

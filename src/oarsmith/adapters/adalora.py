@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from oarsmith.adapters.adapted import adapted_maps
 from oarsmith.adapters.change import Change, LowRank, Sitting, Size, Weight
-from oarsmith.adapters.linear import adapted_modules
 from oarsmith.adapters.lora import alpha_of, check_lora
 from oarsmith.adapters.peft_config import PeftConfig
 from oarsmith.config.adapters import AdapterKeys
@@ -177,7 +177,7 @@ def set_schedule(model: Decoder, keys: AdapterKeys, total: int) -> RankSchedule:
             where="adalora_tfinal",
             fix="lower them, or train longer",
         )
-    for _, module in adapted_modules(model):
+    for _, module in adapted_maps(model):
         for segment, change in module.changes.items():
             if isinstance(change, AdaLora):
                 module.changes[segment] = replace(change, schedule=schedule)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from oarsmith.adapters.adalora import AdaLora, RankSchedule
-from oarsmith.adapters.linear import adapted_modules
+from oarsmith.adapters.adapted import adapted_maps
 from oarsmith.data.batch import Batch
 from oarsmith.errors import CheckpointError
 from oarsmith.models.decoder import Decoder
@@ -37,7 +37,7 @@ class _Triplets:
 
 
 def _triplets(model: Decoder) -> Iterator[_Triplets]:
-    for path, module in adapted_modules(model):
+    for path, module in adapted_maps(model):
         for segment, change in module.changes.items():
             if isinstance(change, AdaLora):
                 found = (module.adapter[segment].get_parameter(f"lora_{letter}") for letter in "ABE")

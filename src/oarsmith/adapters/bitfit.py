@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from oarsmith.adapters.part import AdapterPart
 from oarsmith.adapters.peft_config import PeftConfig
-from oarsmith.adapters.targets import match_targets
-from oarsmith.checkpoint.hf import projection_places
+from oarsmith.adapters.targets import match_targets, target_places
 from oarsmith.config.adapters import AdapterKeys
 from oarsmith.errors import CheckpointError, ConfigError
 from oarsmith.models import families
@@ -118,7 +117,7 @@ def make_biases(keys: AdapterKeys, base: Path, family: Family, spec: DecoderSpec
     if keys.adapter_type == "bitfit":
         _require(places, "train lora instead")
         return BiasesSpec(names=tuple((f"{_PREFIX}{place.file}", place.file) for place in places))
-    projections = projection_places(family.names(spec))
+    projections = target_places(family.names(spec))
     adapted = set(match_targets(projections, keys.lora_target_modules or "all-linear"))
     if keys.lora_bias == "lora_only":
         places = [place for place in places if _module(place) in adapted]

@@ -49,12 +49,15 @@ class Change(ABC):
 
     Attributes:
         keys: name of each tensor -> what follows the projection's name in PEFT's files. A projection may lack some.
+        table_keys: what follows the embedding's name in PEFT's files -> the same for projections, where the method can
+            sit there (``on_table``).
         frozen: names of tensors that do not train.
         turns_input: there is a ``before``. ``scales_output``: there is an ``after``.
         mergeable: there is a plain projection that does the same.
     """
 
     keys: ClassVar[Mapping[str, str]]
+    table_keys: ClassVar[Mapping[str, str]] = {}
     frozen: ClassVar[frozenset[str]] = frozenset()
     turns_input: ClassVar[bool] = False
     scales_output: ClassVar[bool] = False
@@ -106,6 +109,10 @@ class Change(ABC):
         """What training goes on from and PEFT's file cannot say, by names of its own; in a file beside it, and
         ``restore`` finds it with the rest where that file is there."""
         return {}
+
+    def on_table(self) -> Change | None:
+        """The same change where W [E, V] is the embedding and a token takes a column; None: there is none."""
+        return None
 
     @property
     def made_of_weight(self) -> bool:

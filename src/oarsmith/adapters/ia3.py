@@ -89,7 +89,8 @@ def choose_ia3(keys: AdapterKeys, places: Mapping[str, Place]) -> dict[str, Chan
     if keys.ia3_feedforward_modules is None:
         inputs = {module for module in chosen if ends_feed_forward(places[module])}
     else:
-        inputs = set(match_targets(chosen, keys.ia3_feedforward_modules, where="ia3_feedforward_modules"))
+        own = {module: places[module] for module in chosen}
+        inputs = set(match_targets(own, keys.ia3_feedforward_modules, where="ia3_feedforward_modules"))
     return {module: ScaledInput() if module in inputs else ScaledOutput() for module in chosen}
 
 

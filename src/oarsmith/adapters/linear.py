@@ -1,6 +1,6 @@
 """A linear map under adapters, its frozen weight in any form.
 
-Shapes: T tokens, I in features, O out features, R the ranks of all segments of a fused map together, E experts.
+Shapes: T tokens, I in features, O out features, E experts.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from oarsmith.adapters.change import Change, LowRank, Sitting, Size
+from oarsmith.adapters.adapted import Adapted, Sittings
+from oarsmith.adapters.change import Change, LowRank
 from oarsmith.adapters.forms import AS_STORED, DENSE, Parts, Stored, WeightForm, low_rank_product, product
 from oarsmith.adapters.part import adapter_parts
 from oarsmith.kernels.coded import CodedWeight
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.linear import Linear
-from oarsmith.models.spec_parts import LinearSpec, Segment
-
-Sittings = Mapping[str, Sitting]
+from oarsmith.models.spec_parts import LinearSpec
 
 One = tuple[Parts, Tensor | None, Sittings]
 """A single map: its weight [O, I] in its form, bias, and adapters by the segments they sit on."""
@@ -38,10 +37,9 @@ class Adapt:
         return AdaptedLinear(spec, self)
 
 
-class AdaptedLinear(Linear):
+class AdaptedLinear(Adapted, Linear):
     """A linear map with changes on some of its segments.
 
-    ``adapter[segment][tensor]`` are the adapters' parameters; stacked maps have them stacked, along a leading axis.
     ``weight`` is float until it has been filled, then what the form makes of it.
 
     Attributes:
@@ -51,17 +49,10 @@ class AdaptedLinear(Linear):
     def __init__(self, spec: LinearSpec, adapt: Adapt) -> None:
         super().__init__(spec)
         self.form = adapt.form
-        self.changes = dict(adapt.changes)
         self.enabled = True
         for name in self.form.names[1:]:
             self.register_buffer(name, None)
-        lead = () if spec.experts is None else (spec.experts,)
-        self.adapter = nn.ModuleDict()
-        for segment in spec.segments:
-            if (change := self.changes.get(segment.name)) is not None:
-                shapes = change.shapes(_size(spec, segment))
-                tensors = {name: torch.empty(*lead, *shape) for name, shape in shapes.items()}
-                self.adapter[segment.name] = nn.ParameterDict(tensors)
+        self.put_on(spec, dict(adapt.changes))
         self._filled = False
 
     def weight_filled(self) -> None:
@@ -101,21 +92,6 @@ class AdaptedLinear(Linear):
             return [tuple(tensors)]
         return list(zip(*(tensor.unbind() for tensor in tensors), strict=True))
 
-    def sittings(self) -> list[Sittings]:
-        """The adapters by the segments they sit on, or those of each expert."""
-        sizes = {segment.name: _size(self.spec, segment) for segment in self.spec.segments}
-        tables = {name: dict(table.items()) for name, table in self.adapter.items()}  # type: ignore[operator]
-        if self.spec.experts is None:
-            return [{name: Sitting(sizes[name], tensors) for name, tensors in tables.items()}]
-        unbound = {name: {key: t.unbind() for key, t in tensors.items()} for name, tensors in tables.items()}
-        return [
-            {
-                name: Sitting(sizes[name], {key: each[expert] for key, each in tensors.items()})
-                for name, tensors in unbound.items()
-            }
-            for expert in range(self.spec.experts)
-        ]
-
     def ones(self) -> list[One]:
         """The map, or that of each expert."""
         parts = self.parts()
@@ -139,23 +115,6 @@ class AdaptedLinear(Linear):
             return low_rank_product(x_TI, parts, bias_O, a_RI, b_OR, self.form)
         return self._changed(x_TI, parts, bias_O, sittings)
 
-    def stacked(self, sittings: Sittings, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A of all segments stacked [R, I], and B as a block-diagonal matrix [O, R]."""
-        rows: list[Tensor] = []
-        blocks: list[Tensor | None] = []
-        for segment in self.spec.segments:
-            change = self.changes.get(segment.name)
-            if change is None:
-                blocks.append(None)
-                continue
-            assert isinstance(change, LowRank), change
-            a, b = change.factors(sittings[segment.name])
-            rows.append(a)
-            blocks.append(b)
-        sizes = (segment.size for segment in self.spec.segments)
-        filled = [rows[0].new_zeros(size, 0) if b is None else b for size, b in zip(sizes, blocks, strict=True)]
-        return torch.cat(rows).to(dtype), torch.block_diag(*filled).to(dtype)
-
     def _changed(self, x_TI: Tensor, parts: Parts, bias_O: Tensor | None, sittings: Sittings) -> Tensor:
         form, width = self.form, self.spec.in_features
 
@@ -172,22 +131,14 @@ class AdaptedLinear(Linear):
         on = Changed(self.spec, self.changes, sittings)
         return on(x_TI, whole_TO, bias_O, rows_of, weight_of, training=self.training)
 
-    @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
         """Fresh fp32 adapters."""
-        for table in self.adapter.values():
-            assert isinstance(table, nn.ParameterDict)
-            for name in table:
-                table[name] = nn.Parameter(torch.empty(table[name].shape, device=self.weight.device))
-        for parts, sittings in zip(self.parts(), self.sittings(), strict=True):
-            for segment, start, stop in self.spec.bounds():
-                if (change := self.changes.get(segment.name)) is not None:
-                    own = self.form.rows(parts, start, stop, self.spec.in_features)
-                    weight = partial(self.form.dense, own, self.spec.in_features)
-                    change.reset(sittings[segment.name], generator, weight)
-        for segment_name, change in self.changes.items():
-            for name in change.frozen:
-                self.adapter[segment_name].get_parameter(name).requires_grad_(False)
+        parts, width = self.parts(), self.spec.in_features
+
+        def weight(expert: int, start: int, stop: int) -> Tensor:
+            return self.form.dense(self.form.rows(parts[expert], start, stop, width), width)
+
+        self.begin(generator, self.weight.device, weight)
 
     def look_at(self, base: Linear) -> None:
         """Take another map's frozen weight, in its form, for one's own."""
@@ -266,10 +217,6 @@ class Changed:
             y = y if added is None else y + added
             pieces.append(change.after(on, y, bias, partial(weight_of, start, stop)))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
-
-
-def _size(spec: LinearSpec, segment: Segment) -> Size:
-    return Size(segment.size, spec.in_features)
 
 
 def is_low_rank(change: Change, training: bool) -> bool:

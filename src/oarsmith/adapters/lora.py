@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from oarsmith.adapters.change import LowRank, Sitting, Size, Weight
+from oarsmith.adapters.change import Change, LowRank, Sitting, Size, Weight
 from oarsmith.adapters.peft_config import PeftConfig
 from oarsmith.config.adapters import AdapterKeys
 from oarsmith.errors import CheckpointError
 
 LORA_KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+_A, _B = "lora_embedding_A", "lora_embedding_B"
 
 
 def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
@@ -28,6 +29,7 @@ class Lora(LowRank):
     """A [r, I] and B [O, r], which is zero at first; alpha scales their product."""
 
     keys: ClassVar[Mapping[str, str]] = LORA_KEYS
+    table_keys: ClassVar[Mapping[str, str]] = {_A: LORA_KEYS["lora_A"], _B: LORA_KEYS["lora_B"]}
 
     rank: int
     alpha: float
@@ -56,6 +58,12 @@ class Lora(LowRank):
     def factors(self, on: Sitting) -> tuple[Tensor, Tensor]:
         return on["lora_A"], on["lora_B"] * self.scale
 
+    def on_table(self) -> Change | None:
+        # What LoRA's relatives do beside is made for projections.
+        if type(self) is not Lora:
+            return None
+        return TableLora(rank=self.rank, alpha=self.alpha, rslora=self.rslora, dropout=self.dropout)
+
     def peft_config(self) -> dict[str, Any]:
         """Its part of ``adapter_config.json``."""
         return {
@@ -66,6 +74,25 @@ class Lora(LowRank):
             "use_rslora": self.rslora,
             "init_lora_weights": True,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableLora(Lora):
+    """The same on the embedding: A [r, V] is looked up, so it is A that is zero at first, and B [E, r] normal, as in
+    PEFT and the paper's code. Nothing is dropped there."""
+
+    keys: ClassVar[Mapping[str, str]] = {_A: _A, _B: _B}
+
+    def shapes(self, size: Size) -> dict[str, tuple[int, ...]]:
+        return {_A: (self.rank, size.in_features), _B: (size.out_features, self.rank)}
+
+    def reset(self, on: Sitting, generator: torch.Generator, weight: Weight) -> None:
+        # Drawn on the CPU: the same seed gives the same adapter on any device.
+        on[_A].zero_()
+        on[_B].copy_(torch.empty(on[_B].shape).normal_(generator=generator))
+
+    def factors(self, on: Sitting) -> tuple[Tensor, Tensor]:
+        return on[_A], on[_B] * self.scale
 
 
 def make_lora(keys: AdapterKeys) -> Lora:

@@ -18,8 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from oarsmith.adapters.adapted import Adapted, adapted_maps
 from oarsmith.adapters.change import Change, Size
-from oarsmith.adapters.linear import AdaptedLinear, adapted_modules
 from oarsmith.adapters.lora import Lora
 from oarsmith.adapters.started import Started
 from oarsmith.config.adapters import AdapterKeys
@@ -84,7 +84,7 @@ def start_from_gradients(model: Decoder, backward: Callable[[], None], seed: int
         backward: adds the gradients of the loss, over always the same batches, to ``.grad`` of the parameters that
             train. Called ten times.
     """
-    probes = [_Probe(module) for _, module in adapted_modules(model) if _ga(module)]
+    probes = [_Probe(module) for _, module in adapted_maps(model) if _ga(module)]
     generator = torch.Generator().manual_seed(seed)
     with _in_place(probes), torch.compiler.set_stance("force_eager"):
         for probe in probes:
@@ -98,14 +98,14 @@ def start_from_gradients(model: Decoder, backward: Callable[[], None], seed: int
         probe.give()
 
 
-def _ga(module: AdaptedLinear) -> dict[str, LoraGa]:
+def _ga(module: Adapted) -> dict[str, LoraGa]:
     return {name: change for name, change in module.changes.items() if isinstance(change, LoraGa)}
 
 
 class _Probe:
     """LoRA pairs in place of a map's own adapters, and the bases they hold."""
 
-    def __init__(self, module: AdaptedLinear) -> None:
+    def __init__(self, module: Adapted) -> None:
         self.module, self.own, self.own_changes = module, module.adapter, module.changes
         self.ga = _ga(module)
         sizes = {s.name: (s.size, module.spec.in_features) for s in module.spec.segments}
@@ -114,7 +114,7 @@ class _Probe:
         self.pairs = nn.ModuleDict()
         for name, width in self.width.items():
             shapes = {"lora_A": (*lead, width, sizes[name][1]), "lora_B": (*lead, sizes[name][0], width)}
-            device = module.weight.device
+            device = next(module.adapter.parameters()).device
             tensors = {key: nn.Parameter(torch.zeros(shape, device=device)) for key, shape in shapes.items()}
             self.pairs[name] = nn.ParameterDict(tensors)
         self.changes: dict[str, Change] = {name: Lora(rank=w, alpha=w) for name, w in self.width.items()}

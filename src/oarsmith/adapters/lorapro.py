@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from oarsmith.adapters.linear import adapted_modules
+from oarsmith.adapters.adapted import adapted_maps
 from oarsmith.adapters.lora import Lora, alpha_of
 from oarsmith.config.adapters import AdapterKeys
 from oarsmith.models.decoder import Decoder
@@ -48,7 +48,7 @@ class FullGradients(UpdateHooks):
     def __init__(self, model: Decoder) -> None:
         self._parameters: dict[str, nn.Parameter] = {}
         self._pairs: list[_Pair] = []
-        for path, module in adapted_modules(model):
+        for path, module in adapted_maps(model):
             for segment, change in module.changes.items():
                 if isinstance(change, LoraPro):
                     a, b = (f"{path}.adapter.{segment}.{name}" for name in ("lora_A", "lora_B"))

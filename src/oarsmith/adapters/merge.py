@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from oarsmith.adapters.adapted import adapted_maps
 from oarsmith.adapters.forms import DENSE
 from oarsmith.adapters.linear import adapted_modules, disabled
 from oarsmith.adapters.part import adapter_parts
@@ -19,7 +20,7 @@ from oarsmith.models.spec import rewrite_linears
 
 def mergeable(model: Decoder) -> bool:
     """Whether there is a plain model that does what a model with its adapter does."""
-    changes = (change for _, module in adapted_modules(model) for change in module.changes.values())
+    changes = (change for _, module in adapted_maps(model) for change in module.changes.values())
     return all(change.mergeable for change in changes) and all(p.unmergeable is None for p in adapter_parts(model))
 
 

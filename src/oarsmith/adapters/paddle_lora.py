@@ -8,13 +8,14 @@ Source: PaddleNLP's paddlenlp/peft/lora/lora_config.py and lora_layers.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from oarsmith.adapters.ends import end_places
 from oarsmith.adapters.lora import check_lora
 from oarsmith.adapters.paddle_modules import Module, modules_of, require_all_placed, write_paddle, write_peft
 from oarsmith.adapters.peft_config import CONFIG, PeftConfig
@@ -23,6 +24,7 @@ from oarsmith.checkpoint.paddle.names import group_sizes, paddle_family
 from oarsmith.checkpoint.paddle.ranks import Ranks
 from oarsmith.checkpoint.safetensors_source import SafetensorsSource
 from oarsmith.errors import CheckpointError
+from oarsmith.models import families
 
 LORA_CONFIG = "lora_config.json"
 LORA_STEM = "lora_model_state"
@@ -135,6 +137,7 @@ def lora_from_peft(
                 for part, piece in zip(parts, b.chunk(len(parts), dim=-1), strict=True):
                     found[f"{part}.lora_A"], found[f"{part}.lora_B"] = a.contiguous(), piece.contiguous()
                 left -= set(names)
+    _require_projections(left, config, src)
     require_all_placed(left, found, src)
     settings = {
         "base_model_name_or_path": base or theirs.get("base_model_name_or_path"),
@@ -146,6 +149,17 @@ def lora_from_peft(
     }
     write_paddle(dst, found, config, lora_file(pickled), (LORA_CONFIG, settings))
     return len(found)
+
+
+def _require_projections(left: Collection[str], config: Mapping[str, Any], src: Path) -> None:
+    family, spec = families.build_spec(config)
+    for module in end_places(family.names(spec)):
+        if any(name.startswith(f"{PREFIX}{module}.") for name in left):
+            raise CheckpointError(
+                f"the adapter changes {module}, and PaddleNLP's LoRA sits on projections only",
+                where=str(src / WEIGHTS),
+                fix="merge it into its base (oarsmith merge-adapter), and convert that",
+            )
 
 
 def lora_file(pickled: bool) -> str:

@@ -91,8 +91,8 @@ def with_parts(inner: SpecRewrite, makers: Collection[MakePart]) -> SpecRewrite:
     """``inner``'s rewrite of a spec, and these parts."""
 
     def rewrite(family: Family, spec: DecoderSpec) -> DecoderSpec:
-        made = tuple(make(family, spec) for make in makers)
         written = inner(family, spec)
+        made = tuple(make(family, written) for make in makers)
         return replace(written, parts=(*written.parts, *made))
 
     return rewrite

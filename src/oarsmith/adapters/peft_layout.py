@@ -15,18 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oarsmith.adapters.adapted import Adapted, Sittings
 from oarsmith.adapters.change import Change, Sitting
+from oarsmith.adapters.ends import Ends, base_matrix, end_of, end_places
 from oarsmith.adapters.exact_file import read_exact, write_exact
-from oarsmith.adapters.linear import AdaptedLinear, Sittings, adapted_modules
+from oarsmith.adapters.linear import adapted_modules
 from oarsmith.adapters.methods import find_method
 from oarsmith.adapters.part import adapter_parts, with_parts
 from oarsmith.adapters.parts import parts_in_file
 from oarsmith.adapters.peft_config import CONFIG, read_adapter_config
-from oarsmith.adapters.targets import SpecRewrite, adapt_rewrite
+from oarsmith.adapters.targets import SpecRewrite, adapt_rewrite, target_places
 from oarsmith.atomic import atomic_write_text
 from oarsmith.checkpoint.files import require_inside
 from oarsmith.checkpoint.fingerprint import fingerprint
-from oarsmith.checkpoint.hf import projection_places
 from oarsmith.checkpoint.safetensors_source import SafetensorsSource
 from oarsmith.checkpoint.safetensors_stream import (
     SafetensorsWriter,
@@ -58,14 +59,15 @@ def adapter_rewrite(directory: Path) -> SpecRewrite:
     if alone:
         return with_parts(lambda _, spec: spec, makers)
     method = find_method(config)
-    # The longest first: one name may end another.
-    endings = sorted(method.change.keys.values(), key=len, reverse=True)
+    # As projections have them, which methods read; the longest first: one name may end another.
+    plain = {ending: ending for ending in method.change.keys.values()} | dict(method.change.table_keys)
+    endings = sorted(plain, key=len, reverse=True)
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, info in infos.items():
         ending = next((e for e in endings if name.endswith(f".{e}")), None)
         if ending is not None:
             module = name.removeprefix(PREFIX).removesuffix(f".{ending}")
-            shapes.setdefault(module, {})[ending] = info.shape
+            shapes.setdefault(module, {})[plain[ending]] = info.shape
 
     def choose(modules: Collection[str]) -> Mapping[str, Change]:
         unknown = sorted(set(shapes) - set(modules))
@@ -89,7 +91,8 @@ def load_adapter_weights(model: Decoder, directory: Path) -> None:
     """
     slots = adapter_tensors(model)
     with SafetensorsSource(directory / WEIGHTS) as source:
-        unknown = sorted(set(source.shapes) - set(slots))
+        copies = _base_copies(model, source)
+        unknown = sorted(set(source.shapes) - set(slots) - copies)
         missing = sorted(set(slots) - set(source.shapes))
         if unknown or missing:
             raise CheckpointError(
@@ -97,6 +100,8 @@ def load_adapter_weights(model: Decoder, directory: Path) -> None:
                 where=str(directory / WEIGHTS),
             )
         for name, shape in source.shapes.items():
+            if name in copies:
+                continue
             if tuple(slots[name].shape) != shape:
                 raise CheckpointError(
                     f"tensor {name} has shape {shape}, the base model asks for {tuple(slots[name].shape)}",
@@ -115,6 +120,29 @@ def load_adapter_weights(model: Decoder, directory: Path) -> None:
         _restore_parts(model, directory, source)
 
 
+def _base_copies(model: Decoder, source: TensorSource) -> set[str]:
+    """The file's tensors that are the base's own embedding or head: PEFT stores these where an adapter sits on them.
+
+    Raises:
+        CheckpointError: one is another than the base has.
+    """
+    found = set()
+    for module, place in end_places(families.find(model.config).names(model.spec)).items():
+        own = base_matrix(model, end_of(place) or "")
+        for name in (f"{PREFIX}{module}.base_layer.weight", f"{PREFIX}{place.file}"):
+            if name not in source.shapes or own.is_meta:
+                continue
+            stored = source.read(name)
+            if not torch.equal(stored.to(own), own) and not torch.equal(own.to(stored), stored):
+                raise CheckpointError(
+                    f"the file has a {module} of its own, which is not the base's: it has been changed too",
+                    where=f"{source.directory}: {name}",
+                    fix="use the base that it was trained on, saved with that matrix",
+                )
+            found.add(name)
+    return found
+
+
 def _restore_parts(model: Decoder, directory: Path, source: TensorSource) -> None:
     exact = read_exact(directory, _exact_parts(model))
     for index, part in enumerate(adapter_parts(model)):
@@ -130,11 +158,14 @@ def _part_name(index: int) -> str:
     return f"parts.{index}"
 
 
-def adapted_projections(model: Decoder) -> dict[str, tuple[AdaptedLinear, Place, Change]]:
+def adapted_projections(model: Decoder) -> dict[str, tuple[Adapted, Place, Change]]:
     """The projections that a change sits on by their names: their map, where they lie in it, and the change."""
-    modules = dict(adapted_modules(model))
+    modules: dict[str, Adapted] = dict(adapted_modules(model))
+    for part in adapter_parts(model):
+        if isinstance(part, Ends):
+            modules |= part.changed_maps()
     found = {}
-    for name, place in projection_places(families.find(model.config).names(model.spec)).items():
+    for name, place in target_places(families.find(model.config).names(model.spec)).items():
         linear, segment = modules.get(place.parameter.removesuffix(".weight")), place.segment
         if linear is not None and segment is not None and (change := linear.changes.get(segment)) is not None:
             found[name] = (linear, place, change)
@@ -199,7 +230,7 @@ def write_adapter(model: Decoder, directory: Path, *, base: str, base_hash: str 
     exact = {name: change.exact(on) for name, (on, change) in _sittings(model).items()}
     write_exact(directory, exact | _exact_parts(model))
     projections = adapted_projections(model)
-    places = projection_places(families.find(model.config).names(model.spec))
+    places = target_places(families.find(model.config).names(model.spec))
     changes = {name: change for name, (_, _, change) in projections.items()}
     config: dict[str, Any] = {
         "task_type": "CAUSAL_LM",

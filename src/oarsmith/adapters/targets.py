@@ -3,35 +3,44 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from oarsmith.adapters.change import Change, Size
+from oarsmith.adapters.ends import EMBEDDING, HEAD, EndsSpec, as_end, end_linear, end_of, end_places
 from oarsmith.adapters.forms import WeightForm
 from oarsmith.adapters.linear import Adapt
 from oarsmith.checkpoint.hf import projection_places
 from oarsmith.errors import ConfigError
 from oarsmith.models.families import Family
-from oarsmith.models.names import Place
+from oarsmith.models.names import NameMap, Place
 from oarsmith.models.spec import DecoderSpec, linear_specs, rewrite_linears
 from oarsmith.models.spec_parts import LinearSpec
 
+# Names of the ends that are understood in every family, whatever it calls them itself.
+_ALIASES = {"embed_tokens": EMBEDDING, "lm_head": HEAD}
+
+
+def target_places(names: NameMap) -> dict[str, Place]:
+    """What an adapter can sit on, by its name in the family's own spelling: the projections, and the two ends."""
+    return projection_places(names) | end_places(names)
+
 
 def match_targets(
-    modules: Iterable[str], targets: str | tuple[str, ...], *, where: str = "lora_target_modules"
+    places: Mapping[str, Place], targets: str | tuple[str, ...], *, where: str = "lora_target_modules"
 ) -> list[str]:
     """The module names that ``targets`` selects.
 
-    ``"all-linear"`` selects every projection of the blocks (never the head); a single word is a name; any other string
-    is a regular expression for the whole name; a tuple holds names matched at a dot from the end (``q_proj``,
-    ``0.self_attn.q_proj``).
+    ``"all-linear"`` selects every projection of the blocks (never embedding and head); a single word is a name; any
+    other string is a regular expression for the whole name; a tuple holds names matched at a dot from the end
+    (``q_proj``, ``0.self_attn.q_proj``). ``embed_tokens`` and ``lm_head`` are the ends of any family.
 
     Raises:
         ConfigError: an entry that selects nothing; lists what there is.
     """
-    names = list(modules)
+    names = list(places)
     if targets == "all-linear":
-        return names
+        return [name for name in names if end_of(places[name]) is None]
     if isinstance(targets, str) and targets.isidentifier():
         targets = (targets,)
     if isinstance(targets, str):
@@ -42,6 +51,8 @@ def match_targets(
         chosen = {targets: [name for name in names if pattern.fullmatch(name)]}
     else:
         chosen = {key: [name for name in names if name == key or name.endswith(f".{key}")] for key in targets}
+        for key in set(_ALIASES) & set(chosen):
+            chosen[key] = chosen[key] or [name for name in names if end_of(places[name]) == _ALIASES[key]]
     empty = [key for key, found in chosen.items() if not found]
     if empty or not chosen:
         leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
@@ -65,30 +76,47 @@ def adapt_rewrite(choose: Callable[[Mapping[str, Place]], Mapping[str, Change]])
     """
 
     def rewrite(family: Family, spec: DecoderSpec) -> DecoderSpec:
-        places = projection_places(family.names(spec))
+        places = target_places(family.names(spec))
         chosen = _settled(choose(places), places, spec)
         _check_experts(chosen, places)
         changes: dict[str, dict[str, Change]] = {}
+        ends: dict[str, tuple[LinearSpec, Change]] = {}
         for module, change in chosen.items():
             place = places[module]
             assert place.segment is not None
+            if (end := end_of(place)) is not None:
+                ends[end] = end_linear(place, spec), change
+                continue
             changes.setdefault(place.parameter.removesuffix(".weight"), {})[place.segment] = change
 
         def rule(path: str, linear: LinearSpec) -> LinearSpec:
             return replace(linear, rewrite=Adapt(changes=tuple(changes[path].items()))) if path in changes else linear
 
-        return rewrite_linears(spec, rule)
+        made = _ends(spec, ends)
+        return replace(rewrite_linears(spec, rule), parts=(*spec.parts, *made))
 
     return rewrite
+
+
+def _ends(spec: DecoderSpec, changed: Mapping[str, tuple[LinearSpec, Change]]) -> tuple[EndsSpec, ...]:
+    if not changed:
+        return ()
+    padding = spec.embedding.padding_id
+    return (EndsSpec(embedding=changed.get(EMBEDDING), head=changed.get(HEAD), padding_id=padding),)
 
 
 def _settled(chosen: Mapping[str, Change], places: Mapping[str, Place], spec: DecoderSpec) -> dict[str, Change]:
     """The changes as they are beside each other (`Change.among`)."""
     linears = dict(linear_specs(spec))
     sizes: dict[Change, list[Size]] = {}
+    chosen = {
+        module: change if end_of(places[module]) is None else as_end(module, places[module], change, spec)
+        for module, change in chosen.items()
+    }
     for module, change in chosen.items():
         place = places[module]
-        linear = linears[place.parameter.removesuffix(".weight")]
+        path = place.parameter.removesuffix(".weight")
+        linear = linears[path] if path in linears else end_linear(place, spec)
         rows = next(segment.size for segment in linear.segments if segment.name == place.segment)
         sizes.setdefault(change, []).append(Size(rows, linear.in_features))
     settled = {change: change.among(found) for change, found in sizes.items()}

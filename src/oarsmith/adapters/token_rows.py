@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from oarsmith.adapters.ends import EndsSpec
 from oarsmith.adapters.part import AdapterPart
 from oarsmith.adapters.peft_config import PeftConfig
 from oarsmith.config.adapters import AdapterKeys
@@ -120,8 +121,24 @@ def embedding_name(family: Family, spec: DecoderSpec) -> str:
     return found.removesuffix(".weight")
 
 
+def _require_own(spec: DecoderSpec) -> None:
+    """Refuse rows beside a change of the matrix that they are rows of: which of the two they would have is unclear.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for part in spec.parts:
+        if isinstance(part, EndsSpec) and (part.embedding is not None or spec.head.tied):
+            raise ConfigError(
+                "single rows cannot train beside an adapter on the matrix that has them",
+                where="trainable_tokens",
+                fix="leave the embedding and a head tied to it out of lora_target_modules, or trainable_tokens out",
+            )
+
+
 def make_token_rows(keys: AdapterKeys, base: Path, family: Family, spec: DecoderSpec) -> TokenRowsSpec:
     """Rows as a configuration names them."""
+    _require_own(spec)
     names = [name for name in keys.trainable_tokens if not name.isdecimal()]
     tokenizer = load_tokenizer(base) if names else None
     ids: list[int] = []
@@ -143,6 +160,7 @@ def read_token_rows(
     config: PeftConfig, shapes: Mapping[str, tuple[int, ...]], family: Family, spec: DecoderSpec
 ) -> TokenRowsSpec:
     """Rows from a file."""
+    _require_own(spec)
     alone = config.peft_type == "TRAINABLE_TOKENS"
     key = "token_indices" if alone else "trainable_token_indices"
     value, name = config.values.get(key), embedding_name(family, spec)

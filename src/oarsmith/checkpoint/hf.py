@@ -85,7 +85,12 @@ def write_decoder(model: Decoder, directory: Path, *, max_shard_bytes: int = MAX
             f"the model carries an adapter: {model.spec.parts[0].what}",
             fix="save the adapter, or merge it first (oarsmith merge-adapter)",
         )
-    family = families.find(model.config)
+    family, read_again = families.build_spec(model.config)
+    if read_again.head.tied and not model.spec.head.tied:
+        raise ModelError(
+            f"merging gave the head a matrix of its own, but {family.name} models always share the embedding's",
+            fix="use the adapter as it is (--adapter), or train it without embedding and head",
+        )
     write_named(dict(iter_named(model, family.names(model.spec))), directory, max_shard_bytes=max_shard_bytes)
     dtype = _NAMES[next(model.parameters()).dtype]
     key = "dtype" if "dtype" in model.config else "torch_dtype"

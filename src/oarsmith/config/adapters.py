@@ -60,7 +60,8 @@ class SharedAdapterKeys(JobConfig):
     lora_target_modules: NamesOrPattern | None = Field(
         None,
         description="Which linear layers: all-linear (all but the head), names separated by commas, or a regular "
-        "expression that matches a whole module name. Not given: all-linear; ia3 and bottleneck have their own.",
+        "expression that matches a whole module name; embed_tokens and lm_head are embedding and head in every "
+        "family. Not given: all-linear; ia3 and bottleneck have their own.",
     )
     rslora: Bool = Field(False, description="Scale by alpha/sqrt(r) instead (rank-stabilised LoRA), for high ranks.")
 

@@ -36,6 +36,6 @@ def _embed(model: Decoder, documents: Sequence[Sequence[int]]) -> list[list[floa
     positions_T = torch.cat([torch.arange(len(ids)) for ids in documents]).to(device)
     tokens_T = torch.tensor([token for ids in documents for token in ids], device=device)
     hidden_TD = model.hidden(tokens_T, Layout.documents(bounds, positions_T))
-    hidden_TD = model.head_inputs(hidden_TD)[0].float()
+    hidden_TD = model.final(hidden_TD).float()
     vectors = [part_TD.mean(0) for part_TD in hidden_TD.split([len(ids) for ids in documents])]
     return [(vector_D / vector_D.norm().clamp_min(1e-12)).tolist() for vector_D in vectors]

@@ -8,6 +8,7 @@ tokens it is multiplied with.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -16,6 +17,9 @@ from oarsmith.models.layout import Span
 from oarsmith.models.rounded_slots import rounded_bytes
 from oarsmith.models.spec import DecoderSpec, LayerSpec, named_norms
 from oarsmith.models.spec_parts import GQA, LFA, MLA, AttentionSpec, LayerNormSpec, LinearSpec, MoE, NormSpec, QKNorm
+
+_BESIDE_HEAD = re.compile(r"parts\.\d+\.maps\.head\.")
+"""Names of parameters that an adapter has beside the output matrix."""
 
 Pairs = Callable[[int | None], float]
 """How many pairs of query and key see each other in an attention with this window (None: without)."""
@@ -140,8 +144,11 @@ class FlopCounter:
         self._attention: dict[int | None, list[float]] = {}
         self._token = [0.0, 0.0]
         self._head = [0.0, 0.0]
-        # What parts add comes in before the first layer, or at some layer after it.
-        upstream = "embedding.weight" in trained or any(name.startswith("parts.") for name in trained)
+        # What parts add comes in before the first layer, or at some layer after it, unless it belongs to the head.
+        of_head = {name: size for name, size in trained.items() if _BESIDE_HEAD.match(name)}
+        upstream = "embedding.weight" in trained or any(
+            name.startswith("parts.") and name not in of_head for name in trained
+        )
         if spec.embedding.projection is not None:
             size = spec.embedding.projection.in_features * spec.embedding.projection.out_features
             self._add(self._token, _Product("embedding.projection.weight", size, True), trained, upstream)
@@ -155,6 +162,8 @@ class FlopCounter:
             size = spec.head.projection.in_features * spec.head.projection.out_features
             self._add(self._head, _Product("head.projection.weight", size, True), trained, upstream)
             upstream = upstream or any(name.startswith("head.projection.") for name in trained)
+        for name, size in of_head.items():
+            self._add(self._head, _Product(name, size, False), trained, True)
         matrix = "embedding.weight" if spec.head.tied else "head.weight"
         self._add(self._head, _Product(matrix, spec.vocab_size * _head_width(spec), True), trained, upstream)
 

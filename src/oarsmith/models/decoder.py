@@ -101,20 +101,33 @@ class Decoder(nn.Module):
             x_TD = x_TD[: len(input_ids_T)]
         return x_TD if own_T is None else x_TD[own_T]
 
-    def head_inputs(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """What is multiplied with the output matrix (final norm and head rule applied), and the matrix [V, D]."""
-        if self.final_norm is not None:
-            hidden_ND = self.final_norm(hidden_ND)
+    def final(self, hidden_ND: Tensor) -> Tensor:
+        """What the output matrix reads: final norm and head rule applied."""
+        return self.head.inputs(hidden_ND if self.final_norm is None else self.final_norm(hidden_ND))
+
+    def _head_products(self, hidden_ND: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Inputs [N, I] and matrices [V, I] whose products add up to the logits; the first is the model's own."""
+        inputs_ND = self.final(hidden_ND)
         table_VE: Tensor = self.embedding.weight
+        parts = [part for part in self.own_parts() if part.enabled]
         if self.spec.head.tied:
-            for part in self.own_parts():
-                table_VE = part.table(table_VE) if part.enabled else table_VE
-        return self.head.inputs(hidden_ND), self.head.matrix(table_VE)
+            for part in parts:
+                table_VE = part.table(table_VE)
+        added = [part.beside_matrix(inputs_ND) for part in parts]
+        return [(inputs_ND, self.head.matrix(table_VE)), *(pair for pair in added if pair is not None)]
+
+    def head_inputs(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """What is multiplied with the output matrix, and the matrix [V, D]; what parts add is more columns of both."""
+        products = self._head_products(hidden_ND)
+        if len(products) == 1:
+            return products[0]
+        inputs, matrices = zip(*products, strict=True)
+        return torch.cat(inputs, -1), torch.cat(matrices, -1)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] of chosen hidden states."""
-        inputs_ND, weight_VD = self.head_inputs(hidden_ND)
-        return self.head.bend(functional.linear(inputs_ND, weight_VD))
+        own_NV, *added = (functional.linear(*product) for product in self._head_products(hidden_ND))
+        return self.head.bend(sum(added, own_NV))
 
     def head_loss(
         self, hidden_ND: Tensor, targets_N: Tensor, coef_N: Tensor, *, z_loss: float = 0.0

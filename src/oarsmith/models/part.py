@@ -1,6 +1,7 @@
 """What lies in a decoder beside the modules of its family; rewrites of a spec put it there (``DecoderSpec.parts``).
 
-Shapes: T tokens of the stream, E table row, V vocabulary, D hidden, P virtual tokens, G kv heads, K head dim.
+Shapes: T tokens of the stream, E table row, V vocabulary, D hidden, N chosen tokens, P virtual tokens,
+G kv heads, K head dim.
 """
 
 from __future__ import annotations
@@ -58,6 +59,11 @@ class Part(nn.Module):
     def table(self, weight_VE: Tensor) -> Tensor:
         """The table as a tied head sees it."""
         return weight_VE
+
+    def beside_matrix(self, inputs_ND: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Further inputs [N, R] of the head and a matrix [V, R], whose product is added to the logits (before their
+        cap); None: nothing."""
+        return None
 
     def after_layer(self, layer: int, x_TD: Tensor, layout: Layout) -> Tensor:
         """What becomes of the stream after a layer."""
