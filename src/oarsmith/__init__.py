@@ -12,6 +12,8 @@ from oarsmith._version import __version__
 from oarsmith.errors import OarsmithError
 
 if TYPE_CHECKING:
+    from oarsmith.adapters.merge import merge_adapter
+    from oarsmith.adapters.unmerge import unmerge_adapter
     from oarsmith.engine import Engine, Sampling
     from oarsmith.loading import load_model, new_model, save_model
     from oarsmith.text import load_tokenizer
@@ -23,8 +25,10 @@ __all__ = [
     "__version__",
     "load_model",
     "load_tokenizer",
+    "merge_adapter",
     "new_model",
     "save_model",
+    "unmerge_adapter",
 ]
 
 _HOME = {
@@ -32,8 +36,10 @@ _HOME = {
     "Sampling": "oarsmith.engine",
     "load_model": "oarsmith.loading",
     "load_tokenizer": "oarsmith.text",
+    "merge_adapter": "oarsmith.adapters.merge",
     "new_model": "oarsmith.loading",
     "save_model": "oarsmith.loading",
+    "unmerge_adapter": "oarsmith.adapters.unmerge",
 }
 
 

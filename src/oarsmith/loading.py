@@ -80,7 +80,7 @@ def load_model(
     )
     if where.adapter:
         attach(model, seed=0)
-        load_adapter_weights(model, where.adapter)
+        load_adapter_weights(model, where.adapter, any_base=any_base)
     return model.eval()
 
 

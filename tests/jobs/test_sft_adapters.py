@@ -32,6 +32,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "loraga": {"lora": True, "loraga": True, "loraga_batches": 3},
     "lorapro": {"lora": True, "lorapro": True},
     "moslora": {"lora": True, "lora_use_mixer": True},
+    "ends": {"lora": True, "lora_target_modules": "embed_tokens,lm_head,q_proj", "lora_dropout": 0.1, "z_loss": 0.01},
+    "ends, recomputed, over 4 bits": {
+        "lora": True,
+        "lora_target_modules": "embed_tokens,lm_head,q_proj",
+        "rslora": True,
+        "recompute": True,
+        "packing": True,
+        "weight_quantize_algo": "nf4",
+    },
+    "loraga on the head": {"lora": True, "loraga": True, "loraga_batches": 3, "lora_target_modules": "lm_head,v_proj"},
     "adalora": ADALORA,
     "adalora over 8 bits": {**ADALORA, "weight_quantize_algo": "a8w8linear", "gradient_accumulation_steps": 2},
 }

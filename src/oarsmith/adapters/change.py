@@ -54,6 +54,7 @@ class Change(ABC):
         frozen: names of tensors that do not train.
         turns_input: there is a ``before``. ``scales_output``: there is an ``after``.
         mergeable: there is a plain projection that does the same.
+        adds: ``merged`` adds a matrix that does not depend on W, so it can be taken off again.
     """
 
     keys: ClassVar[Mapping[str, str]]
@@ -62,6 +63,7 @@ class Change(ABC):
     turns_input: ClassVar[bool] = False
     scales_output: ClassVar[bool] = False
     mergeable: ClassVar[bool] = True
+    adds: ClassVar[bool] = False
 
     @abstractmethod
     def shapes(self, size: Size) -> Mapping[str, tuple[int, ...]]:
@@ -94,6 +96,11 @@ class Change(ABC):
             ConfigError: there is none.
         """
         raise NotImplementedError(type(self).__name__)
+
+    def unmerged(self, on: Sitting, weight_OI: Tensor) -> Tensor:
+        """The W [O, I] that ``merged`` made this of, fp32 to fp32; for changes that add."""
+        assert self.adds, type(self).__name__
+        return weight_OI - self.merged(on, torch.zeros_like(weight_OI))
 
     def stored(self, on: Sitting) -> Mapping[str, Tensor]:
         """What a file holds, by what follows the projection's name there."""
@@ -156,6 +163,8 @@ class Change(ABC):
 class LowRank(Change):
     """W + B A, where the tensors make A [r, I] and B [O, r]. All of a map are computed as one pair of products."""
 
+    adds: ClassVar[bool] = True
+
     dropout: float = 0.0
 
     @abstractmethod
@@ -175,6 +184,8 @@ class LowRank(Change):
 @dataclass(frozen=True, kw_only=True)
 class Delta(Change):
     """W + D, where the tensors make a whole D."""
+
+    adds: ClassVar[bool] = True
 
     dropout: float = 0.0
 

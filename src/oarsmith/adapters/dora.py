@@ -26,6 +26,7 @@ class Dora(Lora):
     """
 
     keys: ClassVar[Mapping[str, str]] = {**LORA_KEYS, MAGNITUDE: MAGNITUDE}
+    adds: ClassVar[bool] = False
     scales_output: ClassVar[bool] = True
 
     def shapes(self, size: Size) -> dict[str, tuple[int, ...]]:

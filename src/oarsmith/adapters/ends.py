@@ -10,7 +10,7 @@ Shapes: T tokens, N chosen tokens, V vocabulary, E table row, D what the head re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -161,11 +161,14 @@ class Ends(AdapterPart):
         for end, found in self.changed_maps().items():
             (on,), (change,) = found.sittings()[0].values(), found.changes.values()
             merged = change.merged(on, _map(model, end))
-            if end == EMBEDDING:
-                model.embedding.weight.copy_(merged.t())
-            else:
-                assert model.head.weight is not None
-                model.head.weight.copy_(merged)
+            base_matrix(model, end).copy_(merged.t() if end == EMBEDDING else merged)
+
+    def taken_off(self, model: Decoder) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each changed matrix of a model that this was merged into, and in fp32 what it was before."""
+        for end, found in self.changed_maps().items():
+            (on,), (change,) = found.sittings()[0].values(), found.changes.values()
+            before = change.unmerged(on, _map(model, end))
+            yield base_matrix(model, end), before.t() if end == EMBEDDING else before
 
 
 def base_matrix(model: Decoder, end: str) -> Tensor:

@@ -60,6 +60,7 @@ class FourierFt(Change):
     """The coefficients [N]."""
 
     keys: ClassVar[Mapping[str, str]] = {"spectrum": "fourierft_spectrum"}
+    adds: ClassVar[bool] = True
 
     number: int
     scaling: float

@@ -161,6 +161,17 @@ class AdaptedLinear(Adapted, Linear):
         made = [bias for _, bias in found if bias is not None]
         return torch.stack([weight for weight, _ in found]), torch.stack(made) if made else None
 
+    def taken_off(self) -> Tensor:
+        """The weight [O, I] or [E, O, I] without the changes that are merged into it, in fp32."""
+        found = []
+        for parts, _, sittings in self.ones():
+            weight_OI = self.form.dense(parts, self.spec.in_features).clone()
+            for segment, start, stop in self.spec.bounds():
+                if (change := self.changes.get(segment.name)) is not None:
+                    weight_OI[start:stop] = change.unmerged(sittings[segment.name], weight_OI[start:stop])
+            found.append(weight_OI)
+        return found[0] if self.spec.experts is None else torch.stack(found)
+
     @torch.no_grad()
     def merged_one(self, one: One) -> tuple[Tensor, Tensor | None]:
         """The same of one of the maps."""

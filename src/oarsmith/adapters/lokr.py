@@ -43,6 +43,7 @@ class Lokr(Change):
     """W1 (or its first factor) is zero at first."""
 
     keys: ClassVar[Mapping[str, str]] = {name: name for name in _NAMES}
+    adds: ClassVar[bool] = True
 
     rank: int
     alpha: float

@@ -12,6 +12,7 @@ from oarsmith.adapters.adapted import adapted_maps
 from oarsmith.adapters.forms import DENSE
 from oarsmith.adapters.linear import adapted_modules, disabled
 from oarsmith.adapters.part import adapter_parts
+from oarsmith.adapters.unmerge import keep_replaced, replaced_by_merge
 from oarsmith.errors import ConfigError
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.linear import ExpertLinear, Linear
@@ -25,10 +26,15 @@ def mergeable(model: Decoder) -> bool:
 
 
 @torch.no_grad()
-def merge_adapter(model: Decoder) -> Decoder:
+def merge_adapter(model: Decoder, *, keep: bool = True) -> Decoder:
     """The model with every adapter folded into its weights, in fp32, rounded once to the weight's dtype.
 
-    Works in place (one copy of the weights); the returned decoder is the same object, now plain.
+    Works in place; the returned decoder is the same object, now plain. Where an adapter sits on one of embedding and
+    head that are tied, the head gets a matrix of its own.
+
+    Args:
+        keep: what is replaced, in memory, so that ``unmerge_adapter`` can bring it back bit for bit. Without it there
+            is one copy of the weights.
 
     Raises:
         ConfigError: an adapter that no plain model is.
@@ -37,20 +43,29 @@ def merge_adapter(model: Decoder) -> Decoder:
         if part.unmergeable is not None:
             what = f"{part.what} cannot be merged: {part.unmergeable}"
             raise ConfigError(what, where="adapter", fix="use it as it is: --adapter, or Engine(adapter=)")
-    for path, module in list(adapted_modules(model)):
+    replaced = replaced_by_merge(model) if keep and (len(model.parts) or any(adapted_maps(model))) else None
+    for path, module in adapted_modules(model):
         assert module.form is DENSE, f"{path} has 8-bit weights: merge into the checkpoint's own"
         weight, bias = module.merged()
+        module.weight.copy_(weight)
+        if bias is not None and module.bias is not None:
+            module.bias.copy_(bias)
+    for part in adapter_parts(model):
+        part.merge(model)
+    if replaced is not None:
+        keep_replaced(model, replaced)
+    return without_adapter(model)
+
+
+def without_adapter(model: Decoder) -> Decoder:
+    """The model, in place, without the adapters on it; the weights stay what they are."""
+    for path, module in list(adapted_modules(model)):
         kind = Linear if module.spec.experts is None else ExpertLinear
         plain = kind.__new__(kind)
         nn.Module.__init__(plain)
         plain.spec = replace(module.spec, rewrite=None)
-        module.weight.copy_(weight)
         plain.weight, plain.bias = module.weight, module.bias
-        if bias is not None and plain.bias is not None:
-            plain.bias.copy_(bias)
         model.set_submodule(path, plain)
-    for part in adapter_parts(model):
-        part.merge(model)
     model.parts = nn.ModuleList()
     model.spec = replace(rewrite_linears(model.spec, lambda _, linear: replace(linear, rewrite=None)), parts=())
     return model

@@ -46,6 +46,7 @@ class Mora(Change):
     """M [S, S], which is zero at first. There is no scale."""
 
     keys: ClassVar[Mapping[str, str]] = {"matrix": "mora_M"}
+    adds: ClassVar[bool] = True
 
     rank: int
     dropout: float = 0.0

@@ -83,15 +83,18 @@ def adapter_rewrite(directory: Path) -> SpecRewrite:
 
 
 @torch.no_grad()
-def load_adapter_weights(model: Decoder, directory: Path) -> None:
+def load_adapter_weights(model: Decoder, directory: Path, *, any_base: bool = False) -> None:
     """Copy an adapter's tensors into a decoder built with :func:`adapter_rewrite`.
+
+    Args:
+        any_base: also where the file has matrices of the base that are not this one's.
 
     Raises:
         CheckpointError: a missing, surplus or misshapen tensor (named), or a damaged file.
     """
     slots = adapter_tensors(model)
     with SafetensorsSource(directory / WEIGHTS) as source:
-        copies = _base_copies(model, source)
+        copies = _base_copies(model, source, any_base=any_base)
         unknown = sorted(set(source.shapes) - set(slots) - copies)
         missing = sorted(set(slots) - set(source.shapes))
         if unknown or missing:
@@ -120,7 +123,7 @@ def load_adapter_weights(model: Decoder, directory: Path) -> None:
         _restore_parts(model, directory, source)
 
 
-def _base_copies(model: Decoder, source: TensorSource) -> set[str]:
+def _base_copies(model: Decoder, source: TensorSource, *, any_base: bool) -> set[str]:
     """The file's tensors that are the base's own embedding or head: PEFT stores these where an adapter sits on them.
 
     Raises:
@@ -133,11 +136,11 @@ def _base_copies(model: Decoder, source: TensorSource) -> set[str]:
             if name not in source.shapes or own.is_meta:
                 continue
             stored = source.read(name)
-            if not torch.equal(stored.to(own), own) and not torch.equal(own.to(stored), stored):
+            if not any_base and not torch.equal(stored.to(own), own) and not torch.equal(own.to(stored), stored):
                 raise CheckpointError(
                     f"the file has a {module} of its own, which is not the base's: it has been changed too",
                     where=f"{source.directory}: {name}",
-                    fix="use the base that it was trained on, saved with that matrix",
+                    fix="use the base that it was trained on, saved with that matrix, or say any_base true",
                 )
             found.add(name)
     return found
@@ -199,13 +202,18 @@ def _distinct(sittings: Mapping[str, tuple[Sitting, Change]]) -> list[Change]:
     return list(dict.fromkeys(change for _, change in sittings.values()))
 
 
+def base_hash(directory: Path) -> str | None:
+    """The ``fingerprint`` of the base that an adapter was trained on, where its file tells."""
+    return safetensors_metadata(directory / WEIGHTS).get(_BASE)
+
+
 def require_base(directory: Path, base: Path) -> None:
     """Refuse a base that is not the one an adapter was trained on, where its file tells.
 
     Raises:
         CheckpointError: it is another one.
     """
-    wanted = safetensors_metadata(directory / WEIGHTS).get(_BASE)
+    wanted = base_hash(directory)
     if wanted is not None and wanted != fingerprint(base):
         raise CheckpointError(
             f"the adapter was trained on another model than {base}: the weights differ",

@@ -77,6 +77,7 @@ class Vera(Change):
     """
 
     keys: ClassVar[Mapping[str, str]] = {"lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d"}
+    adds: ClassVar[bool] = True
 
     rank: int
     key: int = 0

@@ -58,9 +58,17 @@ class MergeAdapterConfig(JobConfig):
     any_base: Bool = Field(
         False, description="Merge also into another base than the adapter was trained on, where its file tells."
     )
-    output_dir: str | None = Field(None, description="Where the merged model goes. Not given: ADAPTER/merged.")
+    output_dir: str | None = Field(
+        None, description="Where the merged model goes. Not given: ADAPTER/merged, or ADAPTER/unmerged."
+    )
+    unmerge: str | None = Field(
+        None,
+        description="A model that the adapter was merged into: take it off again and write the base, as far as "
+        "rounding left it. The base itself is not needed; where it is there, the two are compared. Not for methods "
+        "that do more than to add to weights.",
+    )
     dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Number format of the merged weights. auto: that of the base model."
+        "auto", description="Number format of the weights that are written. auto: that of the model that is read."
     )
     kl_budget: Float = Field(
         1e-2,

@@ -30,6 +30,12 @@ IMPOSSIBLE: tuple[Impossible[Any], ...] = (
         "give only one of them",
     ),
     Impossible(
+        MergeAdapterConfig,
+        lambda c: c.unmerge is not None and (c.requantize or c.any_base),
+        "unmerge takes an adapter off: nothing is quantized again, and no base is asked for",
+        "leave requantize and any_base out",
+    ),
+    Impossible(
         DataKeys,
         lambda c: c.src_length is not None and c.src_length >= c.max_length,
         "src_length {src_length} leaves no room for an answer in max_length {max_length}",

@@ -90,7 +90,7 @@ def serve(model: str | Path | Decoder, options: ModelOptions, page_size: int) ->
         from oarsmith.adapters.merge import merge_adapter, mergeable
 
         adapted = load_model(model, options.dtype, options.device, options.adapter, any_base=options.any_base)
-        return merge_adapter(adapted) if mergeable(adapted) else adapted
+        return merge_adapter(adapted, keep=False) if mergeable(adapted) else adapted
 
     def rounded() -> Decoder:
         from oarsmith.engine.build import load_decoder

@@ -1,4 +1,4 @@
-"""``oarsmith merge-adapter``: fold a LoRA adapter into its base and prove that nothing else changed."""
+"""``oarsmith merge-adapter``: fold an adapter into its base and prove that nothing else changed; or take it off."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from oarsmith.config.resolved import Resolved
 from oarsmith.errors import CheckpointError, ModelError
 from oarsmith.jobs.console import make_console
 from oarsmith.jobs.convert import check_destination
+from oarsmith.jobs.unmerge_adapter import print_unmerged, unmerge
 from oarsmith.loading import load_model
 from oarsmith.model_path import adapter_directory, find_tokenizer, resolve
 from oarsmith.text import Tokenizer
@@ -38,6 +39,8 @@ def run(resolved: Resolved[MergeAdapterConfig]) -> int:
     config = resolved.config
     console = make_console()
     adapter = adapter_directory(Path(config.adapter))
+    if config.unmerge is not None:
+        return _unmerge(config, config.unmerge, adapter, console)
     where = resolve(config.model_name_or_path, adapter) if config.model_name_or_path else resolve(adapter)
     if where.adapter is None:
         raise CheckpointError("there is no adapter here", where=config.adapter, fix="name an adapter or a LoRA run")
@@ -58,6 +61,29 @@ def run(resolved: Resolved[MergeAdapterConfig]) -> int:
     print_proof(proof, console)
     console.print(f"merged model: {output_dir}\nnext: oarsmith chat {output_dir}")
     return 0
+
+
+def _unmerge(config: MergeAdapterConfig, merged: str, adapter: Path, console: Console) -> int:
+    where = resolve(merged)
+    if where.adapter is not None:
+        raise CheckpointError("this is an adapter, not a merged model", where=merged, fix="name the merged model")
+    base = Path(config.model_name_or_path) if config.model_name_or_path else _named_base(adapter)
+    output_dir = Path(config.output_dir) if config.output_dir else Path(config.adapter) / "unmerged"
+    check_destination(output_dir, config.overwrite, inputs=[where.base, adapter, *([] if base is None else [base])])
+    tokenizer = find_tokenizer(where.base, adapter)
+    ids = [_prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
+    proof = unmerge(where.base, adapter, output_dir, tokenizer, ids, config.kl_budget, config.dtype, base=base)
+    print_unmerged(proof, console)
+    console.print(f"model without the adapter: {output_dir}")
+    return 0
+
+
+def _named_base(adapter: Path) -> Path | None:
+    """The base that an adapter names, if it is there."""
+    try:
+        return resolve(adapter).base
+    except CheckpointError:
+        return None
 
 
 def merge(
@@ -83,7 +109,7 @@ def merge(
     model = load_model(base, dtype=dtype, adapter=adapter, any_base=any_base)
     ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
     adapted, plain = prompt_logits(model, ids), base_logits(model, ids)
-    merged = merge_adapter(model)
+    merged = merge_adapter(model, keep=False)
     with atomic_directory(output_dir) as folder:
         if requantize:
             write_requantized(base, merged, folder)

@@ -33,6 +33,12 @@ def write_requantized(base: Path, model: Decoder, folder: Path) -> None:
         codes = source.code_names() if isinstance(source, CodedSource) else {}
         if not isinstance(source, CodedSource) or not codes:
             raise CheckpointError("there are no quantized weights whose codes could be written", where=str(base))
+        if not model.spec.head.tied and families.build_spec(read_config(base))[1].head.tied:
+            raise CheckpointError(
+                "merging gave the head a matrix of its own, for which the quantized layout has no place",
+                where=str(base),
+                fix="merge without requantize",
+            )
         weights = dict(iter_named(model, families.find(model.config).names(model.spec)))
         if not weights.keys() <= source.shapes.keys():
             raise CheckpointError("the language model of a larger one is not quantized again", where=str(base))
