@@ -12,7 +12,7 @@ import oarsmith
 from oarsmith.adapters.linear import attach
 from oarsmith.adapters.lora import Lora
 from oarsmith.adapters.peft_layout import write_adapter
-from oarsmith.adapters.targets import adapt_rewrite
+from oarsmith.adapters.targets import adapt_rewrite, match_targets
 from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.errors import CheckpointError, ConfigError, ModelError, OarsmithError
 from oarsmith.loading import dtype_name, load_model, pick_device, pick_dtype, save_model
@@ -47,7 +47,9 @@ def make_model(path: Path, seed: int = 1) -> Path:
 
 
 def make_adapter(path: Path, base: Path, named: str | None = None) -> Path:
-    rewrite = adapt_rewrite(lambda modules: dict.fromkeys(modules, Lora(rank=2, alpha=8.0)))
+    rewrite = adapt_rewrite(
+        lambda modules: dict.fromkeys(match_targets(modules, "all-linear"), Lora(rank=2, alpha=8.0))
+    )
     model = load_decoder(base, rewrite=rewrite)
     attach(model, seed=2)
     randomise(model, 1.0, seed=5)

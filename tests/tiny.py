@@ -17,7 +17,7 @@ import oarsmith
 from oarsmith import cli
 from oarsmith.adapters.linear import attach
 from oarsmith.adapters.lora import Lora
-from oarsmith.adapters.targets import adapt_rewrite
+from oarsmith.adapters.targets import adapt_rewrite, match_targets
 from oarsmith.data.batch import Batch, make_batch
 from oarsmith.data.samples import Sample
 from oarsmith.models import families
@@ -70,7 +70,7 @@ def tiny_decoder(family: str = "llama", *, seed: int = 0, lora_rank: int | None 
     known, spec = families.build_spec(config)
     if lora_rank is not None:
         change = Lora(rank=lora_rank, alpha=2.0 * lora_rank)
-        spec = adapt_rewrite(lambda modules: dict.fromkeys(modules, change))(known, spec)
+        spec = adapt_rewrite(lambda modules: dict.fromkeys(match_targets(modules, "all-linear"), change))(known, spec)
     model = Decoder(spec, config)
     init_weights(model, seed)
     generator = torch.Generator().manual_seed(seed + 1)

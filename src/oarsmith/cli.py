@@ -144,7 +144,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "merge-adapter": Command(
         _REWRITE,
-        "put a LoRA adapter into its base model and prove the merge",
+        "put an adapter into its base model and prove the merge, or take it off again",
         "oarsmith.jobs.merge_adapter:run",
         "ADAPTER [FOLDER]",
         "oarsmith merge-adapter runs/sft merged/",

@@ -16,7 +16,7 @@ from oarsmith import cli
 from oarsmith.adapters.forms import AS_STORED, DENSE, Stored, WeightForm
 from oarsmith.adapters.linear import AdaptedLinear, attach
 from oarsmith.adapters.lora import Lora
-from oarsmith.adapters.targets import adapt_rewrite, kept_as
+from oarsmith.adapters.targets import adapt_rewrite, kept_as, match_targets
 from oarsmith.checkpoint.convert import convert_directory
 from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.models.decoder import Decoder
@@ -61,7 +61,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {"llama": write_tiny_model, "mixtral
 
 
 def adapted(path: Path, form: WeightForm, dtype: torch.dtype = torch.float32) -> Decoder:
-    rewrite = adapt_rewrite(lambda places: dict.fromkeys(places, Lora(rank=2, alpha=3.0)))
+    rewrite = adapt_rewrite(lambda places: dict.fromkeys(match_targets(places, "all-linear"), Lora(rank=2, alpha=3.0)))
     model = load_decoder(path, dtype=dtype, rewrite=kept_as(form, rewrite))
     attach(model, seed=1)
     randomise(model, 0.1, 2)

@@ -28,7 +28,7 @@ from oarsmith.adapters.lora import Lora
 from oarsmith.adapters.merge import merge_adapter, mergeable
 from oarsmith.adapters.methods import METHODS, changes_of
 from oarsmith.adapters.peft_layout import adapter_rewrite, adapter_tensors, load_adapter_weights, write_adapter
-from oarsmith.adapters.targets import adapt_rewrite
+from oarsmith.adapters.targets import adapt_rewrite, match_targets
 from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.config.load import load_config
 from oarsmith.config.pretrain import PretrainConfig
@@ -205,7 +205,9 @@ def lora(bench: Bench) -> str:
     """On every projection: only adapters move, they survive PEFT's layout, and merging changes no logits."""
 
     change = Lora(rank=2, alpha=4.0)
-    model = load_decoder(bench.path, rewrite=adapt_rewrite(lambda modules: dict.fromkeys(modules, change)))
+    model = load_decoder(
+        bench.path, rewrite=adapt_rewrite(lambda modules: dict.fromkeys(match_targets(modules, "all-linear"), change))
+    )
     attach(model, seed=0)
     plain = bench.model()
     losses = _steps(model.train(), bench)

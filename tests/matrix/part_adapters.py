@@ -1,4 +1,4 @@
-"""The column of adapters that change no projections."""
+"""The column of adapters that change no projections: virtual tokens, edited states, rows, biases, both ends."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ _METHODS: dict[str, dict[str, Any]] = {
     "reft": {"lora_rank": 3, "reft_position": "f2+l3"},
     "bitfit": {},
     "trainable_tokens": {},
+    "lora on the head": {"adapter_type": "lora", "lora_rank": 3, "lora_target_modules": ("embed_tokens", "lm_head")},
 }
 
 

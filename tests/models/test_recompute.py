@@ -16,7 +16,7 @@ from torch import Tensor
 from oarsmith import kernels
 from oarsmith.adapters.linear import attach
 from oarsmith.adapters.lora import Lora
-from oarsmith.adapters.targets import adapt_rewrite
+from oarsmith.adapters.targets import adapt_rewrite, match_targets
 from oarsmith.data.batch import make_batch
 from oarsmith.errors import ModelError
 from oarsmith.losses.token import token_cross_entropy
@@ -117,7 +117,7 @@ def test_dropout_and_noise_are_drawn_once(granularity: Granularity) -> None:
     """LoRA's dropout draws the same numbers again, and noise on the embeddings lies outside of what runs twice."""
     family, spec = families.build_spec(CONFIGS["llama"])
     change = Lora(rank=4, alpha=8.0, dropout=0.5)
-    spec = adapt_rewrite(lambda modules: dict.fromkeys(modules, change))(family, spec)
+    spec = adapt_rewrite(lambda modules: dict.fromkeys(match_targets(modules, "all-linear"), change))(family, spec)
     model, batch = Decoder(spec, CONFIGS["llama"]).train(), make_batch(random_samples((30, 11)))
     init_weights(model, 0)
     attach(model, 0)
