@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import oarsmith
+from oarsmith import kernels
 from oarsmith.adapters.adapted import adapted_maps
 from oarsmith.adapters.merge import merge_adapter
 from oarsmith.adapters.paddle_layout import paddle_from_peft
@@ -123,6 +124,22 @@ def test_the_loss_without_logits(base: Callable[[str], Base], name: str, z_loss:
     leaves = [p for p in model.parameters() if p.requires_grad]
     for a, b in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_log_probabilities_of_answers(base: Callable[[str], Base], name: str) -> None:
+    """Those that preference losses take, and their gradients."""
+    model = trained(under(base(name).path, **OURS, lora_target_modules=BOTH))
+    ids_T = IDS[0]
+    hidden_TD = model.hidden(ids_T, Layout.documents([0, len(ids_T)], torch.arange(len(ids_T))))
+    inputs_ND, weight_VD = model.head_inputs(hidden_TD[:-1])
+    found = kernels.token_logprobs(inputs_ND, weight_VD, ids_T[1:], precise=True)
+    expected = model(ids_T[None])[0, :-1].log_softmax(-1).gather(1, ids_T[1:, None])[:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    ours, theirs = (torch.autograd.grad(values.square().sum(), leaves) for values in (found, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])

@@ -171,7 +171,7 @@ class Ends(AdapterPart):
             yield base_matrix(model, end), before.t() if end == EMBEDDING else before
 
 
-def base_matrix(model: Decoder, end: str) -> Tensor:
+def base_matrix(model: Decoder, end: str | None) -> Tensor:
     """The base's table [V, E] or output matrix [V, D]."""
     own = model.head.weight if end == HEAD else None
     return (model.embedding.weight if own is None else own).detach()

@@ -131,7 +131,7 @@ def _base_copies(model: Decoder, source: TensorSource, *, any_base: bool) -> set
     """
     found = set()
     for module, place in end_places(families.find(model.config).names(model.spec)).items():
-        own = base_matrix(model, end_of(place) or "")
+        own = base_matrix(model, end_of(place))
         for name in (f"{PREFIX}{module}.base_layer.weight", f"{PREFIX}{place.file}"):
             if name not in source.shapes or own.is_meta:
                 continue
