@@ -101,6 +101,8 @@ WITHOUT_EFFECT: dict[str, str] = {
     "append_attn": _KERNEL,
     "inference_model": _KERNEL,
     "model_prefix": "a name inside Paddle's static graph files",
+    "normalizer_type": "only with normalize_score_during_training; see regularization for scores around 0",
+    "momentum": "only with normalize_score_during_training; see regularization for scores around 0",
     "wandb_api_key": "Weights & Biases reads its key from the environment or 'wandb login'; see report_to",
 }
 
@@ -152,6 +154,7 @@ NOT_BUILT: dict[str, NotBuilt] = {
     "ref_model_update_steps": NotBuilt(
         frozenset({"-1", "0", "none"}), "a reference that follows the model", "set it to -1"
     ),
+    "normalize_score_during_training": _switch("scores divided by their running deviation"),
     "quant_type": NotBuilt(_OFF, "quantized inference", 'set it to ""'),
 }
 

@@ -188,6 +188,23 @@ def make_answer_batch(rows: Sequence[Answered], *, share: bool = True) -> Answer
     )
 
 
+def of_like_length(rows: Sequence[Answered], *, share: bool, capacity: int) -> Iterator[list[int]]:
+    """Indices of rows by batches of about ``capacity`` tokens, rows of like length together: a batch has few of them or
+    many."""
+    order = sorted(range(len(rows)), key=lambda index: rows[index].size(share=share))
+    chosen: list[int] = []
+    size = 0
+    for index in order:
+        more = rows[index].size(share=share)
+        if chosen and size + more > capacity:
+            yield chosen
+            chosen, size = [], 0
+        chosen.append(index)
+        size += more
+    if chosen:
+        yield chosen
+
+
 def with_references(rows: Sequence[Answered], logprobs: npt.NDArray[np.float64]) -> tuple[Answered, ...]:
     """The rows with the log-probabilities of their answers under the reference model, float64 [rows, answers]."""
     assert len(logprobs) == len(rows) and logprobs.dtype == np.float64, (logprobs.shape, logprobs.dtype, len(rows))
