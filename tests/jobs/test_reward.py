@@ -22,6 +22,7 @@ from oarsmith.data.answer_samples import AnswerOptions
 from oarsmith.data.answer_sets import build_answers
 from oarsmith.data.answers import Answered
 from oarsmith.engine.scoring import score_rows
+from oarsmith.errors import OarsmithError
 from oarsmith.jobs import judged
 from oarsmith.models.decoder import Decoder
 from tiny import read_lines, write_tiny_model
@@ -216,3 +217,80 @@ def test_scores_lie_beside_no_logits(folder: Path, tmp_path: Path, capsys: pytes
         assert cli.main([*words, "--output_dir", str(tmp_path / "other")]) == cli.EXIT_BAD_INPUT
         printed = capsys.readouterr().err
         assert "writes no text" in printed and "Traceback" not in printed
+
+
+def test_eval_and_the_engine_score(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Held-out accuracy with its interval, scores in the order of the rows, conversations as training reads them."""
+    assert run(folder, tmp_path / "run", dtype="fp32", eval_split_ratio=0) == 0
+    capsys.readouterr()
+    numbers, file = tmp_path / "numbers.json", tmp_path / "scores.jsonl"
+    words = ["eval", str(tmp_path / "run"), str(folder / "pairs.jsonl"), "--dtype", "fp32"]
+    assert cli.main([*words, "--output_file", str(numbers), "--scores_file", str(file)]) == 0
+    found, scores = json.loads(numbers.read_text()), read_lines(file)
+    tokenizer = oarsmith.load_tokenizer(folder / "llama")
+    rows = build_answers(folder / "pairs.jsonl", tokenizer, AnswerOptions()).rows
+    engine = oarsmith.Engine(tmp_path / "run", num_threads=1)
+    expected = ours(engine.model, rows)
+    assert [s for line in scores for s in (line["chosen"], line["rejected"])] == pytest.approx(expected, abs=1e-5)
+    assert [line["where"] for line in scores] == [row.where for row in rows]
+    share = np.mean([line["chosen"] > line["rejected"] for line in scores])
+    assert found["accuracy"] == pytest.approx(share) and found["num_pairs"] == 24
+    assert found["accuracy_low"] < share <= found["accuracy_high"]
+    assert f"accuracy {share:.2%} on 24 pairs (95 % confidence interval" in capsys.readouterr().out
+    asked = [{"role": "user", "content": "Say 3."}]
+    said = [[*asked, {"role": "assistant", "content": text}] for text in ("Yes, it is 3.", "No, never that.")]
+    assert engine.score(said) == pytest.approx(expected[6:8], abs=1e-5)
+    ids = [*rows[3].prompt.tolist(), *rows[3].answers[0].tolist()]
+    assert engine.score(ids) == pytest.approx(expected[6:7], abs=1e-5)
+    for wrong, part in (
+        (asked, "where the assistant should speak"),
+        ([], "fewer than two tokens"),
+        ([5] * 300, "more than the model's context of 256"),
+        ([5, 5000], "outside the model's vocabulary"),
+    ):
+        with pytest.raises(OarsmithError, match=part):
+            engine.score([wrong])
+    with pytest.raises(OarsmithError, match="reward model: it scores answers"):
+        engine.generate("Say 3.")
+    with pytest.raises(OarsmithError, match="writes text and gives no scores"):
+        oarsmith.Engine(folder / "llama", num_threads=1).score(said)
+
+
+def test_eval_of_single_answers(folder: Path, tmp_path: Path) -> None:
+    """Judged or not, in any format."""
+    assert run(folder, tmp_path / "run", max_steps=1) == 0
+    rows = [
+        {"prompt": "Say 1.", "completion": "Yes.", "label": True},
+        {"src": "Say 2.", "tgt": "No."},
+        {"prompt": "Say 3.", "completion": "Yes."},
+        {"messages": [{"role": "user", "content": "Say 4."}, {"role": "assistant", "content": "No."}]},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["eval", str(tmp_path / "run"), str(tmp_path / "rows.jsonl"), "--output_file", str(tmp_path / "n.json")]
+    assert cli.main([*words, "--scores_file", str(tmp_path / "s.jsonl")]) == 0
+    scores, found = read_lines(tmp_path / "s.jsonl"), json.loads((tmp_path / "n.json").read_text())
+    assert found["score_good"] == scores[0]["score"]
+    assert found["score_not_judged"] == pytest.approx(np.mean([line["score"] for line in scores[1:]]))
+
+
+@pytest.mark.parametrize("model", ["reward", "plain"])
+def test_what_has_no_scores_says_so(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "a text"}\n')
+    if model == "plain":
+        words = ["eval", str(folder / "llama"), str(tmp_path / "text.jsonl"), "--scores_file", str(tmp_path / "s")]
+        cases = [(words, "gives no scores")]
+    else:
+        assert run(folder, tmp_path / "run", max_steps=1) == 0
+        capsys.readouterr()
+        cases = [
+            (["eval", str(tmp_path / "run"), str(tmp_path / "text.jsonl")], "the row is a text"),
+            (["eval", str(tmp_path / "run"), "--tasks", "anything"], "tasks, generation and windows are not for it"),
+            (["eval", str(tmp_path / "run"), str(tmp_path / "text.jsonl"), "--process_reward"], "whole answers"),
+            (["generate", str(tmp_path / "run"), "Say 3."], "it scores answers and writes none"),
+        ]
+    for words, part in cases:
+        assert cli.main(words) == cli.EXIT_BAD_INPUT
+        printed = capsys.readouterr().err
+        assert part in printed and "Traceback" not in printed, printed

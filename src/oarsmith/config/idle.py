@@ -15,7 +15,7 @@ from .checkpoints import ConvertConfig
 from .dpo import DpoConfig
 from .inference import CacheKeys, GenerateConfig, ModeKeys, SpeculativeKeys
 from .resolved import is_given
-from .reward import RewardConfig
+from .reward import ProcessKeys, RewardConfig
 from .train import TrainConfig
 
 C = TypeVar("C", bound=JobConfig)
@@ -74,7 +74,7 @@ IDLE: tuple[Idle[Any], ...] = (
         lambda c: c.process_reward,
         "process_reward judges steps, not pairs",
     ),
-    Idle(RewardConfig, ("reward_tokens", "step_separator"), lambda c: not c.process_reward, "process_reward is off"),
+    Idle(ProcessKeys, ("reward_tokens", "step_separator"), lambda c: not c.process_reward, "process_reward is off"),
     Idle(
         TrainConfig, ("eval_steps",), lambda c: c.evaluation_strategy != "steps", "evaluation_strategy is another one"
     ),
