@@ -123,12 +123,12 @@ def make_service(config: ServeConfig, num_threads: int | None = None) -> Service
 
 def make_app(config: ServeConfig, service: Service, keys: Keys | None) -> Any:
     """Every protocol on the service, behind the gate."""
-    from oarsmith.serve import gate, health, metrics, openai
+    from oarsmith.serve import gate, health, metrics, openai, scores
     from oarsmith.serve.app import create_app
     from oarsmith.serve.kserve import http as kserve
 
     measured = metrics.Metrics(service)
-    routers = [health.router(service), openai.router(service), kserve.router(service)]
+    routers = [health.router(service), openai.router(service), scores.router(service), kserve.router(service)]
     if config.metrics != "off":
         routers.append(metrics.router(measured))
     rules = gate.Rules(
