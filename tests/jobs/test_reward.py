@@ -45,6 +45,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"src": [f"Say {n}."], "tgt": [], "response": [f"Yes, it is {n}.", "No, never that."], "sort": [1, 0]}
         for n in range(24)
     ]
+    steps = [
+        {
+            "prompt": f"Count to {n}.",
+            "completions": [f"{n} is here.", "Bad, no.", "It is done."],
+            "labels": [1, 0, True],
+        }
+        for n in range(24)
+    ]
+    (place / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
     (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return place
 
@@ -294,3 +303,83 @@ def test_what_has_no_scores_says_so(
         assert cli.main(words) == cli.EXIT_BAD_INPUT
         printed = capsys.readouterr().err
         assert part in printed and "Traceback" not in printed, printed
+
+
+STEPS: dict[str, Any] = {"data": "steps", "process_reward": True, "reward_tokens": "+,-", "placeholder_token": "ки"}
+
+
+@pytest.mark.parametrize("more", [{}, {"lora": True, "weight_quantize_algo": "nf4"}], ids=["full", "qlora"])
+def test_judged_steps(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: Any) -> None:
+    """The model stays one that writes; what it makes of steps is what the softmax of two tokens says."""
+    first, again = tmp_path / "run", tmp_path / "again"
+    keys = {**STEPS, "max_steps": 12, "save_steps": 6, "learning_rate": 1e-2, **more}
+    assert run(folder, first, **keys) == 0
+    assert "--process_reward" in capsys.readouterr().out
+    logged = steps(first)
+    assert logged[-1]["loss"] < logged[0]["loss"]
+    shutil.copytree(first, again)
+    name = "adapter" if more else "model"
+    shutil.rmtree(again / name)
+    shutil.rmtree(again / "checkpoint-12")
+    assert run(folder, again, **keys) == 0
+    files = [path.relative_to(first) for path in (first / name).glob("*.safetensors")]
+    for file in (Path("log.jsonl"), *files):
+        assert (first / file).read_bytes() == (again / file).read_bytes(), file
+    words = ["eval", str(first), str(folder / "steps.jsonl"), "--process_reward", "--placeholder_token", "ки"]
+    written = ["--output_file", str(tmp_path / "n.json"), "--scores_file", str(tmp_path / "s.jsonl"), "--dtype", "fp32"]
+    assert cli.main([*words, *written]) == 0
+    found, scores = json.loads((tmp_path / "n.json").read_text()), read_lines(tmp_path / "s.jsonl")
+    assert found["accuracy"] > 0.6 and found["num_steps"] == 72
+    assert found["accuracy"] == np.mean(
+        [(p > 0.5) == (at != 1) for line in scores for at, p in enumerate(line["steps"])]
+    )
+    tokenizer, model = oarsmith.load_tokenizer(first / name), oarsmith.load_model(first, dtype="fp32")
+    good, bad = (tokenizer.encode(word)[0] for word in "+-")
+    row = build_answers(folder / "steps.jsonl", tokenizer, AnswerOptions(kind="steps", step_separator="ки")).rows[0]
+    with torch.no_grad():
+        logits = model(torch.tensor([[*row.prompt.tolist(), *row.answers[0].tolist()]]))[0].double()
+    ends = [len(row.prompt) + end for end in row.step_ends]
+    expected = (logits[ends, good] - logits[ends, bad]).sigmoid().tolist()
+    assert scores[0]["steps"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_splits_of_judged_steps_do_not_matter(folder: Path, tmp_path: Path) -> None:
+    found = []
+    for name, more in (
+        ("whole", {"per_device_train_batch_size": 24}),
+        ("split", {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 4}),
+    ):
+        keys = {**STEPS, "zero_padding": False, "eval_split_ratio": 0, "max_steps": 2, "dtype": "fp32", **more}
+        assert run(folder, tmp_path / name, **keys) == 0
+        found.append(steps(tmp_path / name))
+    for one, other in zip(*found, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        ({"process_reward": True, "reward_tokens": "+"}, "two different tokens"),
+        ({"process_reward": True, "reward_tokens": "+,+"}, "two different tokens"),
+        ({"process_reward": True, "reward_tokens": "good day,-"}, "tokens, not one"),
+        ({"process_reward": True}, "such rows are for oarsmith dpo and oarsmith reward"),
+        ({"data": "steps"}, "oarsmith reward with process_reward true"),
+        ({"loss_type": "sigmoid"}, "sequence-wise"),
+        ({"normalize_score_during_training": True}, "not built yet"),
+        ({"regularization": -1}, "regularization"),
+    ],
+)
+def test_what_cannot_be_is_said(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: Any, part: str
+) -> None:
+    assert run(folder, tmp_path / "run", **more) == cli.EXIT_BAD_INPUT
+    printed = capsys.readouterr().err
+    assert part in printed and "Traceback" not in printed
+
+
+def test_preview(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["preview", str(folder / "llama"), str(folder / "pairs.jsonl"), "--stage", "reward"]) == 0
+    assert "chosen" in capsys.readouterr().out
+    assert cli.main(["preview", str(folder / "llama"), str(folder / "steps.jsonl"), "--stage", "reward"]) == 0
+    assert "answer in judged steps" in capsys.readouterr().out

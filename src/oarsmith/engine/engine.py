@@ -126,8 +126,6 @@ class Engine:
             tokenizer = find_tokenizer(model, adapter)
         self.tokenizer = tokenizer
         self._served = serve(model, options, block_size)
-        if self.num_scores is not None:  # nothing is ever in the cache
-            self._sizes = replace(self._sizes, num_pages=batch_size, cache_bytes=None)
         self.batch_size = batch_size
         self._draft_model = open_guesser(self._served, self._speculation, self.tokenizer, options, block_size)
         self._intake = Intake(self._served.facts, self.tokenizer, None if speculative is None else num_draft_tokens)

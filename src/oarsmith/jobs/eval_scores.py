@@ -57,6 +57,7 @@ def evaluate(config: EvalConfig, engine: Engine, console: Console) -> dict[str, 
     answers = build_answers(source, tokenizer, options)
     for line in answers.report.lines():
         console.print(line)
+    records: Sequence[Mapping[str, object]]
     if config.process_reward:
         records, found = _steps(engine, answers.rows, reward_ids(config, tokenizer), console)
     else:
