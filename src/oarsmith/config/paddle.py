@@ -90,6 +90,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "skip_warmup": "corpora are mapped, and never read through before training",
     "hidden_dropout_prob": _DROPOUT,
     "attention_probs_dropout_prob": _DROPOUT,
+    "disable_dropout": _DROPOUT,
     "strategy_type": "strategy_name says it; see the key rope_scaling_type",
     "to_static": "Paddle's graph compiler; see the key torch_compile",
     "skip_profile_timer": "the log always shows where the time goes",
