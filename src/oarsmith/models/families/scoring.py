@@ -61,3 +61,16 @@ def scoring_config(config: Mapping[str, Any], count: int = 1, *, padding_id: int
 def has_new_head(own: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     """Whether ``config`` makes a scoring model of a checkpoint that writes text, which then has no scores to read."""
     return num_scores(config) is not None and num_scores(own) is None
+
+
+def require_text(config: Mapping[str, Any], why: str) -> None:
+    """Refuse a scoring model where only one that writes will do.
+
+    Args:
+        why: ends the sentence "this is a reward model, and ...".
+
+    Raises:
+        ModelError: it is one.
+    """
+    if num_scores(config) is not None:
+        raise ModelError(f"this is a reward model, and {why}", fix="keep it as a Hugging Face directory")
