@@ -152,9 +152,6 @@ NOT_BUILT: dict[str, NotBuilt] = {
     "benchmark": _switch("a benchmark mode", "set it to false; 'oarsmith bench' measures"),
     "autotuner_benchmark": _switch("a benchmark mode"),
     "ckpt_quant_stage": NotBuilt(frozenset({"o0", "none", ""}), "quantized optimizer states", "set it to O0"),
-    "ref_model_update_steps": NotBuilt(
-        frozenset({"-1", "0", "none"}), "a reference that follows the model", "set it to -1"
-    ),
     "normalize_score_during_training": _switch("scores divided by their running deviation"),
     "quant_type": NotBuilt(_OFF, "quantized inference", 'set it to ""'),
 }
