@@ -261,6 +261,12 @@ def test_eval_and_the_engine_score(folder: Path, tmp_path: Path, capsys: pytest.
             engine.score([wrong])
     with pytest.raises(OarsmithError, match="reward model: it scores answers"):
         engine.generate("Say 3.")
+    with pytest.raises(OarsmithError, match="a reward model writes no tokens"):
+        oarsmith.Engine(folder / "llama", num_threads=1, speculative=tmp_path / "run")
+    rounded = oarsmith.Engine(tmp_path / "run", num_threads=1, weights="int8")
+    assert rounded.score(said) == pytest.approx(expected[6:8], abs=0.05)
+    assert rounded.model.head.weight is not None and engine.model.head.weight is not None
+    assert torch.equal(rounded.model.head.weight, engine.model.head.weight)
     with pytest.raises(OarsmithError, match="writes text and gives no scores"):
         oarsmith.Engine(folder / "llama", num_threads=1).score(said)
 
