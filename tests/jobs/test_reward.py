@@ -24,6 +24,7 @@ from oarsmith.data.answers import Answered
 from oarsmith.engine.scoring import score_rows
 from oarsmith.errors import OarsmithError
 from oarsmith.jobs import judged
+from oarsmith.jobs.eval_scores import wilson
 from oarsmith.models.decoder import Decoder
 from tiny import read_lines, write_tiny_model
 
@@ -216,6 +217,24 @@ def test_peft_s_are_read(folder: Path, tmp_path: Path, made: Any) -> None:
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+def test_an_adapter_on_a_reward_model(folder: Path, tmp_path: Path) -> None:
+    """The base's head goes on; transformers and PEFT give the same scores of base and adapter."""
+    assert run(folder, tmp_path / "first", max_steps=3, dtype="fp32") == 0
+    rows, base = rows_of(folder), tmp_path / "first" / "model"
+    begun = ours(oarsmith.load_model(base), rows)
+    shutil.copy(folder / "pairs.jsonl", tmp_path / "pairs.jsonl")
+    keys = {"model": "first/model", "lora": True, "dtype": "fp32", "max_steps": 1}
+    assert run(tmp_path, tmp_path / "still", **keys, learning_rate=1e-12) == 0
+    assert ours(oarsmith.load_model(tmp_path / "still"), rows) == pytest.approx(begun, abs=1e-5)
+    assert run(tmp_path, tmp_path / "second", **keys) == 0
+    found = ours(oarsmith.load_model(tmp_path / "second"), rows)
+    assert found != pytest.approx(begun, abs=1e-4)
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    pad = model.config.pad_token_id
+    model = peft.PeftModel.from_pretrained(model, str(tmp_path / "second" / "adapter"))
+    assert found == pytest.approx(theirs(model, rows, pad), rel=1e-4, abs=1e-5)
+
+
 def test_scores_lie_beside_no_logits(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Other commands say what a reward model is."""
     assert run(folder, tmp_path / "run", max_steps=1) == 0
@@ -269,6 +288,14 @@ def test_eval_and_the_engine_score(folder: Path, tmp_path: Path, capsys: pytest.
     assert torch.equal(rounded.model.head.weight, engine.model.head.weight)
     with pytest.raises(OarsmithError, match="writes text and gives no scores"):
         oarsmith.Engine(folder / "llama", num_threads=1).score(said)
+
+
+def test_wilson() -> None:
+    """Newcombe 1998, table I; and what the normal interval gets wrong: a share of 1."""
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)
+    low, high = wilson(10, 10)
+    assert 0.7 < low < 0.75 and high == pytest.approx(1)
 
 
 def test_eval_of_single_answers(folder: Path, tmp_path: Path) -> None:
