@@ -347,7 +347,8 @@ def test_judged_steps(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     first, again = tmp_path / "run", tmp_path / "again"
     keys = {**STEPS, "max_steps": 12, "save_steps": 6, "learning_rate": 1e-2, **more}
     assert run(folder, first, **keys) == 0
-    assert "--process_reward" in capsys.readouterr().out
+    printed = capsys.readouterr().out.replace("'", "").split("\n")
+    assert f"        oarsmith serve {first} --process_reward --step_separator ки" in printed
     logged = steps(first)
     assert logged[-1]["loss"] < logged[0]["loss"]
     shutil.copytree(first, again)

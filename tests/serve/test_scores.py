@@ -11,10 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
+from oarsmith import cli
 from oarsmith.config.load import load_config
 from oarsmith.config.serve import ServeConfig
 from oarsmith.engine import Engine
-from oarsmith.jobs.serve import make_app
+from oarsmith.jobs.serve import make_app, make_steps
 from oarsmith.serve import openai as api
 from oarsmith.serve import scores
 from oarsmith.serve.keys import Keys, new_key
@@ -124,3 +125,37 @@ def test_keys_pay_for_scores(model: Path, tmp_path: Path) -> None:
         answer = httpx.post(f"{found.url}/pooling", json={"messages": SAID[0]}, headers=headers, timeout=30)
         assert answer.status_code == 200
         assert httpx.post(f"{found.url}/", json={"src": ["a"], "response": ["b"]}, headers=headers).status_code == 200
+
+
+def test_steps_are_judged(tmp_path: Path) -> None:
+    """A model that writes judges steps by two tokens, as vLLM's pooling of steps has it; it still writes."""
+    folder = write_tiny_model(tmp_path / "llama")
+    config = load_config(ServeConfig, None, [str(folder), "--process_reward", "--step_separator", "ки"]).config
+    told = [ASKED, {"role": "assistant", "content": "Three.киNo.ки"}]
+
+    def app(_: Any, service: Any) -> Any:
+        service.steps = make_steps(config, service.worker.engine)
+        return make_app(config, service, None)
+
+    with serving(folder, wrap=app) as found:
+        answer = post(found, "/pooling", {"messages": told})
+        assert answer.status_code == 200, answer.text
+        (data,) = answer.json()["data"]
+        engine = found.service.worker.engine
+        row = engine.answers.read_steps(told, "ки")
+        assert len(row.step_ends) == 2 and found.service.steps is not None
+        (expected,) = engine.score_steps([row], found.service.steps.reward_tokens)
+        assert data["data"] == [[pytest.approx(good, abs=1e-5), pytest.approx(1 - good, abs=1e-5)] for good in expected]
+        for path, body, part in (
+            ("/pooling", {"input": "a text"}, "give messages"),
+            ("/pooling", {"messages": [ASKED, {"role": "assistant", "content": "ки"}]}, "no step"),
+            ("/", {"src": ["a"], "response": ["b"]}, "ask /pooling"),
+        ):
+            refused = post(found, path, body)
+            assert refused.status_code == 400 and part in refused.text, refused.text
+        assert post(found, "/v1/completions", {"prompt": "a", "max_tokens": 2}).status_code == 200
+
+
+def test_a_model_of_whole_answers_judges_no_steps(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", str(model), "--process_reward", "--port", "0"]) == cli.EXIT_BAD_INPUT
+    assert "scores whole answers" in capsys.readouterr().err

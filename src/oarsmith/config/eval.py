@@ -9,7 +9,7 @@ from pydantic import Field
 from .base import Bool, Float, Int, Strings
 from .groups import ModelKeys, RuntimeKeys
 from .inference import AdapterKeys, WeightKeys
-from .reward import ProcessKeys
+from .preferences import ProcessKeys
 
 
 class EvalConfig(ModelKeys, AdapterKeys, WeightKeys, ProcessKeys, RuntimeKeys):

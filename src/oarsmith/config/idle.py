@@ -14,8 +14,9 @@ from .base import JobConfig
 from .checkpoints import ConvertConfig
 from .dpo import DpoConfig
 from .inference import CacheKeys, GenerateConfig, ModeKeys, SpeculativeKeys
+from .preferences import ProcessKeys
 from .resolved import is_given
-from .reward import ProcessKeys, RewardConfig
+from .reward import RewardConfig
 from .train import TrainConfig
 
 C = TypeVar("C", bound=JobConfig)

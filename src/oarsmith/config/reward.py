@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from .base import Bool, Float, JobConfig, Words
+from .base import Float, JobConfig
 from .dpo import JudgedConfig
-from .preferences import StepKeys
+from .preferences import ProcessKeys
 
 
 class RewardLossKeys(JobConfig):
@@ -27,19 +27,6 @@ class RewardLossKeys(JobConfig):
     )
     regularization: Float = Field(
         0.0, ge=0, description="Weight of the mean of both scores' squares (PaddleNLP's older reward models: 0.001)."
-    )
-
-
-class ProcessKeys(StepKeys):
-    title: ClassVar[str] = "Judged steps"
-
-    process_reward: Bool = Field(
-        False,
-        description="Rows are single answers whose steps are judged (process rewards), not pairs. The model stays one "
-        "that writes: of two tokens the likelier one says how good a step is.",
-    )
-    reward_tokens: Words = Field(
-        ("+", "-"), description="process_reward: the tokens for a good step and for a bad one, separated by a comma."
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from dataclasses import replace
+from math import nan
 from typing import TYPE_CHECKING, Any, cast
 
 from oarsmith.engine.intake import Prompt
@@ -14,8 +15,8 @@ from oarsmith.models.spec import PrefixLM
 from oarsmith.text import Tokenizer
 
 if TYPE_CHECKING:
-    from oarsmith.data.answer_samples import AnswerEncoder
     from oarsmith.data.answers import Answered
+    from oarsmith.data.judged import Judged
 
 # Nothing is cut: what is too long for the model is an error.
 _ANY_LENGTH = 1 << 40
@@ -54,16 +55,48 @@ class AnswerReader:
         """
         return self._judged({"prompt": prompt, "completion": answer}, where)
 
+    def read_steps(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        separator: str,
+        *,
+        tools: Sequence[Any] | None = None,
+        where: str | None = None,
+    ) -> Answered:
+        """A conversation whose answer is steps with a separator behind each, as training has them.
+
+        Raises:
+            OarsmithError: as `read`; or there is no step.
+        """
+        from oarsmith.data.judged import Answer
+
+        judged = self._row({"messages": [dict(message) for message in conversation], "tools": list(tools or ())}, where)
+        said = judged.answers[0].messages[-1]["content"]
+        steps = tuple((step, nan) for step in said.split(separator) if step.strip())
+        if not steps:
+            raise DataError("the answer has no step", where=where, fix="give steps, with the separator behind each")
+        return self._encoded(replace(judged, answers=(Answer(steps=steps),)), where, separator)
+
     def _judged(self, row: dict[str, Any], where: str | None) -> Answered:
+        return self._encoded(self._row(row, where), where)
+
+    def _row(self, row: dict[str, Any], where: str | None) -> Judged:
         from oarsmith.data.preferences import read_answered
         from oarsmith.data.records import Record
 
-        encoded = self._encoder.encode(read_answered(Record(row, where or "text")))
+        return read_answered(Record({key: value for key, value in row.items() if value}, where or "text"))
+
+    def _encoded(self, judged: Judged, where: str | None, separator: str = "\n") -> Answered:
+        from oarsmith.data.answer_samples import AnswerEncoder, AnswerOptions
+
+        options = AnswerOptions(kind=None, max_length=_ANY_LENGTH, step_separator=separator)
+        encoded = AnswerEncoder(self._needed_tokenizer(), options).encode(judged)
         if encoded.row is None:
-            assert encoded.dropped is not None, row
+            assert encoded.dropped is not None, judged
             detail = f" ({encoded.dropped.detail})" if encoded.dropped.detail else ""
             raise DataError(f"{encoded.dropped.reason}{detail}", where=where)
-        return self._checked(encoded.row.prompt.tolist(), encoded.row.answers[0].tolist(), where)
+        found = self._checked(encoded.row.prompt.tolist(), encoded.row.answers[0].tolist(), where)
+        return replace(found, step_ends=encoded.row.step_ends, step_labels=encoded.row.step_labels)
 
     def _checked(self, prompt: list[int], answer: list[int], where: str | None) -> Answered:
         import numpy as np
@@ -89,12 +122,6 @@ class AnswerReader:
             labels=(float("nan"),),
             where=where or "text",
         )
-
-    @cached_property
-    def _encoder(self) -> AnswerEncoder:
-        from oarsmith.data.answer_samples import AnswerEncoder, AnswerOptions
-
-        return AnswerEncoder(self._needed_tokenizer(), AnswerOptions(kind=None, max_length=_ANY_LENGTH))
 
     def _needed_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:

@@ -334,6 +334,12 @@ class Engine:
 
         return score_rows(self.model, rows)
 
+    def score_steps(self, rows: Sequence[Answered], reward_tokens: tuple[int, int]) -> list[tuple[float, ...]]:
+        """How good the steps of answers are (``answers.read_steps``), from 0 to 1, by the ids for good and bad."""
+        from oarsmith.engine.scoring import score_steps
+
+        return score_steps(self.model, rows, reward_tokens)
+
     def forget(self) -> None:
         """Compute everything anew from now on: the model's weights are others."""
         self.runner.scheduler.forget()

@@ -9,21 +9,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from oarsmith.atomic import atomic_write_text
 from oarsmith.config.eval import EvalConfig
 from oarsmith.data.answer_samples import AnswerOptions
 from oarsmith.data.answer_sets import build_answers
-from oarsmith.data.answers import Answered, make_answer_batch, of_like_length
+from oarsmith.data.answers import Answered
 from oarsmith.engine import Engine
 from oarsmith.errors import ConfigError
-from oarsmith.jobs.reward import reward_ids
-from oarsmith.losses.reward import ProcessLoss
+from oarsmith.jobs.reward_tokens import reward_ids
 from oarsmith.models.sharing import shares_beginnings
 
-_TOKENS_PER_BATCH = 4096
 # Of the normal distribution: 95 % lie within.
 _Z = 1.959963984540054
 
@@ -102,23 +99,17 @@ def _answers(
     return list(records), found
 
 
-@torch.inference_mode()
 def _steps(
     engine: Engine, rows: Sequence[Answered], tokens: tuple[int, int], console: Console
-) -> tuple[list[Mapping[str, list[float]]], dict[str, Any]]:
-    loss, records = ProcessLoss(reward_tokens=tokens), list[Mapping[str, list[float]]]([{}] * len(rows))
-    for chosen in of_like_length(rows, share=True, capacity=_TOKENS_PER_BATCH):
-        logits_S2 = loss.logits(engine.model, make_answer_batch([rows[index] for index in chosen]))
-        good = iter(logits_S2.double().softmax(-1)[:, 0].tolist())
-        for index in chosen:
-            records[index] = {"steps": [next(good) for _ in rows[index].step_ends]}
+) -> tuple[list[Mapping[str, object]], dict[str, Any]]:
+    scores = engine.score_steps(rows, tokens)
     pairs = [
         (p > 0.5, label > 0.5)
-        for row, record in zip(rows, records, strict=True)
-        for p, label in zip(record["steps"], row.step_labels, strict=True)
+        for row, of in zip(rows, scores, strict=True)
+        for p, label in zip(of, row.step_labels, strict=True)
     ]
     found = _share(sum(ours == theirs for ours, theirs in pairs), len(pairs), "steps", console)
-    return records, {"num_rows": len(rows)} | found
+    return [{"steps": list(of)} for of in scores], {"num_rows": len(rows)} | found
 
 
 def _share(right: int, count: int, what: str, console: Console) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 
 import torch
@@ -10,19 +11,18 @@ from rich.console import Console
 from oarsmith.checkpoint.config_file import read_config
 from oarsmith.config.adapter_virtual import UNMERGEABLE
 from oarsmith.config.resolved import Resolved
-from oarsmith.config.reward import ProcessKeys, RewardConfig
-from oarsmith.errors import ConfigError
+from oarsmith.config.reward import RewardConfig
 from oarsmith.jobs import judged, tuning
 from oarsmith.jobs import train as training
 from oarsmith.jobs.adapter_training import with_terms
 from oarsmith.jobs.console import make_console
+from oarsmith.jobs.reward_tokens import reward_ids
 from oarsmith.jobs.runtime import make_tokenizer
 from oarsmith.jobs.start import Start
 from oarsmith.losses.reward import ProcessLoss, RewardLoss, RewardOptions
 from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.init import reset_scores
-from oarsmith.text import Tokenizer
 from oarsmith.training.objective import Objective
 
 
@@ -53,26 +53,6 @@ def make_loss(config: RewardConfig) -> Objective:
     )
 
 
-def reward_ids(keys: ProcessKeys, tokenizer: Tokenizer) -> tuple[int, int]:
-    """The ids of the tokens for good and bad.
-
-    Raises:
-        ConfigError: there are not two of them, or one is no single token.
-    """
-    names, ids = keys.reward_tokens, list[int]()
-    for name in names:
-        found = tokenizer.encode(name, add_special_tokens=False)
-        index = found[0] if len(found) == 1 else tokenizer.token_to_id(name)
-        if index is None:
-            what = f"{name!r} is {len(found)} tokens, not one"
-            raise ConfigError(what, where="reward_tokens", fix="choose words that are single tokens of this model")
-        ids.append(index)
-    if len(set(ids)) != 2 or len(ids) != 2:
-        what = f"{', '.join(names) or 'nothing'} is not two different tokens"
-        raise ConfigError(what, where="reward_tokens", fix="give the one for good and the one for bad: +,-")
-    return ids[0], ids[1]
-
-
 def _start(resolved: Resolved[RewardConfig], device: torch.device) -> tuple[Resolved[RewardConfig], Start]:
     """A checkpoint that writes becomes one that scores, unless steps are judged; one that scores goes on."""
     scoring = not resolved.config.process_reward
@@ -93,10 +73,14 @@ def _load_model(config: RewardConfig, begin: Start, device: torch.device) -> Dec
 def _say_next(config: RewardConfig, result: training.TrainResult, console: Console) -> None:
     if not config.do_train:
         return
-    where, steps = result.output_dir, " --process_reward" if config.process_reward else ""
+    where, steps = result.output_dir, ""
+    if config.process_reward:
+        steps = " --process_reward"
+        for key, value in (("step_separator", config.step_separator), ("reward_tokens", config.reward_tokens)):
+            if value != RewardConfig.model_fields[key].default:
+                steps += f" --{key} {shlex.quote(value if isinstance(value, str) else ','.join(value))}"
     console.print(f"next:   oarsmith eval {where} HELD_OUT{steps}")
-    if not config.process_reward:
-        console.print(f"        oarsmith serve {where}")
+    console.print(f"        oarsmith serve {where}{steps}")
     if config.has_adapter and config.adapter_type not in UNMERGEABLE:
         console.print(f"        oarsmith merge-adapter {where} MERGED   (a plain model, with proof)")
 

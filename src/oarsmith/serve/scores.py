@@ -94,7 +94,13 @@ async def _pool(service: Service, body: PoolingRequest) -> dict[str, Any]:
     rows: list[Answered] = []
     if body.messages is not None:
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-        rows.append(await service.read_answer(messages_of(body.messages), tools=tools, param="messages"))
+        told = messages_of(body.messages)
+        if service.steps is None:
+            rows.append(await service.read_answer(told, tools=tools, param="messages"))
+        else:
+            rows.append(await service.read_steps(told, tools, "messages"))
+    elif service.steps is not None:
+        raise invalid("the model judges steps of conversations; give messages", "input")
     elif body.tools is not None:
         raise invalid("tools are a conversation's; texts are read as they are", "tools")
     elif body.input is not None:
@@ -105,11 +111,19 @@ async def _pool(service: Service, body: PoolingRequest) -> dict[str, Any]:
         "object": "list",
         "created": int(time.time()),
         "model": service.name,
-        "data": [{"index": index, "object": "pooling", "data": [score]} for index, score in enumerate(scores)],
+        "data": [{"index": n, "object": "pooling", "data": _data(service, of)} for n, of in enumerate(scores)],
         "usage": {"prompt_tokens": count, "total_tokens": count, "completion_tokens": 0},
     }
 
 
+def _data(service: Service, scores: tuple[float, ...]) -> list[Any]:
+    """One score; of steps the probabilities of good and bad."""
+    return list(scores) if service.steps is None else [[good, 1 - good] for good in scores]
+
+
 async def _reward(service: Service, body: RewardRequest) -> list[float]:
+    if service.steps is not None:
+        raise invalid("the model judges steps; ask /pooling", "response")
     pairs = zip(body.src, body.response, strict=True)
-    return await service.score([await service.read_reply(prompt, answer) for prompt, answer in pairs])
+    scores = await service.score([await service.read_reply(prompt, answer) for prompt, answer in pairs])
+    return [score for (score,) in scores]

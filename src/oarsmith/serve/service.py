@@ -42,6 +42,14 @@ class Limits:
     seconds: float = 600.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """How a model judges steps: the text behind each, and the ids of the tokens for good and bad."""
+
+    separator: str
+    reward_tokens: tuple[int, int]
+
+
 @dataclass
 class Service:
     """One model behind a server.
@@ -50,6 +58,7 @@ class Service:
         name: of the model itself.
         adapters: names of models that are the same with a LoRA adapter.
         defaults: how answers are drawn where a request of OpenAI's protocol does not say (``read_defaults``).
+        steps: how steps of answers are judged, where the model does that.
     """
 
     worker: Worker
@@ -57,6 +66,7 @@ class Service:
     adapters: Sequence[str] = ()
     limits: Limits = field(default_factory=Limits)
     defaults: Mapping[str, float] = field(default_factory=lambda: OPENAI_DEFAULTS)
+    steps: Steps | None = None
     started: float = field(default_factory=time.time)
 
     @property
@@ -116,13 +126,21 @@ class Service:
         """
         return await self._read(lambda engine: engine.answers.read(answer, tools=tools), param)
 
+    async def read_steps(
+        self, conversation: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, param: str
+    ) -> Answered:
+        """As `read_answer`, of a conversation whose answer is steps."""
+        assert self.steps is not None, "asked before"
+        separator = self.steps.separator
+        return await self._read(lambda engine: engine.answers.read_steps(conversation, separator, tools=tools), param)
+
     async def read_reply(self, prompt: str, answer: str) -> Answered:
         """As `read_answer`, of a prompt and its answer as texts."""
         return await self._read(lambda engine: engine.answers.reply(prompt, answer), None)
 
     async def _read(self, read: Callable[[Engine], Answered], param: str | None) -> Answered:
         engine, most = self.worker.engine, self.limits.max_prompt_tokens
-        if engine.num_scores is None:
+        if engine.num_scores is None and self.steps is None:
             raise invalid("the model writes text and gives no scores", "model")
         try:
             row = await anyio.to_thread.run_sync(read, engine)
@@ -132,8 +150,8 @@ class Service:
             raise invalid(f"the text has {len(row)} tokens, more than the {most} that this server takes", param)
         return row
 
-    async def score(self, rows: Sequence[Answered]) -> list[float]:
-        """A reward model's scores of answers; whoever asks pays for their tokens.
+    async def score(self, rows: Sequence[Answered]) -> list[tuple[float, ...]]:
+        """A reward model's score of each answer, or of its steps; whoever asks pays for the tokens.
 
         Raises:
             OarsmithError: the caller has too many requests open, or the service is ending.
@@ -141,15 +159,14 @@ class Service:
         if not self.worker.accepting:
             raise ClosedError("the service is ending", fix="ask another one")
         call = current_call.get()
-        caller, scores = None if call is None else call.caller, list[float]()
+        caller, scores = None if call is None else call.caller, list[tuple[float, ...]]()
         if caller is not None:
             caller.open()
         count = 0
         try:
             for start in range(0, len(rows), _AT_ONCE):
                 own = rows[start : start + _AT_ONCE]
-                found = await self.worker.call(lambda engine, own=own: engine.score_rows(own))  # type: ignore[misc]
-                scores += [of[0] for of in found]
+                scores += await self.worker.call(lambda engine, own=own: self._score(engine, own))  # type: ignore[misc]
                 count += sum(map(len, own))
         finally:
             if call is not None:
@@ -157,6 +174,9 @@ class Service:
             if caller is not None:
                 caller.close(count)
         return scores
+
+    def _score(self, engine: Engine, rows: Sequence[Answered]) -> list[tuple[float, ...]]:
+        return engine.score_rows(rows) if self.steps is None else engine.score_steps(rows, self.steps.reward_tokens)
 
     def ask(self, ids: list[int], sampling: Sampling, *, adapter: str | None = None, priority: int = 0) -> Answer:
         """Let a prompt wait for its turn. Whoever asks closes the answer.
