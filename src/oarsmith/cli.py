@@ -97,6 +97,13 @@ COMMANDS: dict[str, Command] = {
         "CONFIG | MODEL DATA",
         "oarsmith kto runs/sft judged.jsonl --lora",
     ),
+    "reward": Command(
+        _TRAIN,
+        "train a reward model: one that scores answers, or judges their steps",
+        "oarsmith.jobs.reward:run",
+        "CONFIG | MODEL DATA",
+        "oarsmith reward runs/sft pairs.jsonl --lora",
+    ),
     "compare": Command(
         _TRAIN,
         "fine-tune by several methods on the same data: one table, one picture",

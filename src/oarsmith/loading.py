@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from oarsmith.adapters.linear import attach
-from oarsmith.adapters.peft_layout import adapter_rewrite, load_adapter_weights, require_base
+from oarsmith.adapters.peft_layout import adapted_config, adapter_rewrite, load_adapter_weights, require_base
 from oarsmith.atomic import atomic_directory
 from oarsmith.checkpoint.config_file import check_config, read_config
 from oarsmith.checkpoint.fill import empty_decoder
@@ -77,6 +77,7 @@ def load_model(
         dtype=dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype),
         device=device if isinstance(device, torch.device) else pick_device(device),
         rewrite=rewrite,
+        config=adapted_config(where.adapter, where.base) if where.adapter else None,
     )
     if where.adapter:
         attach(model, seed=0)

@@ -28,6 +28,7 @@ CASES = [
     *((keys, "--z_loss 0.1", "z_loss is for oarsmith sft") for keys in (DpoConfig, KtoConfig)),
     *((keys, "--use_ssa", "use_ssa is for oarsmith sft") for keys in (DpoConfig, KtoConfig)),
     *((keys, "--use_pose_convert", "use_pose_convert is for oarsmith sft") for keys in (DpoConfig, KtoConfig)),
+    (DpoConfig, "--ref_model_update_steps 4 --ignore_data_skip", "kept with the place in the data"),
     (SftConfig, "--max_length 8 --src_length 8", "src_length 8 leaves no room"),
     (SftConfig, "--max_steps 0", "max_steps is 0"),
     (SftConfig, "--min_learning_rate 1e-3", "min_learning_rate 0.001 is above learning_rate 2e-05"),
@@ -158,6 +159,7 @@ CASES = [
     (EvalConfig, "", "give a file or tasks"),
     (EvalConfig, "--dataset_name_or_path t.txt --num_fewshot 2", "are for tasks"),
     (EvalConfig, "--tasks arc_easy --stride 8", "tasks bring their own"),
+    (EvalConfig, "--tasks arc_easy --process_reward", "are for a file of judged answers"),
     (EvalConfig, "--dataset_name_or_path t.txt --max_length 8 --stride 9", "stride 9 is longer"),
 ]
 BASE = {

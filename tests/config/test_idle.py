@@ -11,6 +11,7 @@ from oarsmith.config.idle import IDLE
 from oarsmith.config.inference import GenerateConfig
 from oarsmith.config.load import load_config
 from oarsmith.config.pretrain import PretrainConfig
+from oarsmith.config.reward import RewardConfig
 from oarsmith.config.sft import SftConfig
 
 CASES = [
@@ -34,6 +35,9 @@ CASES = [
     (DpoConfig, "--dpop_lambda 5", "--loss_type dpop,sft"),
     (DpoConfig, "--discopop_tau 0.1", "--loss_type discopop"),
     (DpoConfig, "--f_alpha_divergence_coef 1", "--f_divergence_type alpha_divergence"),
+    (RewardConfig, "--process_reward --loss_type token-wise --label_smoothing 0.1 --regularization 0.1", ""),
+    (RewardConfig, "--process_reward --center_rewards_coefficient 0.1", "--process_reward false"),
+    (RewardConfig, "--reward_tokens a,b --step_separator x", "--process_reward"),
     (GenerateConfig, "--num_draft_tokens 3 --ngram_min 2 --ngram_max 5", "--speculative ngram"),
     (GenerateConfig, "--length_penalty 2 --early_stopping never", "--num_beams 2"),
     (GenerateConfig, "--mode static --cache_gib 2", "--mode dynamic"),

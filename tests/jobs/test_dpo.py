@@ -140,7 +140,8 @@ def test_kto(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], l
         ({"loss_type": "exo_pair"}, "label_smoothing"),
         ({"loss_type": "dpop", "f_divergence_type": "forward_kl"}, "f_divergence_type"),
         ({"use_ssa": True}, "use_ssa"),
-        ({"ref_model_update_steps": 5}, "not built yet"),
+        ({"ref_model_update_steps": 5, "loss_type": "simpo"}, "compares with no reference"),
+        ({"ref_model_update_steps": 5, "ignore_data_skip": True}, "ignore_data_skip"),
         ({"beta": -1}, "beta"),
     ],
 )
@@ -150,3 +151,32 @@ def test_what_cannot_be_is_said(
     assert run("dpo", folder, tmp_path / "run", **more) == cli.EXIT_BAD_INPUT
     printed = capsys.readouterr().err
     assert part in printed and "Traceback" not in printed and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("more", [{}, {"lora": True, "gradient_accumulation_steps": 2}], ids=["full", "lora"])
+def test_a_reference_that_follows(folder: Path, tmp_path: Path, more: Any) -> None:
+    """After an update the policy is its reference: margin and KL are 0 there, and the run goes on bit for bit."""
+    first, again = tmp_path / "run", tmp_path / "again"
+    keys = {"ref_model_update_steps": 2, "max_steps": 7, "save_steps": 3, "dtype": "fp32", **more}
+    assert run("dpo", folder, first, **keys) == 0
+    logged = steps(first)
+    for at in (0, 2, 4, 6):
+        assert logged[at]["margin"] == pytest.approx(0, abs=1e-5) and logged[at]["kl"] == pytest.approx(0, abs=1e-4)
+        assert logged[at]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert all(logged[at]["margin"] > 1e-3 for at in (1, 3, 5))
+    evaluated = [line for line in read_lines(first / "log.jsonl") if "eval_loss" in line]
+    assert evaluated[-1]["eval_margin"] > max(line["margin"] for line in logged)  # with the model of the beginning
+    fixed = tmp_path / "fixed"
+    assert run("dpo", folder, fixed, **{**keys, "ref_model_update_steps": -1}) == 0
+    assert steps(fixed)[:2] == logged[:2] and steps(fixed)[2]["loss"] != logged[2]["loss"]
+    name = "adapter" if more else "model"
+    for kept in (3, 6):  # in the midst of two updates, and at one
+        shutil.copytree(first, again)
+        shutil.rmtree(again / name)
+        for step in {3, 6, 7} - set(range(kept + 1)):
+            shutil.rmtree(again / f"checkpoint-{step}", ignore_errors=True)
+        assert run("dpo", folder, again, **keys) == 0
+        files = [path.relative_to(first) for path in (first / name).glob("*.safetensors")]
+        for file in (Path("log.jsonl"), *files):
+            assert (first / file).read_bytes() == (again / file).read_bytes(), (kept, file)
+        shutil.rmtree(again)

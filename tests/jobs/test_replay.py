@@ -170,3 +170,37 @@ def test_what_cannot_be_replayed(tmp_path, capsys):
     assert "no run.json here" in capsys.readouterr().err
     assert cli.main(["replay", str(tmp_path)]) == 2
     assert "failure-step-N" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("job", "keys"),
+    [
+        ("dpo", {"lora": True}),
+        ("dpo", {"loss_type": "bco_pair"}),
+        ("kto", {"gradient_accumulation_steps": 2}),
+        ("reward", {}),
+        ("reward", {"lora": True, "loss_type": "token-wise"}),
+        ("reward", {"process_reward": True}),
+    ],
+)
+def test_steps_of_judged_answers(tmp_path, capsys, monkeypatch, job, keys):
+    """Their batches have answers, labels and references, and some losses remember the steps before."""
+    monkeypatch.setattr("oarsmith.methods.reference.cache_directory", lambda: tmp_path / "cache")
+    model_dir, rows = write_tiny_model(tmp_path / "model"), []
+    for n in range(12):
+        pair = {"prompt": f"Say {n}.", "chosen": f"Yes, it is {n}.", "rejected": "No."}
+        steps = {"prompt": f"Say {n}.", "completions": ["Yes.", f"It is {n}."], "labels": [n % 2, 1]}
+        rows.append(steps if "process_reward" in keys else pair)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # The first steps pass; a weight that is not finite then makes one fail.
+    given = {"max_length": 96, "learning_rate": 1e30, "max_grad_norm": 0, "max_steps": 4, "device": "cpu", **keys}
+    given |= {"output_dir": tmp_path / "run", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    words = [job, str(model_dir), str(tmp_path / "rows.jsonl"), *(f"--{key}={value}" for key, value in given.items())]
+    assert cli.main(words) == 2
+    (folder,) = (tmp_path / "run").glob("failure-step-*")
+    capsys.readouterr()
+    assert cli.main(["replay", str(folder)]) == 1
+    printed = capsys.readouterr()
+    assert "both are the recorded ones, bit for bit" in printed.out, printed
+    assert cli.main(["replay", str(folder), "--document", "1"]) in (0, 1)
+    assert cli.main(["replay", str(folder), "--document", "999"]) == 2

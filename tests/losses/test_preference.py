@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from made_answers import random_answers
-from oarsmith.data.answers import AnswerBatch, Answered, make_answer_batch
-from oarsmith.losses.answers import only, score_answers
+from oarsmith.data.answers import AnswerBatch, Answered, make_answer_batch, only
+from oarsmith.losses.answers import score_answers
 from oarsmith.losses.preference.objective import PreferenceLoss
 from oarsmith.losses.preference.pairs import Options, Pairs
 from oarsmith.losses.preference.table import LOSS_TYPES

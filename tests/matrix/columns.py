@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import capabilities, conversions
 from .capabilities import Capability
 from .part_adapters import part_adapters
+from .rewards import reward
 
 COLUMNS: dict[str, Capability] = {
     "files": Capability("files", "released files load, and are written back bit for bit", capabilities.load_and_save),
@@ -30,6 +31,12 @@ COLUMNS: dict[str, Capability] = {
         "a prompt with several answers is computed once for all of them, and each has what it has behind a prompt of "
         "its own; apart: rotations follow the whole length, so that every answer has the prompt to itself",
         capabilities.shared_prompt,
+    ),
+    "reward": Capability(
+        "reward model",
+        "a head of one score trains on it, alone and beside LoRA, and is read back; transformers: which has the same "
+        "scores of the same files",
+        reward,
     ),
     "recompute": Capability("recompute", "recomputing blocks changes no gradient", capabilities.recompute),
     "init": Capability("from config", "`config.json` alone makes a fresh model", capabilities.from_config),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from oarsmith.adapters.adapted import adapted_maps
 from oarsmith.adapters.forms import DENSE
@@ -90,8 +91,9 @@ class MergeProof:
 
 @torch.no_grad()
 def prompt_logits(model: Decoder, prompts: Iterable[list[int]]) -> list[Tensor]:
-    """fp32 logits [T, V] of each prompt."""
-    return [model(torch.tensor([ids], device=model.device))[0].float() for ids in prompts]
+    """fp32 logits [T, V] of each prompt; of one score s, those of being better than what has the score 0: s, 0."""
+    found = [model(torch.tensor([ids], device=model.device))[0].float() for ids in prompts]
+    return [functional.pad(logits, (0, 1)) for logits in found] if model.spec.head.num_scores == 1 else found
 
 
 def base_logits(model: Decoder, prompts: Iterable[list[int]]) -> list[Tensor]:

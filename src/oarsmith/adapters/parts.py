@@ -14,6 +14,7 @@ from oarsmith.adapters.peft_config import PeftConfig
 from oarsmith.adapters.prefix import make_prefix, read_prefix
 from oarsmith.adapters.prompt import make_prompt, read_prompt
 from oarsmith.adapters.reft import make_reft, read_reft
+from oarsmith.adapters.score import make_score, read_score, scores_in
 from oarsmith.adapters.targets import adapt_rewrite
 from oarsmith.adapters.token_rows import make_token_rows, read_token_rows
 from oarsmith.config.adapters import AdapterKeys
@@ -65,15 +66,20 @@ def rewrite_of(keys: AdapterKeys, base: Path) -> SpecRewrite:
     makers: list[MakePart] = [partial(make, keys, base) for make in makes]
     changes = any(method.name == keys.adapter_type for method in METHODS)
     inner = adapt_rewrite(lambda places: changes_of(keys, places)) if changes else _as_it_is
-    return with_parts(inner, makers)
+
+    def rewrite(family: Family, spec: DecoderSpec) -> DecoderSpec:
+        scores = () if spec.head.num_scores is None else (partial(make_score, keys, base),)
+        return with_parts(inner, [*makers, *scores])(family, spec)
+
+    return rewrite
 
 
 def parts_in_file(config: PeftConfig, shapes: Shapes) -> tuple[list[MakePart], bool]:
     """The parts of an adapter's file; and whether there is nothing else in it."""
+    makers: list[MakePart] = [partial(read_score, config, shapes)] if scores_in(shapes) is not None else []
     for method in PART_METHODS:
         if method.peft_type == config.peft_type:
-            return [partial(method.read, config, shapes)], True
-    makers: list[MakePart] = []
+            return [partial(method.read, config, shapes), *makers], True
     if biases_in(shapes):
         makers.append(partial(read_biases, config, shapes))
     if config.values.get("trainable_token_indices"):

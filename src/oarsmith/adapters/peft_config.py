@@ -11,6 +11,8 @@ from oarsmith.checkpoint.files import read_json_object, require_inside
 from oarsmith.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
+# PEFT names both whichever there is; of the one that is saved there is a tensor (``score.py``).
+_HEADS = ("score", "classifier")
 
 
 @dataclass(frozen=True)
@@ -100,4 +102,8 @@ def read_adapter_config(directory: Path) -> PeftConfig:
     path = directory / CONFIG
     if not path.is_file():
         raise CheckpointError(f"no {CONFIG} in the directory", where=str(directory), fix="check the adapter's path")
-    return PeftConfig(read_json_object(require_inside(directory, path)), str(path))
+    values = read_json_object(require_inside(directory, path))
+    saved = values.get("modules_to_save")
+    if isinstance(saved, list) and all(name in _HEADS for name in saved):
+        del values["modules_to_save"]
+    return PeftConfig(values, str(path))

@@ -24,8 +24,10 @@ from oarsmith.adapters.methods import find_method
 from oarsmith.adapters.part import adapter_parts, with_parts
 from oarsmith.adapters.parts import parts_in_file
 from oarsmith.adapters.peft_config import CONFIG, read_adapter_config
+from oarsmith.adapters.score import scores_in
 from oarsmith.adapters.targets import SpecRewrite, adapt_rewrite, target_places
 from oarsmith.atomic import atomic_write_text
+from oarsmith.checkpoint.config_file import read_config
 from oarsmith.checkpoint.files import require_inside
 from oarsmith.checkpoint.fingerprint import fingerprint
 from oarsmith.checkpoint.safetensors_source import SafetensorsSource
@@ -80,6 +82,22 @@ def adapter_rewrite(directory: Path) -> SpecRewrite:
         return {module: method.read(config, module, own) for module, own in shapes.items()}
 
     return with_parts(adapt_rewrite(choose), makers)
+
+
+def adapted_config(directory: Path, base: Path) -> dict[str, Any] | None:
+    """The ``config.json`` that a base has under an adapter with a head of scores; None: its own.
+
+    Raises:
+        CheckpointError: the adapter or the base's config cannot be read.
+    """
+    infos = check_safetensors(require_inside(directory, directory / WEIGHTS))
+    count = scores_in({name: info.shape for name, info in infos.items()})
+    own = read_config(base)
+    if count is None or families.build_spec(own)[1].head.num_scores is not None:
+        return None
+    if count < 1:
+        raise CheckpointError("the head of scores is no matrix", where=str(directory / WEIGHTS))
+    return families.scoring_config(own, count, padding_id=own.get("pad_token_id"))
 
 
 @torch.no_grad()

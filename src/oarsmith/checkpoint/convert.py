@@ -33,6 +33,7 @@ from oarsmith.checkpoint.torch_bin_write import ShardedTorchBinWriter
 from oarsmith.checkpoint.verify import Digests, check_written
 from oarsmith.errors import CheckpointError
 from oarsmith.models import families
+from oarsmith.models.families import scoring
 
 Target = Literal["hf", "bin", "paddle", "pdparams"]
 Progress = Callable[[str, int, int], None]
@@ -106,6 +107,8 @@ def convert_directory(
     """
     config, opened = open_model(src)
     with opened as source:
+        if to in ("paddle", "pdparams"):
+            scoring.require_text(config, "PaddleNLP's layout of scores is not documented")
         outputs = _plan(config, source, to, dtype)
         tensors = {name: info for output in outputs for name, info in output.tensors.items()}
         total = sum(info.num_bytes for info in tensors.values())

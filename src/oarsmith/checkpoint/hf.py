@@ -43,7 +43,8 @@ def load_decoder(
     Args:
         dtype: of the weights in memory; None keeps that of most of the files' elements.
         rewrite: changes the spec before modules exist. Parameters it adds stay uninitialised on ``device``.
-        config: what the weights are to be used as, where it is not the checkpoint's own (a stretched context).
+        config: what the weights are to be used as, where it is not the checkpoint's own (a stretched context). The head
+            of a scoring model that is made of one that writes stays uninitialised too.
 
     Raises:
         CheckpointError: a missing, surplus or misshapen tensor (named), or a damaged file.
@@ -54,6 +55,8 @@ def load_decoder(
     with opened as source:
         family, spec = families.build_spec(config)
         names = family.names(spec)
+        if families.has_new_head(own, config):
+            names = names.without("head.weight")
         wanted = rewrite(family, spec) if rewrite else spec
         model = meta_decoder(wanted, config, dtype or source.stored_dtype())
         check_fits(model, names, source)

@@ -169,6 +169,12 @@ IMPOSSIBLE: tuple[Impossible[Any], ...] = (
     ),
     Impossible(
         EvalConfig,
+        lambda c: bool(c.tasks) and (c.process_reward or c.scores_file is not None),
+        "process_reward and scores_file are for a file of judged answers; tasks bring their own rules",
+        "remove them, or tasks",
+    ),
+    Impossible(
+        EvalConfig,
         lambda c: c.stride is not None and c.max_length is not None and c.stride > c.max_length,
         "stride {stride} is longer than the window of max_length {max_length}: tokens between windows would be skipped",
         "lower stride, or raise max_length",

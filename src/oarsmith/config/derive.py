@@ -14,6 +14,7 @@ from .base import JobConfig
 from .dpo import JudgedConfig
 from .groups import ModelKeys, SamplingKeys
 from .pretrain import PretrainConfig, split_shares
+from .reward import RewardConfig
 from .sft import SftConfig
 from .train import TrainConfig
 
@@ -85,6 +86,12 @@ RULES: tuple[Rule[Any], ...] = (
         "per_device_train_batch_size",
         lambda c: 1 if c.zero_padding else 8,
         "1 packed row, or 8 prompts without packing",
+    ),
+    Rule(
+        RewardConfig,
+        "learning_rate",
+        lambda c: PART_RATES.get(c.adapter_type or "", 1e-4) if c.has_adapter else 1e-5,
+        "1e-4 with an adapter, more for those that change no projections, 1e-5 without",
     ),
     Rule(
         JudgedConfig,

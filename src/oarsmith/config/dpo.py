@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from .adapters import AdapterKeys
-from .base import Bool, Float, Floats, JobConfig, Words
+from .base import Bool, Float, Floats, Int, JobConfig, Words
 from .groups import ModelKeys
 from .preferences import PreferenceDataKeys
 from .train import TrainConfig
@@ -53,6 +53,12 @@ class PairLossKeys(JobConfig):
         "its paper, 1 for orpo and cpo, else 0.",
     )
     reference_free: Bool = Field(False, description="Compare with no reference.")
+    ref_model_update_steps: Int = Field(
+        -1,
+        ge=-1,
+        description="Every so many steps the model as it is becomes the reference of the steps after (TR-DPO's hard "
+        "update). -1: the reference stays the model that training begins with. Evaluations compare with that one.",
+    )
     use_weighting: Bool = Field(
         False, description="WPO: a pair counts by how likely the model itself makes its answers."
     )

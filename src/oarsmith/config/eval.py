@@ -9,9 +9,10 @@ from pydantic import Field
 from .base import Bool, Float, Int, Strings
 from .groups import ModelKeys, RuntimeKeys
 from .inference import AdapterKeys, WeightKeys
+from .preferences import ProcessKeys
 
 
-class EvalConfig(ModelKeys, AdapterKeys, WeightKeys, RuntimeKeys):
+class EvalConfig(ModelKeys, AdapterKeys, WeightKeys, ProcessKeys, RuntimeKeys):
     """All keys of ``oarsmith eval``."""
 
     title: ClassVar[str] = "Evaluation"
@@ -21,7 +22,8 @@ class EvalConfig(ModelKeys, AdapterKeys, WeightKeys, RuntimeKeys):
     dataset_name_or_path: str | None = Field(
         None,
         description="What to predict: a text file (.txt), documents, or rows with answers, in any format that training "
-        "reads. Of documents the perplexity is measured, of rows the loss and accuracy on their answers.",
+        "reads. Of documents the perplexity is measured, of rows the loss and accuracy on their answers; a reward "
+        "model scores the answers.",
     )
     dataset_format: Literal["auto", "src_tgt", "alpaca", "sharegpt", "messages", "text"] = Field(
         "auto", description="What a row looks like. auto: recognised by the first row's fields."
@@ -57,4 +59,7 @@ class EvalConfig(ModelKeys, AdapterKeys, WeightKeys, RuntimeKeys):
     )
     apply_chat_template: Bool = Field(False, description="tasks: ask through the model's chat template.")
     batch_size: Int = Field(8, ge=1, description="Answers generated at the same time.")
+    scores_file: str | None = Field(
+        None, description="Reward models: where the scores go, a JSON object for each row in the order of the rows."
+    )
     output_file: str | None = Field(None, description="Where the numbers go as JSON.")

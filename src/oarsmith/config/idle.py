@@ -14,7 +14,9 @@ from .base import JobConfig
 from .checkpoints import ConvertConfig
 from .dpo import DpoConfig
 from .inference import CacheKeys, GenerateConfig, ModeKeys, SpeculativeKeys
+from .preferences import ProcessKeys
 from .resolved import is_given
+from .reward import RewardConfig
 from .train import TrainConfig
 
 C = TypeVar("C", bound=JobConfig)
@@ -67,6 +69,13 @@ IDLE: tuple[Idle[Any], ...] = (
         lambda c: c.f_divergence_type != "alpha_divergence",
         "f_divergence_type is another one",
     ),
+    Idle(
+        RewardConfig,
+        ("loss_type", "label_smoothing", "center_rewards_coefficient", "regularization"),
+        lambda c: c.process_reward,
+        "process_reward judges steps, not pairs",
+    ),
+    Idle(ProcessKeys, ("reward_tokens", "step_separator"), lambda c: not c.process_reward, "process_reward is off"),
     Idle(
         TrainConfig, ("eval_steps",), lambda c: c.evaluation_strategy != "steps", "evaluation_strategy is another one"
     ),

@@ -90,6 +90,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "skip_warmup": "corpora are mapped, and never read through before training",
     "hidden_dropout_prob": _DROPOUT,
     "attention_probs_dropout_prob": _DROPOUT,
+    "disable_dropout": _DROPOUT,
     "strategy_type": "strategy_name says it; see the key rope_scaling_type",
     "to_static": "Paddle's graph compiler; see the key torch_compile",
     "skip_profile_timer": "the log always shows where the time goes",
@@ -101,6 +102,8 @@ WITHOUT_EFFECT: dict[str, str] = {
     "append_attn": _KERNEL,
     "inference_model": _KERNEL,
     "model_prefix": "a name inside Paddle's static graph files",
+    "normalizer_type": "only with normalize_score_during_training; see regularization for scores around 0",
+    "momentum": "only with normalize_score_during_training; see regularization for scores around 0",
     "wandb_api_key": "Weights & Biases reads its key from the environment or 'wandb login'; see report_to",
 }
 
@@ -149,9 +152,7 @@ NOT_BUILT: dict[str, NotBuilt] = {
     "benchmark": _switch("a benchmark mode", "set it to false; 'oarsmith bench' measures"),
     "autotuner_benchmark": _switch("a benchmark mode"),
     "ckpt_quant_stage": NotBuilt(frozenset({"o0", "none", ""}), "quantized optimizer states", "set it to O0"),
-    "ref_model_update_steps": NotBuilt(
-        frozenset({"-1", "0", "none"}), "a reference that follows the model", "set it to -1"
-    ),
+    "normalize_score_during_training": _switch("scores divided by their running deviation"),
     "quant_type": NotBuilt(_OFF, "quantized inference", 'set it to ""'),
 }
 

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from .base import Bool, Float, Int, JobConfig
+from .base import Bool, Float, Int, JobConfig, Words
 
 
 class PromptKeys(JobConfig):
@@ -64,4 +64,17 @@ class StepKeys(JobConfig):
         min_length=1,
         description="Text put behind each judged step; the step is judged at its last token. PaddleNLP's "
         "placeholder_token, such as 'ки', is another name of it.",
+    )
+
+
+class ProcessKeys(StepKeys):
+    title: ClassVar[str] = "Judged steps"
+
+    process_reward: Bool = Field(
+        False,
+        description="Rows are single answers whose steps are judged (process rewards), not pairs. The model stays one "
+        "that writes: of two tokens the likelier one says how good a step is.",
+    )
+    reward_tokens: Words = Field(
+        ("+", "-"), description="process_reward: the tokens for a good step and for a bad one, separated by a comma."
     )

@@ -13,6 +13,7 @@ CONFIG_CLASSES: dict[str, tuple[str, str]] = {
     "sft": ("sft", "SftConfig"),
     "dpo": ("dpo", "DpoConfig"),
     "kto": ("dpo", "KtoConfig"),
+    "reward": ("reward", "RewardConfig"),
     "compare": ("compare", "CompareConfig"),
     "generate": ("inference", "GenerateConfig"),
     "chat": ("inference", "ChatConfig"),

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 from .base import Bool, Float, Int, Strings
 from .groups import ModelKeys, RuntimeKeys
 from .inference import CacheKeys, SpeculativeKeys, WeightKeys
+from .preferences import ProcessKeys
 
 
 def _to_pairs(value: object) -> object:
@@ -31,7 +32,7 @@ def _to_pairs(value: object) -> object:
 Pairs = Annotated[tuple[str, ...], BeforeValidator(_to_pairs)]
 
 
-class ServeConfig(ModelKeys, WeightKeys, SpeculativeKeys, CacheKeys, RuntimeKeys):
+class ServeConfig(ModelKeys, WeightKeys, SpeculativeKeys, CacheKeys, ProcessKeys, RuntimeKeys):
     """All keys of ``oarsmith serve``: a model behind HTTP, gRPC and a page."""
 
     title: ClassVar[str] = "Server"

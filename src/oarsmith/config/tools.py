@@ -29,7 +29,7 @@ class PreviewConfig(ModelKeys, DataKeys, PromptKeys, StepKeys):
     title: ClassVar[str] = "Preview"
     command: ClassVar[str] = "preview"
     positional: ClassVar[tuple[str, ...]] = ("model_name_or_path", "dataset_name_or_path")
-    also_accepts: ClassVar[tuple[str, ...]] = ("sft", "dpo", "kto")
+    also_accepts: ClassVar[tuple[str, ...]] = ("sft", "dpo", "kto", "reward")
 
     count: Int = Field(3, ge=1, description="Samples to show.")
     stage: Literal["auto", "sft", "dpo", "kto", "reward"] = Field(

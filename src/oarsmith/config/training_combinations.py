@@ -10,7 +10,7 @@ from typing import Any
 from .adapter_lowbit import IN_BLOCKS, WITH_ABSMAX
 from .adapters import AdapterKeys
 from .base import JobConfig
-from .dpo import JudgedConfig
+from .dpo import DpoConfig, JudgedConfig
 from .factor_combinations import FACTORS
 from .groups import EvalRowKeys, RunKeys
 from .impossible import Impossible
@@ -152,6 +152,12 @@ TRAINING: tuple[Impossible[Any], ...] = (
         lambda c: c.metric_for_best_model not in ("loss", "accuracy"),
         "{metric_for_best_model} is a number of single texts, and evaluations here are of judged answers",
         "set metric_for_best_model to loss or accuracy",
+    ),
+    Impossible(
+        DpoConfig,
+        lambda c: c.ref_model_update_steps > 0 and c.ignore_data_skip,
+        "what the reference has become is kept with the place in the data, which ignore_data_skip leaves",
+        "set ref_model_update_steps to -1, or ignore_data_skip to false",
     ),
     _not_judged("z_loss", "preference losses look at no softmax alone", "0"),
     _not_judged("use_ssa", "its groups follow a text's whole length, so answers could not share a prompt", "false"),

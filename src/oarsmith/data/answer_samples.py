@@ -42,6 +42,7 @@ class AnswerOptions:
 
     Attributes:
         kind: what every row has to be; "point" makes two rows of a pair. None: each row is what it is.
+        unjudged: rows of answers that nobody judged are taken too.
         mismatched: rows of one answer get a second one, given to another prompt (KTO's KL term).
         share: a prompt lies in a batch once (``models/sharing.py``); else a row takes a copy for each answer.
         max_length: tokens of the longest row, prompt and all answers together.
@@ -52,6 +53,7 @@ class AnswerOptions:
     """
 
     kind: Kind | None = "pair"
+    unjudged: bool = False
     mismatched: bool = False
     share: bool = True
     max_length: int = 4096

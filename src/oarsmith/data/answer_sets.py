@@ -11,7 +11,7 @@ from oarsmith.data.answer_samples import AnswerEncoder, AnswerOptions, EncodedAn
 from oarsmith.data.answers import Answered
 from oarsmith.data.dataset import PROGRESS_EVERY, Progress
 from oarsmith.data.judged import Judged, Kind, pointwise, with_mismatched
-from oarsmith.data.preferences import read_judged
+from oarsmith.data.preferences import read_answered, read_judged
 from oarsmith.data.records import ReadLog, read_records
 from oarsmith.data.report import DataReport
 from oarsmith.data.rows import fingerprint_of
@@ -56,7 +56,7 @@ def judged_rows(source: str | Path, options: AnswerOptions, report: DataReport) 
     for record in read_records(source, options.split, log=log, on_malformed=options.on_malformed):
         report.rows += 1
         try:
-            judged = read_judged(record)
+            judged = read_answered(record) if options.unjudged else read_judged(record)
             if options.kind == "point" and judged.kind == "pair":
                 report.rows += 1
                 report.notes[PAIRS_SPLIT] += 1

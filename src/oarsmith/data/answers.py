@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -186,6 +187,62 @@ def make_answer_batch(rows: Sequence[Answered], *, share: bool = True) -> Answer
         step_ends_S=torch.from_numpy(np.concatenate(parts.step_ends)),
         step_labels_S=_doubles(label for row in rows for label in row.step_labels),
     )
+
+
+def only(batch: AnswerBatch, keep_A: Tensor) -> AnswerBatch:
+    """The batch with these answers (bool [A]) alone, and with the prompts that have one of them."""
+    if bool(keep_A.all()):
+        return batch
+    sizes_A = torch.tensor(batch.bounds_E).diff()
+    source_E = batch.source_E[keep_A.repeat_interleave(sizes_A)]
+    used_T = torch.zeros(batch.num_tokens, dtype=torch.bool)
+    used_T[source_E] = True
+    new_T, new_A = used_T.cumsum(0) - 1, keep_A.cumsum(0) - 1
+    keep_N = keep_A[batch.answers_N]
+    predictors_N, predicted_N = new_T[batch.predictors_N[keep_N]], batch.predicted_N[keep_N]
+    num_tokens = int(used_T.sum())
+    kept_prompts, prompts_A = batch.prompts_A[keep_A].unique_consecutive(return_inverse=True)
+    sizes = [int(used_T[batch.bounds[at] : batch.bounds[at + 1]].sum()) for at in kept_prompts.tolist()]
+    keep_S = used_T[batch.step_ends_S]
+    return replace(
+        batch,
+        input_ids=batch.input_ids[used_T],
+        positions=batch.positions[used_T],
+        bounds=(0, *accumulate(sizes)),
+        targets=torch.zeros(num_tokens, dtype=torch.int64).index_copy_(0, predictors_N, predicted_N),
+        weights=torch.zeros(num_tokens).index_add_(0, predictors_N, torch.ones(len(predictors_N))),
+        num_tokens=num_tokens,
+        num_trained=float(len(kept_prompts)),
+        where=tuple(batch.where[at] for at in kept_prompts.tolist()),
+        source_E=new_T[source_E],
+        bounds_E=(0, *accumulate(sizes_A[keep_A].tolist())),
+        predictors_N=predictors_N,
+        predicted_N=predicted_N,
+        answers_N=new_A[batch.answers_N[keep_N]],
+        prompts_A=prompts_A,
+        labels_A=batch.labels_A[keep_A],
+        margins_A=batch.margins_A[keep_A],
+        references_A=batch.references_A[keep_A],
+        step_ends_S=new_T[batch.step_ends_S[keep_S]],
+        step_labels_S=batch.step_labels_S[keep_S],
+    )
+
+
+def of_like_length(rows: Sequence[Answered], *, share: bool, capacity: int) -> Iterator[list[int]]:
+    """Indices of rows by batches of about ``capacity`` tokens, rows of like length together: a batch has few of them or
+    many."""
+    order = sorted(range(len(rows)), key=lambda index: rows[index].size(share=share))
+    chosen: list[int] = []
+    size = 0
+    for index in order:
+        more = rows[index].size(share=share)
+        if chosen and size + more > capacity:
+            yield chosen
+            chosen, size = [], 0
+        chosen.append(index)
+        size += more
+    if chosen:
+        yield chosen
 
 
 def with_references(rows: Sequence[Answered], logprobs: npt.NDArray[np.float64]) -> tuple[Answered, ...]:

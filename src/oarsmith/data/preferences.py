@@ -9,10 +9,12 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import nan
 from typing import Any
 
 from oarsmith.data import fields, formats
-from oarsmith.data.conversations import Conversation
+from oarsmith.data.conversations import Conversation, to_conversation
 from oarsmith.data.judged import Answer, Judged
 from oarsmith.data.judgements import filled, good, labelled, number, prompt_of, question, replies, reply, several, share
 from oarsmith.data.records import Record
@@ -45,6 +47,28 @@ def read_judged(record: Record) -> Judged:
             "and rejected; conversations alone are for oarsmith sft",
         )
     return reader(row)
+
+
+def read_answered(record: Record) -> Judged:
+    """One row as `read_judged` reads it, or an answer that nobody judged, whose label is nan: a conversation that ends
+    with it, in any format of those for `sft`, or TRL's `prompt` and `completion`.
+
+    Raises:
+        DataError: as `read_judged`, or there is no answer.
+    """
+    if is_preference(record.value):
+        return read_judged(record)
+    row = Record(fields.without_nulls(record.value), record.where)
+    if "prompt" in row.value and "completion" in row.value:
+        found = read_judged(Record({**row.value, "label": True}, record.where))
+    else:
+        told = to_conversation(row)
+        if told.document is not None:
+            raise DataError("a score is of an answer, and the row is a text", where=record.where, fix="give a dialogue")
+        asked, said = told.messages[:-1], told.messages[-1:]
+        answer = replies(row, "messages", said)
+        found = Judged(replace(prompt_of(row, asked, told.context), tools=told.tools), (answer,))
+    return replace(found, answers=(replace(found.answers[0], label=nan),))
 
 
 def _reader_of(value: Mapping[str, Any]) -> Callable[[Record], Judged] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,8 @@ def build_runner(
     served: Served, bank: AdapterBank | None, sizes: Sizes, speculation: Speculation, draft: Served | None
 ) -> Runner:
     """The cache and what fills it. ``bank``: of adapters that requests may choose; PyTorch computes them."""
+    if served.facts.num_scores is not None:  # nothing is ever in the cache
+        sizes = replace(sizes, num_pages=sizes.batch_size)
     native = served.native if bank is None else None
     if native is not None and draft is None:
         return native_runner(native, sizes, speculation)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oarsmith.engine.adapters import Adapters, AdapterSource
+from oarsmith.engine.answers import AnswerReader
 from oarsmith.engine.desk import Desk
 from oarsmith.engine.drain import drain
 from oarsmith.engine.intake import Ask, Intake, Prompt, as_batch
@@ -22,15 +23,17 @@ from oarsmith.engine.sampling import Sampling
 from oarsmith.engine.served import ModelOptions, open_guesser, serve
 from oarsmith.engine.stream import Stream
 from oarsmith.engine.ticket import Output, Ticket
-from oarsmith.errors import ConfigError
+from oarsmith.errors import ConfigError, ModelError
 from oarsmith.model_path import find_tokenizer
 from oarsmith.text import Tokenizer
 
 if TYPE_CHECKING:
     from oarsmith.adapters.bank import AdapterBank
+    from oarsmith.data.answers import Answered
     from oarsmith.models.decoder import Decoder
 
 _GREEDY = Sampling()
+_SCORED_BY = "oarsmith eval, Engine.score, or /pooling of a server"
 
 
 class Engine:
@@ -294,6 +297,49 @@ class Engine:
 
         return embed(self.model, documents)
 
+    @property
+    def num_scores(self) -> int | None:
+        """Of a reward model (one), which scores answers and writes none; None: the model writes."""
+        return self._served.facts.num_scores
+
+    def require_text(self) -> None:
+        """Refuse a model that writes none.
+
+        Raises:
+            ModelError: it is a reward model.
+        """
+        if self.num_scores is not None:
+            raise ModelError("this is a reward model: it scores answers and writes none", fix=f"use {_SCORED_BY}")
+
+    @cached_property
+    def answers(self) -> AnswerReader:
+        """Reads what ``score_rows`` scores."""
+        return AnswerReader(self.tokenizer, self._served.facts)
+
+    def score(self, conversations: Prompt | Sequence[Prompt]) -> list[float]:
+        """A reward model's scores of conversations that end with an answer, in their order. PyTorch computes them.
+
+        Args:
+            conversations: one or a list of them: messages, or a text or ids as they are, scored at the last token.
+
+        Raises:
+            OarsmithError: the model gives no scores, or there is no answer, or one is longer than the context.
+        """
+        read = enumerate(as_batch(conversations))
+        return [scores[0] for scores in self.score_rows([self.answers.read(c, where=f"text {n}") for n, c in read])]
+
+    def score_rows(self, rows: Sequence[Answered]) -> list[tuple[float, ...]]:
+        """As `score`, of all answers of encoded rows; a prompt is read once for its answers."""
+        from oarsmith.engine.scoring import score_rows
+
+        return score_rows(self.model, rows)
+
+    def score_steps(self, rows: Sequence[Answered], reward_tokens: tuple[int, int]) -> list[tuple[float, ...]]:
+        """How good the steps of answers are (``answers.read_steps``), from 0 to 1, by the ids for good and bad."""
+        from oarsmith.engine.scoring import score_steps
+
+        return score_steps(self.model, rows, reward_tokens)
+
     def forget(self) -> None:
         """Compute everything anew from now on: the model's weights are others."""
         self.runner.scheduler.forget()
@@ -325,6 +371,7 @@ class Engine:
 
     def _ticket(self, ask: Ask) -> Ticket:
         """A prompt with its answers, not yet open."""
+        self.require_text()
         requests, self._desk.runner = self._intake.requests(ask), self.runner
         self.runner.scheduler.check(requests[0])
         return Ticket("", requests)

@@ -18,12 +18,15 @@ GROUP = 32
 
 @torch.no_grad()
 def round_weights(model: Decoder, weights: str) -> None:
-    """Round the maps of the layers to ``int8`` or ``int4``, the embedding and the output matrix to int8, in place."""
+    """Round the maps of the layers to ``int8`` or ``int4``, the embedding and the output matrix to int8, in place.
+
+    A head of scores stays: it takes no room, and every digit of it counts.
+    """
     for module in model.modules():
         if isinstance(module, Linear):
             module.weight.copy_(rounded(module.weight, weights))
     model.embedding.weight.copy_(rounded(model.embedding.weight, "int8"))
-    if model.head.weight is not None:
+    if model.head.weight is not None and model.spec.head.num_scores is None:
         model.head.weight.copy_(rounded(model.head.weight, "int8"))
 
 

@@ -168,6 +168,8 @@ def open_guesser(
             how = ModelOptions(dtype=_DTYPES[str(weight.dtype)], device=str(weight.device), compute="torch")
         draft, where = serve(by, how, page_size), resolve(by)
         own = load_tokenizer(where.base) if (where.base / "tokenizer_config.json").is_file() else None
+    if draft.facts.num_scores is not None:
+        raise _no_guesser("a reward model writes no tokens that could be checked", "take another one")
     if not draft.facts.rules.revocable or draft.facts.rules.reread_after is not None:
         raise _no_guesser("a draft model of this kind cannot guess", "take another one")
     same = draft.facts.vocab_size == served.facts.vocab_size

@@ -37,7 +37,7 @@ def open_engine(config: Asking, batch_size: int = 1, adapters: Mapping[str, str]
         return StaticEngine(path, _tokenizer(config), batch_size=batch_size, cache_bytes=cache)
     if Path(config.model_name_or_path, "model.pt2").is_file():
         raise ConfigError("this is a compiled package", where=config.model_name_or_path, fix="add --mode static")
-    return Engine(
+    engine = Engine(
         config.model_name_or_path,
         _tokenizer(config),
         dtype=config.dtype,
@@ -52,6 +52,9 @@ def open_engine(config: Asking, batch_size: int = 1, adapters: Mapping[str, str]
         cache_dtype=config.cache_dtype if isinstance(config, CacheKeys) else "auto",
         **_speculation(config),
     )
+    if not isinstance(config, (EvalConfig, ServeConfig)):
+        engine.require_text()
+    return engine
 
 
 @contextmanager

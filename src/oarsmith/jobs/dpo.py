@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.console import Console
 
 from oarsmith.config.dpo import DpoConfig
@@ -16,6 +18,7 @@ from oarsmith.jobs.start import Start
 from oarsmith.losses.preference.objective import PreferenceLoss
 from oarsmith.losses.preference.pairs import Options
 from oarsmith.methods.data import TrainingData
+from oarsmith.methods.following import FollowedBatches
 from oarsmith.models.decoder import Decoder
 
 
@@ -39,7 +42,7 @@ def make_loss(config: DpoConfig) -> PreferenceLoss:
     if given and len(given) != len(names):
         what = f"{len(names)} loss types and {len(given)} weights"
         raise ConfigError(what, where="loss_weights", fix="give a weight for each loss_type")
-    return PreferenceLoss(
+    loss = PreferenceLoss(
         terms=tuple(zip(names, given or (1.0,) * len(names), strict=True)),
         options=Options(
             beta=config.beta,
@@ -55,12 +58,26 @@ def make_loss(config: DpoConfig) -> PreferenceLoss:
         reference_free=config.reference_free,
         weighted=config.use_weighting,
     )
+    if config.ref_model_update_steps > 0 and not loss.needs_reference:
+        what = f"{', '.join(names)} compares with no reference that could follow the model"
+        raise ConfigError(what, where="ref_model_update_steps", fix="set it to -1, or choose another loss_type")
+    return loss
 
 
 def _completed(config: DpoConfig, begin: Start, model: Decoder, data: TrainingData, console: Console) -> TrainingData:
     if not make_loss(config).needs_reference:
         return data
-    return judged.with_reference(config, begin, model, data, console)
+    data = judged.with_reference(config, begin, model, data, console)
+    if config.ref_model_update_steps <= 0:
+        return data
+    followed = FollowedBatches(
+        data.train,
+        model,
+        every=config.ref_model_update_steps,
+        accumulate=config.gradient_accumulation_steps,
+        total=training.total_steps(config, data.train),
+    )
+    return replace(data, train=followed)
 
 
 RECIPE: training.Recipe[DpoConfig] = training.Recipe(

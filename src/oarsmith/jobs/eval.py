@@ -1,4 +1,5 @@
-"""``oarsmith eval``: the perplexity of a text, the loss on rows with answers, or tasks of lm-evaluation-harness."""
+"""``oarsmith eval``: the perplexity of a text, the loss on rows with answers, tasks of lm-evaluation-harness, or what a
+reward model makes of answers."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from oarsmith.data.records import ReadLog, read_records
 from oarsmith.data.samples import SampleOptions
 from oarsmith.engine import Engine, Sampling
 from oarsmith.errors import ConfigError, DataError, MissingExtraError
+from oarsmith.jobs import eval_scores
 from oarsmith.jobs.ask import open_engine
 from oarsmith.jobs.console import make_console
 from oarsmith.jobs.runtime import runtime
@@ -42,7 +44,15 @@ def run(resolved: Resolved[EvalConfig]) -> int:
     with runtime(config):
         engine = open_engine(config, config.batch_size)
         assert engine.tokenizer is not None, "a path brings its tokenizer"
-        if config.tasks:
+        if config.process_reward or engine.num_scores is not None:
+            found = eval_scores.evaluate(config, engine, console)
+        elif config.scores_file is not None:
+            raise ConfigError(
+                "the model writes text and gives no scores",
+                where="scores_file",
+                fix="use a reward model, or leave it out",
+            )
+        elif config.tasks:
             found = _tasks(config, engine, console)
         elif _holds_documents(config):
             found = _text(config, engine, engine.tokenizer, console)

@@ -12,6 +12,7 @@ from oarsmith.engine.static_export import FACTS_FILE, export_static
 from oarsmith.errors import ConfigError
 from oarsmith.jobs.console import make_console
 from oarsmith.jobs.runtime import make_tokenizer, runtime
+from oarsmith.models.families import scoring
 from oarsmith.training.numbers import show_duration
 
 
@@ -30,6 +31,7 @@ def run(resolved: Resolved[ExportConfig]) -> int:
     with runtime(config):
         tokenizer = make_tokenizer(config)
         model = load_decoder(config.model_name_or_path, config.dtype, config.device, None)
+        scoring.require_text(model.config, "packages are for models that write")
         export_static(model, tokenizer, folder, said=lambda text: console.print(f"{text} ..."))
     size = sum(file.stat().st_size for file in folder.iterdir())
     console.print(f"wrote {folder}: {size / 2**20:,.0f} MiB in {show_duration(time.perf_counter() - begin)}")

@@ -1,4 +1,4 @@
-"""What ``oarsmith dpo`` and ``oarsmith kto`` share: rows with judged answers, and the reference's view of them."""
+"""What ``oarsmith dpo``, ``kto`` and ``reward`` share: rows with judged answers, and the reference's view of them."""
 
 from __future__ import annotations
 
@@ -36,11 +36,20 @@ class JudgedData(TrainingData):
     share: bool
 
 
-def build_data(config: JudgedConfig, begin: Start, tokenizer: Tokenizer, *, kind: Kind, mismatched: bool) -> JudgedData:
+def build_data(
+    config: JudgedConfig,
+    begin: Start,
+    tokenizer: Tokenizer,
+    *,
+    kind: Kind,
+    mismatched: bool,
+    step_separator: str = "\n",
+) -> JudgedData:
     """Rows in packed batches, which know nothing of the reference yet."""
     family, spec = families.build_spec(begin.config)
     share = shares_beginnings(rewrite_of(config, begin.base)(family, spec) if config.has_adapter else spec)
-    rows = read_rows(config, config, tokenizer, answer_options(config, kind=kind, mismatched=mismatched, share=share))
+    options = answer_options(config, kind=kind, mismatched=mismatched, share=share, step_separator=step_separator)
+    rows = read_rows(config, config, tokenizer, options)
     made = training_data(rows, config, config, share=share)
     return JudgedData(**vars(made), rows=rows, share=share)
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from oarsmith.adapters.merge import MergeProof, base_logits, merge_adapter, prompt_logits, prove
 from oarsmith.atomic import atomic_directory, atomic_write_text
+from oarsmith.checkpoint.config_file import read_config
 from oarsmith.checkpoint.hf import write_decoder
 from oarsmith.checkpoint.quantized.written import write_requantized
 from oarsmith.config.checkpoints import MergeAdapterConfig
@@ -21,6 +22,7 @@ from oarsmith.jobs.convert import check_destination
 from oarsmith.jobs.unmerge_adapter import print_unmerged, unmerge
 from oarsmith.loading import load_model
 from oarsmith.model_path import adapter_directory, find_tokenizer, resolve
+from oarsmith.models import families
 from oarsmith.text import Tokenizer
 
 # General prompts for the proof where the caller has none of its own.
@@ -59,7 +61,8 @@ def run(resolved: Resolved[MergeAdapterConfig]) -> int:
         requantize=config.requantize,
     )
     print_proof(proof, console)
-    console.print(f"merged model: {output_dir}\nnext: oarsmith chat {output_dir}")
+    scores = families.build_spec(read_config(output_dir))[1].head.num_scores
+    console.print(f"merged model: {output_dir}\nnext: oarsmith {'chat' if scores is None else 'serve'} {output_dir}")
     return 0
 
 
@@ -110,6 +113,8 @@ def merge(
     ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
     adapted, plain = prompt_logits(model, ids), base_logits(model, ids)
     merged = merge_adapter(model, keep=False)
+    if merged.spec.head.num_scores is not None:  # by it transformers finds where to read a score
+        merged.config["pad_token_id"] = tokenizer.plain_pad_id
     with atomic_directory(output_dir) as folder:
         if requantize:
             write_requantized(base, merged, folder)

@@ -32,11 +32,12 @@ from oarsmith.jobs.train import Recipe
 from oarsmith.models.decoder import Decoder
 from oarsmith.training.environment import describe_environment
 from oarsmith.training.forensics import RecordedStep, differs_by, only_document, read_step
+from oarsmith.training.objective import StepObjective
 from oarsmith.training.statistics import StepStatistics, Summary, measure_step
 
 EXIT_NOT_FINITE = 1
 # Jobs whose steps can be kept; each module has a RECIPE.
-_JOBS = {"sft": "oarsmith.jobs.sft", "pretrain": "oarsmith.jobs.pretrain"}
+_JOBS = {job: f"oarsmith.jobs.{job}" for job in ("sft", "pretrain", "dpo", "kto", "reward")}
 _MOST_GRADIENTS = 12
 _VALUES: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
@@ -51,6 +52,8 @@ def run(resolved: Resolved[ReplayConfig]) -> int:
     with runtime(run_config) as device:
         model = _load(step, run_config, recipe, device)
         objective = recipe.objective(run_config)
+        if isinstance(objective, StepObjective):
+            objective.load_state(step.report.objective)
         torch.set_rng_state(step.rng)
         found = measure_step(model, objective, batches, loss_scale=step.report.loss_scale)
     _show(console, found, step)

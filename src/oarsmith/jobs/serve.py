@@ -18,9 +18,10 @@ from oarsmith.config.serve import ServeConfig
 from oarsmith.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
+    from oarsmith.engine import Engine
     from oarsmith.serve.access_log import AccessLog
     from oarsmith.serve.keys import Keys
-    from oarsmith.serve.service import Service
+    from oarsmith.serve.service import Service, Steps
 
 _NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
 _UI_KEY = "OARSMITH_API_KEY"
@@ -111,6 +112,7 @@ def make_service(config: ServeConfig, num_threads: int | None = None) -> Service
         raise ConfigError(
             "the model has no tokenizer", where=config.model_name_or_path, fix="give tokenizer_name_or_path"
         )
+    steps = make_steps(config, engine)
     limits = Limits(
         max_prompt_tokens=config.max_prompt_tokens,
         max_new_tokens=config.max_new_tokens,
@@ -118,17 +120,31 @@ def make_service(config: ServeConfig, num_threads: int | None = None) -> Service
         seconds=config.request_seconds,
     )
     worker = Worker(engine, max_waiting=config.max_waiting)
-    return Service(worker, name, tuple(adapters), limits, defaults)
+    return Service(worker, name, tuple(adapters), limits, defaults, steps)
+
+
+def make_steps(config: ServeConfig, engine: Engine) -> Steps | None:
+    """How steps of answers are judged, where the model is to do that."""
+    if not config.process_reward:
+        return None
+    if engine.num_scores is not None:
+        what = "the model scores whole answers; process rewards are of a model that writes"
+        raise ConfigError(what, where="process_reward", fix="set it to false")
+    from oarsmith.jobs.reward_tokens import reward_ids
+    from oarsmith.serve.service import Steps
+
+    assert engine.tokenizer is not None, "refused before"
+    return Steps(separator=config.step_separator, reward_tokens=reward_ids(config, engine.tokenizer))
 
 
 def make_app(config: ServeConfig, service: Service, keys: Keys | None) -> Any:
     """Every protocol on the service, behind the gate."""
-    from oarsmith.serve import gate, health, metrics, openai
+    from oarsmith.serve import gate, health, metrics, openai, scores
     from oarsmith.serve.app import create_app
     from oarsmith.serve.kserve import http as kserve
 
     measured = metrics.Metrics(service)
-    routers = [health.router(service), openai.router(service), kserve.router(service)]
+    routers = [health.router(service), openai.router(service), scores.router(service), kserve.router(service)]
     if config.metrics != "off":
         routers.append(metrics.router(measured))
     rules = gate.Rules(

@@ -54,6 +54,11 @@ class Start:
         return families.build_spec(self.config)[1].vocab_size
 
     @property
+    def num_scores(self) -> int | None:
+        """Of a model that scores texts instead of writing them."""
+        return families.build_spec(self.config)[1].head.num_scores
+
+    @property
     def max_positions(self) -> int:
         return families.build_spec(self.config)[1].max_positions
 
@@ -81,9 +86,20 @@ def stretched(config: TrainConfig, contents: Mapping[str, Any]) -> Mapping[str, 
     return stretch(contents, config.rope_scaling_type, config.rope_scaling_factor)
 
 
-def from_checkpoint(config: TrainConfig, base: Path) -> Start:
-    """Its weights, and its config with the context the run asks for."""
-    return Start(base=base, config=stretched(config, read_config(base)))
+def from_checkpoint(config: TrainConfig, base: Path, *, scoring: bool = False) -> Start:
+    """Its weights, and its config with the context the run asks for.
+
+    Args:
+        scoring: it may be a reward model, of one score.
+
+    Raises:
+        ConfigError: it is no model that can be trained so.
+    """
+    begin = Start(base=base, config=stretched(config, read_config(base)))
+    if begin.num_scores is not None and not (scoring and begin.num_scores == 1):
+        what = f"{base} gives {begin.num_scores} scores and writes no text"
+        raise ConfigError(what, where="model_name_or_path", fix="begin with a model that writes")
+    return begin
 
 
 def settle_dtype(resolved: Resolved[C], device: torch.device) -> Resolved[C]:

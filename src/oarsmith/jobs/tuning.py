@@ -29,10 +29,10 @@ def inputs(config: TuneConfig) -> list[str | None]:
     return [config.dataset_name_or_path, config.eval_dataset_path]
 
 
-def start(resolved: Resolved[T], device: torch.device) -> tuple[Resolved[T], Start]:
-    """A checkpoint; ``max_length`` fits its context."""
+def start(resolved: Resolved[T], device: torch.device, *, scoring: bool = False) -> tuple[Resolved[T], Start]:
+    """A checkpoint; ``max_length`` fits its context. ``scoring``: it may be a reward model."""
     config = resolved.config
-    begin = starting.from_checkpoint(config, starting.model_directory(config))
+    begin = starting.from_checkpoint(config, starting.model_directory(config), scoring=scoring)
     return fit_max_length(starting.settle_dtype(resolved, device), config.max_length, begin.max_positions), begin
 
 

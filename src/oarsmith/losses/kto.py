@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from oarsmith.data.answers import AnswerBatch
+from oarsmith.data.answers import AnswerBatch, only
 from oarsmith.data.batch import Batch
-from oarsmith.losses.answers import only, score_answers
+from oarsmith.losses.answers import score_answers
 from oarsmith.models.decoder import Decoder
 from oarsmith.training.objective import Objective, Outcome, StepObjective
 

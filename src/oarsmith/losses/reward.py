@@ -5,7 +5,7 @@ Shapes: T tokens, E tokens of the whole documents, P pairs, A answers (chosen an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,9 +18,6 @@ from oarsmith.data.batch import Batch
 from oarsmith.losses.answers import answer_hidden
 from oarsmith.models.decoder import Decoder
 from oarsmith.training.objective import Objective, Outcome, StepObjective
-
-# Hidden states [K, D] before the final norm to their values [K].
-Values = Callable[[Decoder, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,30 +75,30 @@ def steps_loss(logits_S2: Tensor, labels_S: Tensor) -> Tensor:
     return -(labels_S * log_p[:, 0] + (1 - labels_S) * log_p[:, 1])
 
 
+def answer_values(model: Decoder, batch: AnswerBatch) -> Tensor:
+    """[A] values of answers, in fp32, by a model with one score."""
+    last_A = torch.tensor(batch.bounds_E[1:]) - 1
+    return model.scores(answer_hidden(model, batch)[batch.source_E[last_A].to(model.device)])[:, 0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RewardLoss:
-    """Mean over pairs. Batches are ``AnswerBatch`` with two answers a prompt, the chosen one first.
+    """Mean over pairs, of a model with one score. Batches are ``AnswerBatch`` with two answers a prompt, the chosen one
+    first."""
 
-    Args:
-        values: the reward head.
-    """
-
-    values: Values
     options: RewardOptions = RewardOptions()
 
     def __call__(self, model: Decoder, batch: Batch, scale: float) -> Outcome:
         assert isinstance(batch, AnswerBatch) and batch.num_answers == 2 * len(batch.where), "two answers a prompt"
         device = model.device
-        hidden_TD, source_E = answer_hidden(model, batch), batch.source_E.to(device)
         margins_P = batch.margins_A[0::2].to(device)
-        last_A = torch.tensor(batch.bounds_E[1:], device=device) - 1
         if self.options.kind == "sequence-wise":
-            values_A = self.values(model, hidden_TD[source_E[last_A]]).double()
+            values_A = answer_values(model, batch).double()
             losses = compare(values_A[0::2], values_A[1::2], margins_P, self.options)
         else:
-            values_T = self.values(model, hidden_TD).double()
-            values_A = values_T[source_E[last_A]]
-            along = values_T[source_E].split(torch.tensor(batch.bounds_E).diff().tolist())
+            values_E = model.scores(answer_hidden(model, batch))[:, 0].double()[batch.source_E.to(device)]
+            along = values_E.split(torch.tensor(batch.bounds_E).diff().tolist())
+            values_A = torch.stack([values[-1] for values in along])
             losses = token_wise(along[0::2], along[1::2], first_differences(batch), margins_P, self.options)
         total = losses.sum()
         chosen, rejected = values_A.detach()[0::2], values_A.detach()[1::2]

@@ -18,7 +18,7 @@ import torch
 
 from oarsmith.atomic import atomic_write_bytes
 from oarsmith.compiling import cache_directory
-from oarsmith.data.answers import Answered, make_answer_batch
+from oarsmith.data.answers import Answered, make_answer_batch, of_like_length
 from oarsmith.data.rows import fingerprint_of
 from oarsmith.losses.answers import score_answers
 from oarsmith.models.decoder import Decoder
@@ -71,20 +71,9 @@ def compute_references(
     """
     found, training = np.empty((len(rows), len(rows[0].answers))), model.training
     model.eval()
-    # Rows of like length together: a batch has few of them or many.
-    order = sorted(range(len(rows)), key=lambda index: rows[index].size(share=share))
-    at = 0
-    while at < len(order):
-        chosen, size = [order[at]], rows[order[at]].size(share=share)
-        while at + len(chosen) < len(order):
-            more = rows[order[at + len(chosen)]].size(share=share)
-            if size + more > capacity:
-                break
-            chosen.append(order[at + len(chosen)])
-            size += more
+    for chosen in of_like_length(rows, share=share, capacity=capacity):
         batch = make_answer_batch([rows[index] for index in chosen], share=share)
         found[chosen] = score_answers(model, batch).sums_A.view(len(chosen), -1).cpu().numpy()
-        at += len(chosen)
         told(batch.num_tokens, len(chosen))
     model.train(training)
     return found

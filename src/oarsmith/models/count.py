@@ -37,7 +37,7 @@ def parameter_sizes(spec: DecoderSpec) -> dict[str, int]:
         found |= {f"layers.{index}.{name}": size for name, size in _layer_sizes(layer).items()}
     found |= _norm("final_norm", spec.final_norm) | _linear("head.projection", head.projection)
     if not head.tied:
-        found["head.weight"] = spec.vocab_size * _head_width(spec)
+        found["head.weight"] = _head_rows(spec) * _head_width(spec)
     return found
 
 
@@ -165,7 +165,7 @@ class FlopCounter:
         for name, size in of_head.items():
             self._add(self._head, _Product(name, size, False), trained, True)
         matrix = "embedding.weight" if spec.head.tied else "head.weight"
-        self._add(self._head, _Product(matrix, spec.vocab_size * _head_width(spec), True), trained, upstream)
+        self._add(self._head, _Product(matrix, _head_rows(spec) * _head_width(spec), True), trained, upstream)
 
     def count(self, pairs: Pairs, *, num_tokens: float, num_head_tokens: float) -> Flops:
         """Of a pass over ``num_tokens`` tokens, of which ``num_head_tokens`` go through the output matrix."""
@@ -303,6 +303,10 @@ def _norm(name: str, norm: NormSpec | None) -> dict[str, int]:
     size = norm.size * (norm.heads or 1)
     found = {f"{name}.weight": size} if norm.affine else {}
     return found | ({f"{name}.bias": size} if norm.affine and norm.bias else {})
+
+
+def _head_rows(spec: DecoderSpec) -> int:
+    return spec.vocab_size if spec.head.num_scores is None else spec.head.num_scores
 
 
 def _head_width(spec: DecoderSpec) -> int:

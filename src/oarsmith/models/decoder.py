@@ -129,6 +129,12 @@ class Decoder(nn.Module):
         own_NV, *added = (functional.linear(*product) for product in self._head_products(hidden_ND))
         return self.head.bend(sum(added, own_NV))
 
+    def scores(self, hidden_ND: Tensor) -> Tensor:
+        """Scores [N, S] of chosen hidden states in fp32, by a head that has some (``HeadSpec.num_scores``)."""
+        assert self.spec.head.num_scores is not None, "the head gives logits"
+        inputs_ND, weight_SD = self.head_inputs(hidden_ND)
+        return functional.linear(inputs_ND.float(), weight_SD.float())
+
     def head_loss(
         self, hidden_ND: Tensor, targets_N: Tensor, coef_N: Tensor, *, z_loss: float = 0.0
     ) -> kernels.HeadResult:

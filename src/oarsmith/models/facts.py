@@ -11,13 +11,15 @@ from oarsmith.models.spec import DecoderSpec, PrefixLM, ResetAfter
 @dataclass(frozen=True)
 class ModelFacts:
     """``max_positions``: the context. ``visibility``: the rule that decides who sees whom, beside causality.
-    ``num_virtual``: tokens of the context that stand in front of every sequence (see ``part.py``)."""
+    ``num_virtual``: tokens of the context that stand in front of every sequence (see ``part.py``). ``num_scores``: of a
+    model that scores texts and writes none; else None."""
 
     vocab_size: int
     max_positions: int
     visibility: PrefixLM | ResetAfter | None
     rules: CacheRules
     num_virtual: int = 0
+    num_scores: int | None = None
 
     @property
     def room(self) -> int:
@@ -27,4 +29,11 @@ class ModelFacts:
     @staticmethod
     def of(spec: DecoderSpec) -> ModelFacts:
         """The facts of a decoder."""
-        return ModelFacts(spec.vocab_size, spec.max_positions, spec.visibility, CacheRules.of(spec), spec.num_virtual)
+        return ModelFacts(
+            spec.vocab_size,
+            spec.max_positions,
+            spec.visibility,
+            CacheRules.of(spec),
+            spec.num_virtual,
+            spec.head.num_scores,
+        )

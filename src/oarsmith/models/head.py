@@ -11,14 +11,15 @@ from oarsmith.models.spec import HeadSpec
 
 
 class Head(nn.Module):
-    """``weight`` [V, D] is its own matrix; a tied head has none and is given the embedding table."""
+    """``weight`` [V, D] is its own matrix, or [S, D] for scores; a tied head has none and gets the embedding table."""
 
     def __init__(self, spec: HeadSpec, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.spec = spec
         self.projection = build_linear(spec.projection) if spec.projection is not None else None
         size = hidden_size if spec.projection is None else spec.projection.out_features
-        self.weight = None if spec.tied else nn.Parameter(torch.empty(vocab_size, size))
+        num_rows = vocab_size if spec.num_scores is None else spec.num_scores
+        self.weight = None if spec.tied else nn.Parameter(torch.empty(num_rows, size))
 
     def inputs(self, hidden_ND: Tensor) -> Tensor:
         """What the matrix is multiplied with. The logits' scale goes in here: it is one number a row."""

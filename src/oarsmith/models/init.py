@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.norm import LayerNorm, RMSNorm
+from oarsmith.models.spec import DecoderSpec
 
 
 @torch.no_grad()
@@ -31,6 +34,19 @@ def init_weights(model: Decoder, seed: int) -> None:
             std = spec.init_std if spec.residual_init_std is None or not writes else spec.residual_init_std
             for name, parameter in module.named_parameters(recurse=False):
                 _fill(parameter, name, std, generator)
+
+
+def fresh_scores(spec: DecoderSpec, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Values that a head of scores begins with, as transformers draws them: normal(0, ``spec.init_std``), fp32."""
+    return torch.empty(tuple(shape)).normal_(0.0, spec.init_std, generator=generator)
+
+
+@torch.no_grad()
+def reset_scores(model: Decoder, seed: int) -> None:
+    """Give a model the head of scores that training begins with."""
+    weight = model.head.weight
+    assert weight is not None, "a head of scores is never tied"
+    weight.copy_(fresh_scores(model.spec, weight.shape, torch.Generator().manual_seed(seed)))
 
 
 def _fill(parameter: nn.Parameter, name: str, std: float, generator: torch.Generator) -> None:

@@ -8,7 +8,7 @@ weights. The list of a family must consume every tensor of the file and fill eve
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -58,6 +58,11 @@ class NameMap:
 
     operators: tuple[Place | Ignored | Duplicate, ...]
     optional_prefix: str = ""
+
+    def without(self, parameter: str) -> NameMap:
+        """All but what lies in one parameter, which the files do not have."""
+        kept = (one for one in self.operators if not isinstance(one, Place) or one.parameter != parameter)
+        return replace(self, operators=tuple(kept))
 
     @property
     def places(self) -> tuple[Place, ...]:

@@ -129,7 +129,8 @@ class HeadSpec:
     """The last hidden state to logits: projection, matrix, scale, softcap, in this order.
 
     ``tied``: the matrix is the embedding table. ``normalized``: its rows are divided by their length. ``softcap`` c:
-    logits become c * tanh(logit / c).
+    logits become c * tanh(logit / c). ``num_scores``: the matrix has so many rows and gives scores of texts in place of
+    logits of tokens (a reward model: one); None: a row a token.
     """
 
     tied: bool
@@ -137,6 +138,7 @@ class HeadSpec:
     normalized: bool = False
     scale: float = 1.0
     softcap: float | None = None
+    num_scores: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

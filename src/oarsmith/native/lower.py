@@ -46,6 +46,8 @@ def refusal(spec: DecoderSpec) -> str | None:
                 return "latents with a bias"
             case GQA(qk_norm=QKNorm(over="projection", q=LayerNormSpec()), head_dim=dim) if dim % 16:
                 return "layer norms over projections of heads that are no multiple of 16"
+    if spec.head.num_scores is not None:
+        return "a head of scores"
     if spec.parts:
         return spec.parts[0].what
     rewritten = next((path for path, linear in linear_specs(spec) if linear.rewrite is not None), None)

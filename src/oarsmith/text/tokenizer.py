@@ -195,6 +195,11 @@ class Tokenizer:
         token = self.special.named.get(role)
         return None if token is None else self.backend.token_to_id(token.content)
 
+    @property
+    def plain_pad_id(self) -> int | None:
+        """The padding, unless an answer may end with it too: then its end would not be found behind padding."""
+        return None if self.pad_id in (*self.stop_ids, self.eos_id) else self.pad_id
+
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: eos of generation_config.json, eos, and the token that ends the template's turns."""

@@ -16,7 +16,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,12 +28,13 @@ from torch import Tensor
 from oarsmith.atomic import atomic_directory, atomic_write_text
 from oarsmith.checkpoint.safetensors_stream import SafetensorsWriter, TensorInfo
 from oarsmith.config.resolved import RUN_FILE
+from oarsmith.data.answers import AnswerBatch, only
 from oarsmith.data.batch import Batch
 from oarsmith.errors import CheckpointError
 from oarsmith.models.decoder import Decoder
 from oarsmith.training.checkpoint import file_hash
 from oarsmith.training.environment import describe_environment
-from oarsmith.training.objective import Objective
+from oarsmith.training.objective import Objective, StepObjective
 from oarsmith.training.seeds import seed_step
 from oarsmith.training.statistics import StepStatistics, measure_step
 from oarsmith.training.step import StepResult
@@ -48,7 +49,8 @@ REPORT, DOCUMENTS, BATCH, STATISTICS, WEIGHTS = (
     "statistics.json",
     "weights",
 )
-_FIELDS = ("input_ids", "positions", "bounds", "targets", "weights", "num_trained")
+# Of a batch: its size is that of its ids, and the places of its documents are in the file of these.
+_NOT_TENSORS = ("num_tokens", "where")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,7 @@ class Report(BaseModel):
     first_not_finite: str | None
     parameters_not_finite: list[str]
     micro_batch_losses: list[float]
+    objective: dict[str, float] = {}
     config: dict[str, Any]
     environment: dict[str, Any]
     hashes: dict[str, str]
@@ -179,6 +182,7 @@ class Recorder:
             first_not_finite=found.first_not_finite(),
             parameters_not_finite=[name for name, summary in found.weights.items() if summary.not_finite],
             micro_batch_losses=list(found.losses),
+            objective=self.objective.state() if isinstance(self.objective, StepObjective) else {},
             config=self.model.config,
             environment=describe_environment(),
             hashes=hashes,
@@ -258,28 +262,25 @@ def _write_batches(path: Path, batches: Sequence[Batch], rng: Tensor) -> None:
 
 
 def _tensors_of(batch: Batch) -> dict[str, Tensor]:
-    bounds, trained = torch.tensor(batch.bounds), torch.tensor(batch.num_trained, dtype=torch.float64)
-    values = (batch.input_ids, batch.positions, bounds, batch.targets, batch.weights, trained)
-    return dict(zip(_FIELDS, (value.cpu() for value in values), strict=True))
+    names = [field.name for field in fields(batch) if field.name not in _NOT_TENSORS]
+    values = {name: getattr(batch, name) for name in names}
+    # Counts keep all their digits.
+    kept = {name: torch.tensor(v, dtype=torch.float64) if isinstance(v, float) else v for name, v in values.items()}
+    return {name: torch.as_tensor(value).cpu() for name, value in kept.items()}
 
 
 def _read_batches(tensors: Mapping[str, Tensor], documents: Sequence[Mapping[str, Any]]) -> list[Batch]:
     numbers = sorted({int(name.split("/")[0]) for name in tensors if "/" in name})
     found = []
     for number in numbers:
-        ids, positions, bounds, targets, weights, trained = (tensors[f"{number}/{name}"] for name in _FIELDS)
-        found.append(
-            Batch(
-                input_ids=ids,
-                positions=positions,
-                bounds=tuple(bounds.tolist()),
-                targets=targets,
-                weights=weights,
-                num_tokens=len(ids),
-                num_trained=float(trained),
-                where=tuple(str(entry["where"]) for entry in documents if entry["micro_batch"] == number),
-            )
-        )
+        prefix = f"{number}/"
+        own: dict[str, Any] = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        for name in ("bounds", "bounds_E"):
+            if name in own:
+                own[name] = tuple(own[name].tolist())
+        own |= {"num_trained": float(own["num_trained"]), "num_tokens": len(own["input_ids"])}
+        own["where"] = tuple(str(entry["where"]) for entry in documents if entry["micro_batch"] == number)
+        found.append((AnswerBatch if "source_E" in own else Batch)(**own))
     return found
 
 
@@ -293,6 +294,8 @@ def only_document(batches: Sequence[Batch], number: int) -> Batch:
     if not 0 <= number < len(places):
         raise CheckpointError(f"there is no document {number}", fix=f"count from 0 to {len(places) - 1}")
     batch, index = places[number]
+    if isinstance(batch, AnswerBatch):
+        return only(batch, batch.prompts_A == index)
     start, stop = batch.bounds[index], batch.bounds[index + 1]
     parts = (batch.input_ids, batch.positions, batch.targets, batch.weights)
     ids, positions, targets, weights = (tensor[start:stop] for tensor in parts)

@@ -23,6 +23,7 @@ from oarsmith.checkpoint.gguf.plan import gguf_shapes
 from oarsmith.checkpoint.gguf.tokenizer_write import tokenizer_metadata
 from oarsmith.checkpoint.source import TensorSource, open_model
 from oarsmith.errors import CheckpointError
+from oarsmith.models.families import scoring
 
 _Q = GGMLQuantizationType
 _TYPES: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
@@ -89,6 +90,7 @@ def write_gguf(
     if dst.is_dir() or (dst.exists() and not overwrite):
         raise CheckpointError("the destination exists", where=str(dst), fix="remove it or choose another")
     where = str(directory / "config.json")
+    scoring.require_text(read_config(directory), "GGUF has no place for its scores here")
     family = family_of_config(Config(read_config(directory), where))
     values, source = open_model(directory)
     config = Config(values, where)

@@ -14,6 +14,7 @@ from oarsmith.checkpoint.source import open_source
 from oarsmith.errors import CheckpointError
 from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
+from oarsmith.models.families.naming import SCORE
 
 _DTYPES = {code: dtype for dtype, code in SAFETENSORS_DTYPES.items()}
 _NOTES = ("config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
@@ -40,6 +41,9 @@ def write_requantized(base: Path, model: Decoder, folder: Path) -> None:
                 fix="merge without requantize",
             )
         weights = dict(iter_named(model, families.find(model.config).names(model.spec)))
+        if SCORE in weights.keys() - source.shapes.keys():
+            what = "a reward model's head of scores has no place in the layout of a base that writes"
+            raise CheckpointError(what, where=str(base), fix="merge without requantize")
         if not weights.keys() <= source.shapes.keys():
             raise CheckpointError("the language model of a larger one is not quantized again", where=str(base))
         unknown = sorted(name for name, code in raw.dtypes.items() if code not in _DTYPES)

@@ -36,14 +36,16 @@ from oarsmith.models.families import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    scoring,
     smollm3,
     starcoder2,
     yuan,
 )
 from oarsmith.models.families.base import Family
+from oarsmith.models.families.scoring import has_new_head, scoring_config
 from oarsmith.models.spec import DecoderSpec
 
-__all__ = ["Family", "build_spec", "find", "known", "text_config"]
+__all__ = ["Family", "build_spec", "find", "has_new_head", "known", "scoring_config", "text_config"]
 
 _FAMILIES: tuple[Family, ...] = (
     llama.FAMILY,
@@ -126,6 +128,11 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_spec(config: Mapping[str, Any]) -> tuple[Family, DecoderSpec]:
-    """The family and the decoder spec of a config."""
-    family = find(config)
-    return family, family.build(config)
+    """The family and the decoder spec of a config; of a scoring model's, with the head that scores.
+
+    Raises:
+        ModelError: no known family, or values that no model of it has.
+    """
+    family, num_scores = find(config), scoring.num_scores(config)
+    spec = family.build(config)
+    return family, spec if num_scores is None else scoring.with_scores(spec, num_scores)

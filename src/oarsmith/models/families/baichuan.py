@@ -25,7 +25,7 @@ from oarsmith.models.families.rope import read_rope
 from oarsmith.models.spec import DecoderSpec, EmbeddingSpec, HeadSpec
 from oarsmith.models.spec_position import Alibi, Position, alibi_slopes
 
-_FIRST_7B = "BaiChuanForCausalLM"
+_FIRST_7B = "BaiChuan"
 _SECOND_VOCABULARY = 125696
 
 
@@ -64,13 +64,14 @@ def _has_norm_head(read: ConfigReader) -> bool:
 
 
 def _is_first_7b(read: ConfigReader) -> bool:
-    return _FIRST_7B in (read.config.get("architectures") or ())
+    names = read.config.get("architectures") or ()
+    return any(name.startswith(_FIRST_7B) for name in names)
 
 
 FAMILY = Family(
     name="baichuan",
     model_types=("baichuan",),
-    architectures=(_FIRST_7B, "BaichuanForCausalLM"),
+    architectures=(f"{_FIRST_7B}ForCausalLM", "BaichuanForCausalLM"),
     build=build,
     stretching=Stretching(kinds=(), reason="the authors' code reads neither a scaling rule nor a base"),
     tensor_names=Names(),

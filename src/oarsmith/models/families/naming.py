@@ -26,6 +26,9 @@ from oarsmith.models.spec_parts import FFN, GQA, LFA, MLA, MLP, AttentionSpec, G
 
 Operator = Place | Ignored | Duplicate
 
+SCORE = "score.weight"
+"""What transformers calls the head of every ``...ForSequenceClassification``."""
+
 _LATER_LAYERS = 16  # far more than any release has
 
 ROPE_BUFFERS = Ignored(r".*rotary_(pos_)?emb\.inv_freq", "computed from the config")
@@ -79,7 +82,10 @@ def name_map(spec: DecoderSpec, names: Names) -> NameMap:
         found += norm(names.final_norm, "final_norm", spec.final_norm)
     if spec.head.projection is not None:
         found += linear(names.head_projection, "head.projection", spec.head.projection)
-    if spec.head.tied:
+    if spec.head.num_scores is not None:
+        found.append(Place(SCORE, "head.weight", whole))
+        found.append(Ignored(re.escape(f"{names.head}.weight"), "it gives logits of tokens, and the model scores"))
+    elif spec.head.tied:
         found.append(Duplicate(f"{names.head}.weight", "embedding.weight"))
     else:
         found.append(Place(f"{names.head}.weight", "head.weight", whole))
