@@ -33,6 +33,7 @@ ADAPTERS: list[dict[str, Any]] = [
     *({"adapter_type": name} for name in ("prompt_tuning", "p_tuning", "loraga", "lorapro", "moslora")),
     {"adapter_type": "trainable_tokens", "trainable_tokens": ["5", "9"]},
     {"adapter_type": "lora", "trainable_tokens": ["5", "9"]},
+    {"adapter_type": "lora", "lora_target_modules": "embed_tokens,q_proj"},
 ]
 
 

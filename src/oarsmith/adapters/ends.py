@@ -22,6 +22,7 @@ from oarsmith.adapters.adapted import Adapted
 from oarsmith.adapters.change import Change, LowRank
 from oarsmith.adapters.part import AdapterPart
 from oarsmith.errors import ConfigError
+from oarsmith.models.families.naming import SCORE
 from oarsmith.models.names import Duplicate, NameMap, Place, whole
 from oarsmith.models.spec import DecoderSpec
 from oarsmith.models.spec_parts import LinearSpec, Segment
@@ -34,10 +35,13 @@ _PARAMETERS = {f"{EMBEDDING}.weight": EMBEDDING, f"{HEAD}.weight": HEAD}
 
 
 def end_places(names: NameMap) -> dict[str, Place]:
-    """The embedding and the head by their names in the family's own spelling; a tied head has its own place too."""
+    """The embedding and the head by their names in the family's own spelling; a tied head has its own place too.
+
+    A head of scores is none: it trains whole, with any adapter.
+    """
     found = {}
     for operator in names.operators:
-        if isinstance(operator, Place) and operator.parameter in _PARAMETERS:
+        if isinstance(operator, Place) and operator.parameter in _PARAMETERS and operator.file != SCORE:
             file, parameter = operator.file, operator.parameter
         elif isinstance(operator, Duplicate) and operator.parameter == f"{EMBEDDING}.weight":
             file, parameter = operator.file, f"{HEAD}.weight"
