@@ -31,6 +31,7 @@ def test_kinds_and_defaults():
     assert default_of(SftConfig, "model_name_or_path") == "required"
     assert default_of(SftConfig, "learning_rate") == "not given"
     assert shown(True) == "true" and shown(("a",)) == '["a"]' and shown(2e-5) == "2e-05" and shown("") == "''"
+    assert shown("\n") == r"'\n'"
 
 
 def test_lines_fit():

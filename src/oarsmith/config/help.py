@@ -26,7 +26,7 @@ def shown(value: object) -> str:
         return "not given"
     if isinstance(value, (bool, tuple, list, dict)):
         return json.dumps(value, ensure_ascii=False)
-    return repr(value) if value == "" else str(value)
+    return str(value) if str(value).isprintable() and value != "" else repr(value)
 
 
 def default_of(config_class: type[JobConfig], key: str) -> str:
