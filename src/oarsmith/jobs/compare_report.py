@@ -110,22 +110,25 @@ _LINES = ("-", "--", ":", "-.")
 
 
 def draw(outcomes: Sequence[Outcome], title: str) -> bytes:
-    """A PNG: the losses over the steps, and beside them memory and time of a step."""
+    """A PNG: the losses over the steps, and beside them, on a line of its own for each run, what it came to."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from oarsmith.training.plots import STYLE
 
+    evaluated = all(o.eval_loss is not None for o in outcomes)
+    last = [o.loss if o.eval_loss is None or not evaluated else o.eval_loss for o in outcomes]
     with matplotlib.rc_context(STYLE):
-        height = max(4.2, 0.26 * len(outcomes) + 1.6)
-        figure = Figure(figsize=(12, height), dpi=160, layout="constrained", facecolor="white")
+        height = max(4.2, 0.3 * len(outcomes) + 1.6)
+        figure = Figure(figsize=(14, height), dpi=160, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         figure.suptitle(title, fontsize=10)
-        left, middle, right = figure.subplots(1, 3, width_ratios=(3, 1.4, 1.1))
-        _curves(left, outcomes)
-        _bars(middle, "peak memory, MiB", outcomes, [o.peak_mb for o in outcomes], "{:,.0f}")
-        _bars(right, "a step, s", outcomes, [o.step_seconds for o in outcomes], "{:.2f}", names=False)
+        curves, losses, memory, seconds = figure.subplots(1, 4, width_ratios=(4, 1.3, 1, 1))
+        _curves(curves, outcomes)
+        _dots(losses, "evaluation" if evaluated else "loss", outcomes, last)
+        _bars(memory, "peak memory, MiB", [o.peak_mb for o in outcomes], "{:,.0f}")
+        _bars(seconds, "a step, s", [o.step_seconds for o in outcomes], "{:.2f}")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -149,18 +152,45 @@ def _curves(ax: Axes, outcomes: Sequence[Outcome]) -> None:
     evaluated_too = ", squares: evaluations" if any(o.evaluations for o in outcomes) else ""
     ax.set_xlabel(f"optimizer step (running mean{evaluated_too})")
     ax.set_ylabel("loss (nats per token)")
-    ax.legend(fontsize=7.5, ncols=1 + len(outcomes) // 9)
 
 
-def _bars(
-    ax: Axes, heading: str, outcomes: Sequence[Outcome], values: list[float], form: str, *, names: bool = True
-) -> None:
-    places = list(range(len(values)))[::-1]
+def _dots(ax: Axes, heading: str, outcomes: Sequence[Outcome], values: list[float]) -> None:
+    """A loss of each run behind its name and a piece of its curve: the key of them all."""
+    places = _rows(ax, heading, len(values))
+    for number, (outcome, value) in enumerate(zip(outcomes, values, strict=True)):
+        look = _look(number)
+        ax.plot(value, places[number], "s", markersize=5, color=look["color"])
+        ax.text(value, places[number], f"  {value:.3f}", va="center", fontsize=7.5, color="#333333")
+        across = ax.get_yaxis_transform()
+        ax.plot((-0.2, -0.03), (places[number],) * 2, transform=across, clip_on=False, linewidth=1.5, **look)
+        method, _, settings = outcome.name.partition(":")
+        ax.text(
+            -0.24,
+            places[number],
+            method if not settings else f"{method}\n{settings.replace(':', ', ')}",
+            transform=across,
+            ha="right",
+            va="center",
+            fontsize=6.8,
+            linespacing=1.15,
+        )
+    low, high = min(values), max(values)
+    room = max(high - low, 1e-3)
+    ax.set_xlim(low - 0.1 * room, high + 0.55 * room)
+
+
+def _bars(ax: Axes, heading: str, values: list[float], form: str) -> None:
+    places = _rows(ax, heading, len(values))
     ax.barh(places, values, height=0.62, color=[_look(number)["color"] for number in range(len(values))])
     for place, value in zip(places, values, strict=True):
         ax.text(value, place, " " + form.format(value), va="center", fontsize=7.5, color="#333333")
-    ax.set_yticks(places, [o.name for o in outcomes] if names else [""] * len(places), fontsize=7.5)
-    ax.tick_params(axis="y", length=0)
+    ax.set_xlim(0, 1.45 * max(values))
+
+
+def _rows(ax: Axes, heading: str, count: int) -> list[int]:
+    """A line for each run, the first at the top."""
+    ax.set_yticks([])
+    ax.set_ylim(-0.6, count - 0.4)
     ax.grid(visible=False)
-    ax.set_xlim(0, 1.35 * max(values))
     ax.set_title(heading, fontsize=9)
+    return list(range(count))[::-1]
