@@ -146,6 +146,11 @@ def print_proof(proof: MergeProof, console: Console) -> None:
         f"KL(adapter || merged) {proof.mean_kl:.2e} nats per token (worst {proof.max_kl:.2e}), "
         f"same first choice {proof.top1_agreement:.1%}; the adapter itself moves the model by {proof.effect_kl:.2e}"
     )
+    if proof.mean_kl > proof.effect_kl / 2:
+        console.print(
+            "note: rounding does about as much to this model as its adapter, which does little so far; merged "
+            "with --dtype fp32 nothing of it is lost"
+        )
 
 
 def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
