@@ -45,7 +45,11 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One process. Rates are over the measured steps: real tokens (no padding) per second of wall time."""
+    """One process. Rates are over the measured steps: real tokens (no padding) per second of wall time.
+
+    Attributes:
+        steps: what was noted of every step, warm-up included.
+    """
 
     mode: str
     system: str
@@ -57,6 +61,7 @@ class Measurement:
     first_step_s: float
     cpu_share: float
     losses: list[float]
+    steps: list[dict[str, float]]
     dataset_tokens: int
 
 
@@ -111,6 +116,7 @@ class Turns:
             first_step_s=seen.first_step_s,
             cpu_share=seen.cpu_share,
             losses=[step["loss"] for step in steps],
+            steps=steps,
             dataset_tokens=dataset_tokens,
         )
 
