@@ -3,6 +3,7 @@
 import json
 import ssl
 import subprocess
+import time
 
 import grpc
 import httpx
@@ -61,7 +62,11 @@ def test_tls_keys_adapters_and_grpc(chain_model, tmp_path, certificate):
             assert reply["result"] == other
             with pytest.raises(triton.InferenceServerException) as refused:
                 client.infer("other", [given])
-            told = [json.loads(line) for line in lines if '"gRPC"' in line]
+            for _ in range(200):  # the log comes through a pipe
+                told = [json.loads(line) for line in lines if '"gRPC"' in line]
+                if len(told) == 2:
+                    break
+                time.sleep(0.05)
             assert [line["status"] for line in told] == [200, 401] and told[0]["generated_tokens"] > 0
             assert told[0]["key"] == "anna" and told[0]["client"] == "127.0.0.1"
             assert refused.value.status() == str(grpc.StatusCode.UNAUTHENTICATED)

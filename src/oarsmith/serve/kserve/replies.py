@@ -57,11 +57,15 @@ async def replies(service: Service, job: Job, *, stream: bool) -> AsyncGenerator
         told.asked = time.time()
         seconds = min(request.timeout, service.limits.seconds)
         late = _LateError(f"the answer took more than {seconds:g} seconds", fix="ask for less, or give it more time")
-        timer = asyncio.get_running_loop().call_later(seconds, answer.tell, Output(answer.id, 0, None, error=late))
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        timer = loop.call_at(until, answer.tell, Output(answer.id, 0, None, error=late))
         try:
             async for output in answer:
-                if output.error is not None:
-                    raise engine_error(output.error) from output.error
+                # What came in time may be looked at too late: it waits in front of the timer's word.
+                error = late if loop.time() > until else output.error
+                if error is not None:
+                    raise engine_error(error) from error
                 told.take(output)
                 if output.completion is not None:
                     yield told.whole(output.completion) if not stream else told.last(output.completion)
