@@ -49,10 +49,10 @@ PEFT: dict[str, str] = {
     "fourierft": "fourierft",
     "oft": "oft",
     "boft": "boft",
-    "prefix": "prefix",
-    "prompt": "prompt",
+    "prefix_tuning": "prefix",
+    "prompt_tuning": "prompt",
 }
-WITHOUT_RANK = frozenset({"full", "ia3", "fourierft", "oft", "boft", "prefix", "prompt"})
+WITHOUT_RANK = frozenset({"full", "ia3", "fourierft", "oft", "boft", "prefix_tuning", "prompt_tuning"})
 LOW_BIT = {"lora-int8": "a8w8linear", "lora-nf4": "nf4"}
 
 
