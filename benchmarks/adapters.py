@@ -49,8 +49,8 @@ PEFT: dict[str, str] = {
     "fourierft": "fourierft",
     "oft": "oft",
     "boft": "boft",
-    "prefix_tuning": "prefix",
-    "prompt_tuning": "prompt",
+    "prefix_tuning": "prefix_tuning",
+    "prompt_tuning": "prompt_tuning",
 }
 WITHOUT_RANK = frozenset({"full", "ia3", "fourierft", "oft", "boft", "prefix_tuning", "prompt_tuning"})
 LOW_BIT = {"lora-int8": "a8w8linear", "lora-nf4": "nf4"}

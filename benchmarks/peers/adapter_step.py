@@ -35,8 +35,8 @@ def config_of(method: str) -> Any:
         "fourierft": lambda: peft.FourierFTConfig(n_frequency=1000, target_modules=names, **common),
         "oft": lambda: peft.OFTConfig(oft_block_size=32, target_modules=names, **common),
         "boft": lambda: peft.BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=2, target_modules=names, **common),
-        "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=128, **common),
-        "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=128, **common),
+        "prefix_tuning": lambda: peft.PrefixTuningConfig(num_virtual_tokens=128, **common),
+        "prompt_tuning": lambda: peft.PromptTuningConfig(num_virtual_tokens=128, **common),
     }
     return kinds[method]()
 
