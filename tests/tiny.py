@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -164,6 +165,25 @@ def sft_words(model: Path, data: Path, output_dir: Path, **keys: Any) -> list[st
 def run_sft(model: Path, data: Path, output_dir: Path, **keys: Any) -> int:
     """``oarsmith sft`` in this process; the exit status."""
     return cli.main(sft_words(model, data, output_dir, **keys))
+
+
+def interrupted(run: Path, again: Path, *lost: str) -> None:
+    """A copy of a finished run as it would be if it had been killed: without its weights and these checkpoints."""
+    shutil.copytree(run, again)
+    for name in (weights_folder(run), *lost):
+        shutil.rmtree(again / name)
+
+
+def assert_same_run(run: Path, again: Path) -> None:
+    """The log and all weights are the same bit for bit."""
+    files = [path.relative_to(run) for path in (run / weights_folder(run)).glob("*.safetensors")]
+    assert files
+    for file in (Path("log.jsonl"), *files):
+        assert (run / file).read_bytes() == (again / file).read_bytes(), (again, file)
+
+
+def weights_folder(run: Path) -> str:
+    return "adapter" if (run / "adapter").is_dir() else "model"
 
 
 def command(words: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 import oarsmith
 from oarsmith import cli
 from oarsmith.jobs import judged
-from tiny import read_lines, write_tiny_model
+from tiny import assert_same_run, interrupted, read_lines, write_tiny_model
 
 KEYS = {"max_length": 96, "max_steps": 6, "learning_rate": 5e-3, "logging_steps": 1, "save_steps": 3, "device": "cpu"}
 KEYS |= {"eval_split_ratio": 0.25, "report_to": "none", "disable_tqdm": True, "save_strategy": "steps"}
@@ -73,15 +73,10 @@ def test_it_learns_and_goes_on(folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert logged[-1]["loss"] < logged[0]["loss"]
     evaluated = [line for line in read_lines(first / "log.jsonl") if "eval_loss" in line][-1]
     assert evaluated["eval_accuracy"] > 0.5 and "eval_perplexity" not in evaluated
-    shutil.copytree(first, again)
-    name = "adapter" if (first / "adapter").is_dir() else "model"
-    shutil.rmtree(again / name)
-    shutil.rmtree(again / "checkpoint-6")
+    interrupted(first, again, "checkpoint-6")
     assert run("dpo", folder, again, **more) == 0
     assert ("kept from an earlier run" in capsys.readouterr().out) != simpo
-    files = [path.relative_to(first) for path in (first / name).glob("*.safetensors")]
-    for file in (Path("log.jsonl"), *files):
-        assert (first / file).read_bytes() == (again / file).read_bytes(), file
+    assert_same_run(first, again)
 
 
 def test_the_reference_has_no_adapter(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,14 +164,10 @@ def test_a_reference_that_follows(folder: Path, tmp_path: Path, more: Any) -> No
     fixed = tmp_path / "fixed"
     assert run("dpo", folder, fixed, **{**keys, "ref_model_update_steps": -1}) == 0
     assert steps(fixed)[:2] == logged[:2] and steps(fixed)[2]["loss"] != logged[2]["loss"]
-    name = "adapter" if more else "model"
     for kept in (3, 6):  # in the midst of two updates, and at one
-        shutil.copytree(first, again)
-        shutil.rmtree(again / name)
-        for step in {3, 6, 7} - set(range(kept + 1)):
-            shutil.rmtree(again / f"checkpoint-{step}", ignore_errors=True)
+        interrupted(
+            first, again, *(path.name for path in first.glob("checkpoint-*") if path.name > f"checkpoint-{kept}")
+        )
         assert run("dpo", folder, again, **keys) == 0
-        files = [path.relative_to(first) for path in (first / name).glob("*.safetensors")]
-        for file in (Path("log.jsonl"), *files):
-            assert (first / file).read_bytes() == (again / file).read_bytes(), (kept, file)
+        assert_same_run(first, again)
         shutil.rmtree(again)

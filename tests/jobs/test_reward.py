@@ -26,7 +26,7 @@ from oarsmith.errors import OarsmithError
 from oarsmith.jobs import judged
 from oarsmith.jobs.eval_scores import wilson
 from oarsmith.models.decoder import Decoder
-from tiny import read_lines, write_tiny_model
+from tiny import assert_same_run, interrupted, read_lines, weights_folder, write_tiny_model
 
 KEYS = {"max_length": 96, "max_steps": 6, "learning_rate": 5e-3, "logging_steps": 1, "save_steps": 3, "device": "cpu"}
 KEYS |= {"eval_split_ratio": 0.25, "report_to": "none", "disable_tqdm": True, "save_strategy": "steps"}
@@ -115,14 +115,9 @@ def test_it_learns_and_goes_on(folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert logged[-1]["margin"] == pytest.approx(logged[-1]["rewards_chosen"] - logged[-1]["rewards_rejected"])
     evaluated = [line for line in read_lines(first / "log.jsonl") if "eval_loss" in line][-1]
     assert evaluated["eval_accuracy"] > 0.5 and "eval_perplexity" not in evaluated
-    shutil.copytree(first, again)
-    name = "adapter" if (first / "adapter").is_dir() else "model"
-    shutil.rmtree(again / name)
-    shutil.rmtree(again / "checkpoint-6")
+    interrupted(first, again, "checkpoint-6")
     assert run(folder, again, **more) == 0
-    files = [path.relative_to(first) for path in (first / name).glob("*.safetensors")]
-    for file in (Path("log.jsonl"), *files):
-        assert (first / file).read_bytes() == (again / file).read_bytes(), file
+    assert_same_run(first, again)
     model = oarsmith.load_model(first)
     assert model.spec.head.num_scores == 1
     values = ours(model, rows_of(folder))
@@ -351,14 +346,9 @@ def test_judged_steps(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"        oarsmith serve {first} --process_reward --step_separator ки" in printed
     logged = steps(first)
     assert logged[-1]["loss"] < logged[0]["loss"]
-    shutil.copytree(first, again)
-    name = "adapter" if more else "model"
-    shutil.rmtree(again / name)
-    shutil.rmtree(again / "checkpoint-12")
+    interrupted(first, again, "checkpoint-12")
     assert run(folder, again, **keys) == 0
-    files = [path.relative_to(first) for path in (first / name).glob("*.safetensors")]
-    for file in (Path("log.jsonl"), *files):
-        assert (first / file).read_bytes() == (again / file).read_bytes(), file
+    assert_same_run(first, again)
     words = ["eval", str(first), str(folder / "steps.jsonl"), "--process_reward", "--placeholder_token", "ки"]
     written = ["--output_file", str(tmp_path / "n.json"), "--scores_file", str(tmp_path / "s.jsonl"), "--dtype", "fp32"]
     assert cli.main([*words, *written]) == 0
@@ -367,7 +357,7 @@ def test_judged_steps(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert found["accuracy"] == np.mean(
         [(p > 0.5) == (at != 1) for line in scores for at, p in enumerate(line["steps"])]
     )
-    tokenizer, model = oarsmith.load_tokenizer(first / name), oarsmith.load_model(first, dtype="fp32")
+    tokenizer, model = oarsmith.load_tokenizer(first / weights_folder(first)), oarsmith.load_model(first, dtype="fp32")
     good, bad = (tokenizer.encode(word)[0] for word in "+-")
     row = build_answers(folder / "steps.jsonl", tokenizer, AnswerOptions(kind="steps", step_separator="ки")).rows[0]
     with torch.no_grad():

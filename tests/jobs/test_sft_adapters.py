@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 import oarsmith
 from oarsmith import cli
-from tiny import read_lines, run_sft, write_rows, write_tiny_model
+from tiny import assert_same_run, interrupted, read_lines, run_sft, write_rows, write_tiny_model
 
 KEYS = {"max_length": 64, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "lora_rank": 4, "logging_steps": 1}
 KEYS |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -71,13 +70,9 @@ def test_trained_and_gone_on_with(folder: Path, tmp_path: Path, name: str) -> No
     """As if killed after step 2: the rest is bit for bit the same; and PEFT computes what we do."""
     keys, run, again = KEYS | METHODS[name], tmp_path / "run", tmp_path / "again"
     assert run_sft(folder / "llama", folder / "rows.jsonl", run, **keys) == 0
-    shutil.copytree(run, again)
-    for lost in ("checkpoint-4", "adapter"):
-        shutil.rmtree(again / lost)
+    interrupted(run, again, "checkpoint-4")
     assert run_sft(folder / "llama", folder / "rows.jsonl", again, **keys) == 0
-    files = {path.relative_to(run) for path in (run / "adapter").iterdir() if path.suffix == ".safetensors"}
-    for file in {Path("log.jsonl"), *files}:
-        assert (run / file).read_bytes() == (again / file).read_bytes(), file
+    assert_same_run(run, again)
     ours = logits(oarsmith.load_model(run))
     assert (ours - logits(oarsmith.load_model(folder / "llama"))).abs().max() > 1e-3, "it was trained"
     base = transformers.AutoModelForCausalLM.from_pretrained(folder / "llama", dtype=torch.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from peft import PeftModel
 import oarsmith
 from oarsmith import cli
 from oarsmith.engine import Engine, Sampling
-from tiny import read_lines, run_sft, write_rows, write_tiny_model
+from tiny import assert_same_run, interrupted, read_lines, run_sft, write_rows, write_tiny_model
 
 KEYS = {"max_length": 96, "per_device_train_batch_size": 2, "logging_steps": 1}
 KEYS |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -61,13 +60,9 @@ def test_trained_and_gone_on_with(folder: Path, tmp_path: Path, name: str, capsy
     """As if killed after step 2: the rest is bit for bit the same. PEFT computes what we do, and the engine too."""
     keys, run, again = KEYS | METHODS[name], tmp_path / "run", tmp_path / "again"
     assert run_sft(folder / "model", folder / "rows.jsonl", run, **keys) == 0
-    shutil.copytree(run, again)
-    for lost in ("checkpoint-4", "adapter"):
-        shutil.rmtree(again / lost)
+    interrupted(run, again, "checkpoint-4")
     assert run_sft(folder / "model", folder / "rows.jsonl", again, **keys) == 0
-    files = {path.relative_to(run) for path in (run / "adapter").iterdir() if path.suffix == ".safetensors"}
-    for file in {Path("log.jsonl"), *files}:
-        assert (run / file).read_bytes() == (again / file).read_bytes(), file
+    assert_same_run(run, again)
     losses = [line["loss"] for line in read_lines(run / "log.jsonl") if "loss" in line]
     assert len(losses) == 4 and all(loss < 20 for loss in losses)
     ours = logits(oarsmith.load_model(run))

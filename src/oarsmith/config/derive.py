@@ -63,42 +63,36 @@ def _decode_strategy(c: SamplingKeys) -> str:
     return "sampling" if drawn else "greedy"
 
 
+def _rate(config: type[SftConfig] | type[JudgedConfig], adapter: float, whole: float) -> Rule[Any]:
+    def rate(c: SftConfig | JudgedConfig) -> float:
+        return PART_RATES.get(c.adapter_type or "", adapter) if c.has_adapter else whole
+
+    words = f"{_short(adapter)} with an adapter, more for those that change no projections, {_short(whole)} without"
+    return Rule(config, "learning_rate", rate, words)
+
+
+def _short(number: float) -> str:
+    return f"{number:.0e}".replace("e-0", "e-")
+
+
+def _batch_size(config: type[SftConfig] | type[JudgedConfig], alone: str) -> Rule[Any]:
+    def size(c: SftConfig | JudgedConfig) -> int:
+        return 1 if c.zero_padding else 8
+
+    return Rule(config, "per_device_train_batch_size", size, f"1 packed row, or 8 {alone} without packing")
+
+
 # In order: a later rule sees what an earlier one derived.
 RULES: tuple[Rule[Any], ...] = (
     Rule(ModelKeys, "tokenizer_name_or_path", lambda c: c.model_name_or_path, "the model's own"),
-    Rule(
-        SftConfig,
-        "per_device_train_batch_size",
-        lambda c: 1 if c.zero_padding else 8,
-        "1 packed row, or 8 samples without packing",
-    ),
+    _batch_size(SftConfig, "samples"),
     Rule(PretrainConfig, "per_device_train_batch_size", lambda c: 8, "8 rows"),
     Rule(SharedAdapterKeys, "adapter_type", lambda c: "lora" if c.lora else "none", "lora with lora true, else none"),
-    Rule(
-        SftConfig,
-        "learning_rate",
-        lambda c: PART_RATES.get(c.adapter_type or "", 2e-4) if c.has_adapter else 2e-5,
-        "2e-4 with an adapter, more for those that change no projections, 2e-5 without",
-    ),
+    _rate(SftConfig, 2e-4, 2e-5),
     Rule(SftConfig, "evaluation_strategy", _evaluation_strategy, "epoch where eval data is named, else no"),
-    Rule(
-        JudgedConfig,
-        "per_device_train_batch_size",
-        lambda c: 1 if c.zero_padding else 8,
-        "1 packed row, or 8 prompts without packing",
-    ),
-    Rule(
-        RewardConfig,
-        "learning_rate",
-        lambda c: PART_RATES.get(c.adapter_type or "", 1e-4) if c.has_adapter else 1e-5,
-        "1e-4 with an adapter, more for those that change no projections, 1e-5 without",
-    ),
-    Rule(
-        JudgedConfig,
-        "learning_rate",
-        lambda c: PART_RATES.get(c.adapter_type or "", 5e-5) if c.has_adapter else 1e-6,
-        "5e-5 with an adapter, more for those that change no projections, 1e-6 without",
-    ),
+    _batch_size(JudgedConfig, "prompts"),
+    _rate(RewardConfig, 1e-4, 1e-5),
+    _rate(JudgedConfig, 5e-5, 1e-6),
     Rule(JudgedConfig, "evaluation_strategy", _evaluation_strategy, "epoch where eval data is named, else no"),
     Rule(PretrainConfig, "evaluation_strategy", _corpus_evaluation, "steps where split has a part for it, else no"),
     Rule(TrainConfig, "do_eval", lambda c: c.evaluation_strategy != "no", "true where there is an evaluation_strategy"),
