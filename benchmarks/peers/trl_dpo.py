@@ -23,6 +23,7 @@ from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
+from trl_settings import same_settings
 
 ONE_BY_ONE = ("best", "master")
 PRECOMPUTED = ("precomputed", *ONE_BY_ONE)
@@ -90,24 +91,12 @@ def settings(options: argparse.Namespace) -> DPOConfig:
     one_by_one = options.setting in ONE_BY_ONE
     kind = {} if options.setting == "default" else {"gradient_checkpointing": False}
     return DPOConfig(
-        output_dir=options.output_dir,
+        **same_settings(options),
         beta=options.beta,
-        max_length=options.max_length,
-        max_steps=options.num_steps,
         per_device_train_batch_size=1 if one_by_one else options.pairs_per_step,
         gradient_accumulation_steps=options.pairs_per_step if one_by_one else 1,
         precompute_ref_log_probs=options.setting in PRECOMPUTED,
         train_sampling_strategy="sequential",
-        learning_rate=options.learning_rate,
-        lr_scheduler_type="constant",
-        use_cpu=True,
-        bf16=options.setting == "master",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        seed=options.seed,
         **kind,
     )
 

@@ -19,6 +19,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
+from trl_settings import same_settings
 
 
 class Recorder(TrainerCallback):
@@ -74,20 +75,8 @@ def settings(options: argparse.Namespace) -> SFTConfig:
     if packed:
         kind["gradient_checkpointing"] = False
     return SFTConfig(
-        output_dir=options.output_dir,
-        max_length=options.max_length,
-        max_steps=options.num_steps,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type="constant",
+        **same_settings(options),
         completion_only_loss=True,
-        use_cpu=True,
-        bf16=options.setting == "master",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        seed=options.seed,
         **kind,
     )
 
