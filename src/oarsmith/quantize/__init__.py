@@ -1,0 +1,1 @@
+"""Quantization: grids, calibration, one file an algorithm, and the proof of what it cost."""
