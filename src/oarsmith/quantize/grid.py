@@ -27,8 +27,8 @@ class Grid:
         bits: 2, 3, 4 or 8; 8 for E4M3.
         group: columns that share a scale; None: the whole row.
         rows: rows that share it too (FP8 blocks); None: all of them.
-        symmetric: no zeros. Of integers the extreme of a group lies on the lowest number, with a scale of its sign
-            (AutoRound's rule), so the whole range is used.
+        symmetric: no zeros. The extreme of a group lies on the lowest number, with a scale of its sign (AutoRound's
+            rule), so the whole range is used; of 8 bits scales are positive and the lowest number is left out.
     """
 
     code: Literal["int", "e4m3"] = "int"
@@ -115,6 +115,8 @@ def range_steps(weight_OI: Tensor, grid: Grid, shrink: float | Tensor = 1.0) -> 
         extreme = torch.where(-low >= high, low, high) * shrink
         if grid.code == "e4m3":
             return Steps(scale_OG=_shared(extreme.abs() / E4M3_MAX, grid))
+        if grid.bits == 8:
+            return Steps(scale_OG=_shared(extreme.abs() / (grid.middle - 1), grid))
         return Steps(scale_OG=_shared(extreme / -grid.middle, grid))
     low, high = groups_OGK.amin(-1).clamp_max(0) * shrink, groups_OGK.amax(-1).clamp_min(0) * shrink
     scale = (high - low) / grid.largest
