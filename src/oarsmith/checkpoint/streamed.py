@@ -39,7 +39,7 @@ class Difference:
         return self.max_logit == 0.0
 
 
-class _Streamer:
+class Streamer:
     """Gives modules of a meta decoder their weights and takes them away again.
 
     Memory goes from one layer to the next: freed and allocated anew it comes apart between the activations, and the
@@ -93,7 +93,7 @@ def streamed_logits(directory: Path, ids_T: Tensor) -> Tensor:
     with opened as source:
         family, spec = families.build_spec(config)
         model = meta_decoder(spec, config, torch.float32).eval()
-        streamer = _Streamer(model, family.names(model.spec), source)
+        streamer = Streamer(model, family.names(model.spec), source)
         layout = Layout.documents([0, len(ids_T)], torch.arange(len(ids_T)))
         with _one_by_one(streamer, ["embedding", *(f"layers.{index}" for index in range(len(spec.layers)))]):
             hidden_TD = model.hidden(ids_T, layout)
@@ -103,7 +103,7 @@ def streamed_logits(directory: Path, ids_T: Tensor) -> Tensor:
 
 
 @contextmanager
-def _one_by_one(streamer: _Streamer, paths: Sequence[str]) -> Iterator[None]:
+def _one_by_one(streamer: Streamer, paths: Sequence[str]) -> Iterator[None]:
     """Modules get their weights when they are called and lose them when they return."""
     current = ExitStack()
     handles = []
