@@ -14,7 +14,9 @@ Shapes: T tokens, O out features, I in features (in the order of work), G groups
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -142,13 +144,19 @@ def gptq(weight_OI: Tensor, hessian: Hessian, grid: Grid, settings: GPTQ | None 
     _check_order(settings, grid, weight_OI.shape[1])
     order_I = _order(diagonal_I, grid, settings.order)
     steps = _steps(weight_OI, diagonal_I, grid, settings)
-    inverse_II, damping = _inverse_root(hessian_II[order_I][:, order_I], settings.damping, where)
+    root_II, damping = _inverse_root(hessian_II[order_I][:, order_I], settings.damping, where)
     handed_II = None
     if hessian.cross_II is not None:
         cross_II = hessian.cross_II[order_I][:, order_I]
-        handed_II = (cross_II @ inverse_II.T).triu_(1) @ inverse_II * settings.alpha
+        handed_II = (cross_II @ root_II.T).triu_(1) @ root_II * settings.alpha
     work = _Work(weight_OI.T[order_I].contiguous(), order_I, grid, steps)
-    work.run(inverse_II, handed_II, None if settings.static else (diagonal_I, settings))
+    whole = replace(grid, group=None)
+    ordered_I = diagonal_I[order_I]
+    work.run(
+        root_II,
+        handed_II,
+        None if settings.static else lambda part_OK, start, stop: _steps(part_OK, ordered_I[start:stop], whole, settings),
+    )
     back_I = order_I.argsort()
     numbers_OI = work.numbers_IO[back_I].T.contiguous()
     code = torch.uint8 if grid.code == "int" else torch.float8_e4m3fn
@@ -211,17 +219,63 @@ def _inverse_root(hessian_II: Tensor, damping: float, where: str | None) -> tupl
 
 
 class _Work:
-    """Columns on their way, transposed so that one is contiguous: w [I, O] and numbers [I, O]."""
+    """Columns on their way, transposed so that one is contiguous: weights and numbers [I, O], scales and zeros [G, O]."""
 
     def __init__(self, weight_IO: Tensor, order_I: Tensor, grid: Grid, steps: Steps) -> None:
-        self.weight_IO, self.order_I, self.grid, self.steps = weight_IO, order_I, grid, steps
-        code = torch.uint8 if grid.code == "int" else torch.float32
-        self.numbers_IO = torch.empty(weight_IO.shape, dtype=code)
+        self.grid, self.weight_IO, self.numbers_IO = grid, weight_IO, torch.empty_like(weight_IO)
+        self.groups = (order_I // grid.group_of(len(order_I))).tolist()
+        self.scale_GO = steps.scale_OG.T.contiguous()
+        self.zero_GO = None if steps.zero_OG is None else steps.zero_OG.T.contiguous()
+        self.per_GO = 1 / torch.where(self.scale_GO.abs() < _TINY, 1.0, self.scale_GO)
 
-    def run(self, inverse_II: Tensor, handed_II: Tensor | None, running: tuple[Tensor, GPTQ] | None) -> None:
-        """Round all columns. ``running``: the diagonal and how to find steps at a group's turn."""
-        size = len(self.weight_IO)
-        group = self.grid.group_of(size)
-        for start in range(0, size, _BATCH):
-            stop = min(start + _BATCH, size)
-            ...
+    @property
+    def steps(self) -> Steps:
+        zero_OG = None if self.zero_GO is None else self.zero_GO.T.contiguous()
+        return Steps(scale_OG=self.scale_GO.T.contiguous(), zero_OG=zero_OG)
+
+    def run(self, root_II: Tensor, handed_II: Tensor | None, find: Callable[[Tensor, int, int], Steps] | None) -> None:
+        """Round all columns. ``find``: steps of columns [O, K] from one to another at their group's turn."""
+        size, groups = len(self.weight_IO), self.groups
+        starts = [0, *(column for column in range(1, size) if groups[column] != groups[column - 1])] if find else [0]
+        for start, stop in pairwise([*starts, size]):
+            if find is not None:
+                self._take(groups[start], find(self.weight_IO[start:stop].T, start, stop))
+            for first in range(start, stop, _BATCH):
+                self._batch(first, min(first + _BATCH, stop), root_II, handed_II)
+
+    def _take(self, group: int, steps: Steps) -> None:
+        self.scale_GO[group] = steps.scale_OG[:, 0]
+        self.per_GO[group] = 1 / torch.where(steps.scale_OG[:, 0].abs() < _TINY, 1.0, steps.scale_OG[:, 0])
+        if self.zero_GO is not None and steps.zero_OG is not None:
+            self.zero_GO[group] = steps.zero_OG[:, 0]
+
+    def _batch(self, start: int, stop: int, root_II: Tensor, handed_II: Tensor | None) -> None:
+        """Round columns from ``start`` to ``stop``, and update those after them."""
+        lost_BO, before_BO = torch.empty_like(self.weight_IO[start:stop]), self.weight_IO[start:stop]
+        divisors, near_O = root_II.diagonal()[start:stop].tolist(), torch.empty_like(self.weight_IO[0])
+        for column in range(start, stop):
+            done, weight_O = column - start, self.weight_IO[column]
+            if done:
+                # A column takes all that earlier ones left it at once: less goes through memory than when each
+                # writes to all after it.
+                weight_O.addmv_(lost_BO[:done].T, root_II[start:column, column], alpha=-1)
+                if handed_II is not None:
+                    weight_O.addmv_(before_BO[:done].T, handed_II[start:column, column])
+            self._round(column, near_O)
+            torch.sub(weight_O, near_O, out=lost_BO[done]).div_(divisors[done])
+        if stop < len(self.weight_IO):
+            self.weight_IO[stop:].addmm_(root_II[start:stop, stop:].T, lost_BO, alpha=-1)
+            if handed_II is not None:
+                self.weight_IO[stop:].addmm_(handed_II[start:stop, stop:].T, before_BO)
+
+    def _round(self, column: int, near_O: Tensor) -> None:
+        """The numbers of a column, as `encode` finds them, and what they stand for."""
+        group, numbers_O = self.groups[column], self.numbers_IO[column]
+        torch.mul(self.weight_IO[column], self.per_GO[group], out=numbers_O)
+        if self.grid.code == "e4m3":
+            numbers_O.clamp_(-E4M3_MAX, E4M3_MAX).copy_(numbers_O.to(torch.float8_e4m3fn))
+            torch.mul(numbers_O, self.scale_GO[group], out=near_O)
+            return
+        zero = self.grid.middle if self.zero_GO is None else self.zero_GO[group]
+        numbers_O.add_(zero).round_().clamp_(0, self.grid.largest)
+        torch.sub(numbers_O, zero, out=near_O).mul_(self.scale_GO[group])

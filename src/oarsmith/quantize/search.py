@@ -60,7 +60,7 @@ def search_steps(
     for start in range(0, len(weight_OI), rows):
         part = slice(start, start + rows)
         losses.append(_losses(weight_OI[part], _rows_of(steps, part), grid, root_GK, factors_P))
-    losses_POG = _shared_sum(torch.cat(losses, 1), grid)
+    losses_POG = over_rows(torch.cat(losses, 1), grid)
     steps = Steps(scale_OG=steps.scale_OG * factors_P[losses_POG.argmin(0)], zero_OG=steps.zero_OG)
     for _ in range(search.refits):
         steps = _refit(weight_OI, steps, grid, root_GK)
@@ -105,7 +105,7 @@ def _losses(weight_OI: Tensor, steps: Steps, grid: Grid, root_GK: Tensor, factor
     return losses_POG.square_()
 
 
-def _shared_sum(losses_POG: Tensor, grid: Grid) -> Tensor:
+def over_rows(losses_POG: Tensor, grid: Grid) -> Tensor:
     """The loss of all rows that share a scale, beside each of them."""
     if grid.rows == 1:
         return losses_POG
@@ -130,8 +130,8 @@ def _refit(weight_OI: Tensor, steps: Steps, grid: Grid, root_GK: Tensor) -> Step
         weight_OGK = grouped(weight_OI[part], grid) * root_GK
         tops.append(torch.linalg.vecdot(weight_OGK, number_OGK))
         bottoms.append(torch.linalg.vecdot(number_OGK, number_OGK))
-    top_OG = _shared_sum(torch.cat(tops)[None], grid)[0]
-    bottom_OG = _shared_sum(torch.cat(bottoms)[None], grid)[0]
+    top_OG = over_rows(torch.cat(tops)[None], grid)[0]
+    bottom_OG = over_rows(torch.cat(bottoms)[None], grid)[0]
     fitted_OG = top_OG / bottom_OG.clamp_min(_TINY)
     # Nothing on the grid, or what was fitted to noise: the scale stays.
     keep_OG = (bottom_OG < _TINY) | (fitted_OG.abs() < _TINY) | (fitted_OG.sign() != steps.scale_OG.sign())
