@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,3 +63,8 @@ class Scheme:
             if fnmatch.fnmatchcase(stem, pattern):
                 return found
         return self.default
+
+    def all_maps(self) -> Iterator[MapScheme]:
+        """Everything that maps may get."""
+        yield self.default
+        yield from self.overrides.values()
