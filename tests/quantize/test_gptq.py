@@ -41,8 +41,14 @@ def seen(x_TI: Tensor, full_TI: Tensor | None = None) -> Hessian:
 
 
 def naive(
-    weight_OI: Tensor, x_TI: Tensor, grid: Grid, steps: Steps, order: list[int], full_TI: Tensor | None = None,
-    damping: float = 0.01, alpha: float = 0.25,
+    weight_OI: Tensor,
+    x_TI: Tensor,
+    grid: Grid,
+    steps: Steps,
+    order: list[int],
+    full_TI: Tensor | None = None,
+    damping: float = 0.01,
+    alpha: float = 0.25,
 ) -> Tensor:
     """Optimal Brain Quantization in a fixed order (GPTQ's equations 2 and 3; GPTAQ's term of what a column owes)."""
     w, x = weight_OI.double().clone(), x_TI.double()
@@ -54,7 +60,9 @@ def naive(
     for column in order:
         one = slice(column, column + 1)
         zero_O = None if zero is None else zero[:, one]
-        near = decode(encode(w[:, one].float(), scale[:, one], zero_O, grid), scale[:, one], zero_O, grid)[:, 0].double()
+        near = decode(encode(w[:, one].float(), scale[:, one], zero_O, grid), scale[:, one], zero_O, grid)[
+            :, 0
+        ].double()
         result[:, column] = near
         inverse = hessian[left][:, left].inverse()
         before, lost = w[:, column].clone(), w[:, column] - near

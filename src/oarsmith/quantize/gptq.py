@@ -58,7 +58,9 @@ class Hessian:
         Raises:
             ModelError: where inputs are not finite.
         """
-        assert (full_TI is None) == (self._cross_II is None), "the model's own inputs are needed with cross, and only then"
+        assert (full_TI is None) == (self._cross_II is None), (
+            "the model's own inputs are needed with cross, and only then"
+        )
         if len(x_TI) == 0:
             return
         check_finite(x_TI, "a batch of inputs")
@@ -129,7 +131,9 @@ class Rounded:
 
 
 @torch.no_grad()
-def gptq(weight_OI: Tensor, hessian: Hessian, grid: Grid, settings: GPTQ | None = None, where: str | None = None) -> Rounded:
+def gptq(
+    weight_OI: Tensor, hessian: Hessian, grid: Grid, settings: GPTQ | None = None, where: str | None = None
+) -> Rounded:
     """Round a weight, one column after another.
 
     Raises:
@@ -155,7 +159,9 @@ def gptq(weight_OI: Tensor, hessian: Hessian, grid: Grid, settings: GPTQ | None 
     work.run(
         root_II,
         handed_II,
-        None if settings.static else lambda part_OK, start, stop: _steps(part_OK, ordered_I[start:stop], whole, settings),
+        None
+        if settings.static
+        else lambda part_OK, start, stop: _steps(part_OK, ordered_I[start:stop], whole, settings),
     )
     back_I = order_I.argsort()
     numbers_OI = work.numbers_IO[back_I].T.contiguous()

@@ -52,7 +52,7 @@ def search_steps(
     search = Search() if search is None else search
     check_weight(weight_OI)
     weight_OI = weight_OI.float()
-    root_GK = _root_importance(weight_OI, grid, importance_I)
+    root_GK = root_importance(weight_OI, grid, importance_I)
     steps = range_steps(weight_OI, grid)
     factors_P = torch.linspace(1.0, search.lowest, search.points, device=weight_OI.device)
     losses: list[Tensor] = []
@@ -63,11 +63,11 @@ def search_steps(
     losses_POG = over_rows(torch.cat(losses, 1), grid)
     steps = Steps(scale_OG=steps.scale_OG * factors_P[losses_POG.argmin(0)], zero_OG=steps.zero_OG)
     for _ in range(search.refits):
-        steps = _refit(weight_OI, steps, grid, root_GK)
+        steps = refit_scales(weight_OI, steps, grid, root_GK)
     return steps
 
 
-def _root_importance(weight_OI: Tensor, grid: Grid, importance_I: Tensor | None) -> Tensor:
+def root_importance(weight_OI: Tensor, grid: Grid, importance_I: Tensor | None = None) -> Tensor:
     """Square roots [G, K] of the importance; what a short last group lacks weighs nothing."""
     width = weight_OI.shape[1]
     if importance_I is None:
@@ -115,7 +115,7 @@ def over_rows(losses_POG: Tensor, grid: Grid) -> Tensor:
     return padded.unflatten(1, (-1, rows)).sum(2).repeat_interleave(rows, 1)[:, :num_rows]
 
 
-def _refit(weight_OI: Tensor, steps: Steps, grid: Grid, root_GK: Tensor) -> Steps:
+def refit_scales(weight_OI: Tensor, steps: Steps, grid: Grid, root_GK: Tensor) -> Steps:
     """Scales of least loss for the numbers that the weights have on these steps: <m w n> / <m n n>."""
     tops, bottoms = [], []
     rows = max(1, _CHUNK // weight_OI.shape[1])

@@ -162,9 +162,7 @@ def piecewise_factors(
     return best_I if tie is None else tie(best_I)
 
 
-def _search(
-    piece_I: Tensor, candidates: Sequence[Tensor], loss: Callable[[Tensor], float]
-) -> tuple[Tensor, float]:
+def _search(piece_I: Tensor, candidates: Sequence[Tensor], loss: Callable[[Tensor], float]) -> tuple[Tensor, float]:
     factor_I = torch.ones_like(candidates[0])
     least = loss(factor_I)
     for piece in range(int(piece_I.max()) + 1):
