@@ -18,7 +18,7 @@ from torch import Tensor
 
 from oarsmith.errors import ConfigError, DataError
 from oarsmith.quantize.checks import check_finite, check_weight
-from oarsmith.quantize.grid import Grid, Quantized, Steps, grouped
+from oarsmith.quantize.grid import Grid, Quantized, Steps, as_stored, grouped
 
 _TINY = 1e-12
 
@@ -83,11 +83,16 @@ class _Weight:
         if grid.symmetric:
             extreme_OG = torch.where(-self.low_OG >= self.high_OG, self.low_OG, self.high_OG) * self.high_factor_OG
             scale_OG = extreme_OG.abs() / (grid.middle - 1) if grid.bits == 8 else extreme_OG / -grid.middle
-            return _no_zeros(scale_OG), torch.full_like(scale_OG, float(grid.middle))
+            return self._stored(scale_OG), torch.full_like(scale_OG, float(grid.middle))
         low_OG = self.low_OG.clamp_max(0) * self.low_factor_OG
         high_OG = self.high_OG.clamp_min(0) * self.high_factor_OG
-        scale_OG = _no_zeros((high_OG - low_OG) / grid.largest)
+        scale_OG = self._stored((high_OG - low_OG) / grid.largest)
         return scale_OG, _round(-low_OG / scale_OG).clamp(0, grid.largest)
+
+    def _stored(self, scale_OG: Tensor) -> Tensor:
+        """Scales as the files hold them, none of them zero."""
+        scale_OG = scale_OG + (as_stored(scale_OG, self.grid) - scale_OG).detach()
+        return torch.where(scale_OG.abs() < _TINY, 1.0, scale_OG)
 
     def numbers(self, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
         units_OI = self.weight_OI / scale_OG[:, self.group_I] + self.offset_OI + zero_OG[:, self.group_I]
@@ -112,10 +117,6 @@ class _Weight:
         scale_OG, zero_OG = self.steps()
         steps = Steps(scale_OG=scale_OG, zero_OG=None if self.grid.symmetric else zero_OG)
         return Quantized(grid=self.grid, numbers_OI=self.numbers(scale_OG, zero_OG).to(torch.uint8), steps=steps)
-
-
-def _no_zeros(scale_OG: Tensor) -> Tensor:
-    return torch.where(scale_OG.abs() < _TINY, 1.0, scale_OG)
 
 
 def _round(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ Shapes: T tokens, O out features, I in features (in the order of work), G groups
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -76,6 +76,16 @@ class Hessian:
             check_finite(full_TI, "a batch of inputs of the model in floats")
             self._cross_II.addmm_((full_TI.float() - x_TI).T, x_TI, beta=keep, alpha=share)
         self.num_tokens = total
+
+    def beside(self, others: Sequence[Hessian], num_tokens: int) -> Hessian:
+        """As if ``num_tokens`` more tokens had been seen, like those of all the others together. Without cross terms."""
+        pool = sum(other.num_tokens for other in others)
+        mixed = Hessian(len(self._lower_II))
+        mixed.num_tokens = self.num_tokens + num_tokens
+        mixed._lower_II += self._lower_II * (self.num_tokens / mixed.num_tokens)
+        for other in others:
+            mixed._lower_II += other._lower_II * (other.num_tokens / pool * num_tokens / mixed.num_tokens)
+        return mixed
 
     @property
     def matrix_II(self) -> Tensor:

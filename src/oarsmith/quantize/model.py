@@ -6,7 +6,6 @@ Shapes: D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,15 @@ from oarsmith.models.families import Family
 from oarsmith.models.norm import RMSNorm
 from oarsmith.models.spec import DecoderSpec, LayerSpec
 from oarsmith.models.spec_parts import GQA
+from oarsmith.quantize.activations import Method
 from oarsmith.quantize.layer import PieceResult, Walk, round_layer
 from oarsmith.quantize.pieces import pieces_of
 from oarsmith.quantize.prepare import Preparation, prepare_layer
-from oarsmith.quantize.rotate import Rotation
+from oarsmith.quantize.rotate import random_rotation
 from oarsmith.quantize.rounding import Rounding
 from oarsmith.quantize.running import Running
 from oarsmith.quantize.scheme import Scheme
-from oarsmith.quantize.turn import check_turns, clear_gains, turn_block, turn_embedding, turned_head, untied
+from oarsmith.quantize.turn import Turn, check_turns, clear_gains, turn_block, turn_embedding, turned_head, untied
 from oarsmith.quantize.walk import Stream, embed, make_batches
 
 
@@ -41,6 +41,7 @@ class Recipe:
     """What is done to a model.
 
     Attributes:
+        act_method: how static scales of activations are found.
         rotate: turn it first, with this seed; None: no.
         batch_tokens: of calibration text that go through a layer together.
         folder: where activations lie between layers; None: in memory.
@@ -48,6 +49,7 @@ class Recipe:
 
     scheme: Scheme
     rounding: Rounding
+    act_method: Method = "abs_max"
     preparation: Preparation = Preparation()
     rotate: int | None = None
     batch_tokens: int = 2048
@@ -153,11 +155,10 @@ def _layer(
     subject: Subject, recipe: Recipe, index: int, layer: LayerSpec, block: Block, walk: Walk | None
 ) -> Part:
     pieces = pieces_of(subject.names, index)
-    running = Running(layer, pieces, recipe.scheme)
-    with bf16_products():
-        if walk is not None and not recipe.preparation.nothing:
-            prepare_layer(layer, block, pieces, recipe.scheme, recipe.preparation, walk.batches, walk.own)
-        results = round_layer(layer, block, pieces, recipe.scheme, recipe.rounding, running, walk)
+    running = Running(pieces, recipe.scheme, recipe.act_method)
+    if walk is not None and not recipe.preparation.nothing:
+        prepare_layer(layer, block, pieces, recipe.scheme, recipe.preparation, walk.batches, walk.own)
+    results = round_layer(layer, block, pieces, recipe.scheme, recipe.rounding, running, walk)
     found = {result.piece.stem: result for result in results}
     return Part(_parameters(subject.model, f"layers.{index}"), found, running.cache_scales, index)
 
@@ -185,24 +186,12 @@ class _Turns:
 
     def __init__(self, spec: DecoderSpec, seed: int) -> None:
         self._seed = seed
-        self.stream = Rotation(spec.hidden_size, seed)
-        self._values: dict[int, Rotation] = {}
+        self.stream: Turn = random_rotation(spec.hidden_size, seed).apply
+        self._values: dict[int, Turn] = {}
 
-    def values(self, layer: LayerSpec) -> Rotation | None:
+    def values(self, layer: LayerSpec) -> Turn | None:
         """Of a layer's values, where its attention is plain."""
         if not isinstance(layer.attention, GQA):
             return None
         dim = layer.attention.head_dim
-        return self._values.setdefault(dim, Rotation(dim, self._seed + 1))
-
-
-@contextmanager
-def bf16_products() -> Iterator[None]:
-    """Products of fp32 matrices from bf16 factors, with fp32 sums, where the CPU has them: calibration is an average
-    over thousands of tokens, and 4 times as fast (GPTQ's own sums have fp32 factors)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+        return self._values.setdefault(dim, random_rotation(dim, self._seed + 1).apply)

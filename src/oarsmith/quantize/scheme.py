@@ -27,10 +27,15 @@ class Activations:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheScheme:
-    """How keys and values are kept, with static scales: one for a tensor, or one for each head."""
+    """How keys and values are kept, with static scales: one for a tensor, or one for each head.
+
+    Attributes:
+        method: how the scales are found (see ``activations.Observer``).
+    """
 
     code: Literal["int", "e4m3"] = "int"
     per_head: bool = True
+    method: Literal["abs_max", "avg"] = "abs_max"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from oarsmith.quantize.checks import check_finite, check_weight
-from oarsmith.quantize.grid import E4M3_MAX, Grid, Steps, encode, grouped, range_steps
+from oarsmith.quantize.grid import E4M3_MAX, Grid, Steps, encode, grouped, range_steps, stored
 
 _TINY = 1e-12
 _CHUNK = 1 << 17
@@ -64,7 +64,7 @@ def search_steps(
     steps = Steps(scale_OG=steps.scale_OG * factors_P[losses_POG.argmin(0)], zero_OG=steps.zero_OG)
     for _ in range(search.refits):
         steps = refit_scales(weight_OI, steps, grid, root_GK)
-    return steps
+    return stored(steps, grid)
 
 
 def root_importance(weight_OI: Tensor, grid: Grid, importance_I: Tensor | None = None) -> Tensor:
@@ -135,4 +135,4 @@ def refit_scales(weight_OI: Tensor, steps: Steps, grid: Grid, root_GK: Tensor) -
     fitted_OG = top_OG / bottom_OG.clamp_min(_TINY)
     # Nothing on the grid, or what was fitted to noise: the scale stays.
     keep_OG = (bottom_OG < _TINY) | (fitted_OG.abs() < _TINY) | (fitted_OG.sign() != steps.scale_OG.sign())
-    return Steps(scale_OG=torch.where(keep_OG, steps.scale_OG, fitted_OG), zero_OG=steps.zero_OG)
+    return stored(Steps(scale_OG=torch.where(keep_OG, steps.scale_OG, fitted_OG), zero_OG=steps.zero_OG), grid)
