@@ -60,15 +60,17 @@ class LayoutWriter(Protocol):
 
 
 class Layout(ABC):
-    """A layout of quantized files.
+    """A layout, for the files of one model.
 
     Attributes:
         name: what users call it.
         elsewhere: the layout to name in an error where this one has no place for what is asked.
+        metadata: strings in the header of each file of weights.
     """
 
     name: str
     elsewhere: str = "compressed-tensors"
+    metadata: Mapping[str, str] = {"format": "pt"}
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What the files hold scales in, for a model whose floats have this dtype."""
@@ -97,6 +99,23 @@ class Layout(ABC):
     def cache_infos(self, attention: str, dtype: torch.dtype, num_scales: int) -> Mapping[str, TensorInfo]:
         """Names, dtypes and shapes of the scales of a layer's keys and values."""
         raise AssertionError(f"{self.name} has no place for caches, which check() refuses")
+
+    def cache_tensors(self, attention: str, key_scale_H: Tensor, value_scale_H: Tensor) -> Mapping[str, Tensor]:
+        """The scales themselves."""
+        raise AssertionError(f"{self.name} has no place for caches, which check() refuses")
+
+    def float_infos(self, name: str, info: TensorInfo) -> Mapping[str, TensorInfo]:
+        """What a tensor that stays in floats is written as."""
+        return {name: info}
+
+    def float_tensors(self, name: str, tensor: Tensor) -> Mapping[str, Tensor]:
+        """The same, the tensors themselves."""
+        return {name: tensor}
+
+    def model_config(self, contents: Contents) -> dict[str, Any]:
+        """``config.json`` but for the quantization."""
+        key = "dtype" if "dtype" in contents.config else "torch_dtype"
+        return {**contents.config, key: DTYPE_NAMES[contents.dtype]}
 
     def side_files(self, contents: Contents) -> Mapping[str, str]:
         """Further files beside the weights, by name."""
@@ -161,12 +180,12 @@ class StreamingWriter:
         by_tensor = {one.tensor: one for one in contents.maps.values()}
         for name, info in contents.floats.items():
             one = by_tensor.get(name)
-            infos |= {name: info} if one is None else layout.infos(one, contents.dtype)
+            infos |= layout.float_infos(name, info) if one is None else layout.infos(one, contents.dtype)
         if contents.scheme.cache is not None:
             for attention, count in zip(contents.attentions, contents.num_scales, strict=True):
                 infos |= layout.cache_infos(attention, contents.dtype, count)
         self._infos = infos
-        self.files = ShardedSafetensorsWriter(folder, infos, max_shard_bytes=max_shard_bytes)
+        self.files = ShardedSafetensorsWriter(folder, infos, max_shard_bytes=max_shard_bytes, metadata=layout.metadata)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """One tensor in the dtype and shape that it was declared with.
@@ -181,7 +200,8 @@ class StreamingWriter:
         self.files.write(name, ready.contiguous())
 
     def plain(self, name: str, tensor: Tensor) -> None:
-        self.write(name, tensor)
+        for part, piece in self.layout.float_tensors(name, tensor).items():
+            self.write(part, piece)
 
     def map(self, stem: str, quantized: Sequence[Quantized], input_scale: Tensor | None = None) -> None:
         one = self.contents.maps[stem]
@@ -193,8 +213,7 @@ class StreamingWriter:
 
     def cache(self, layer: int, key_scale_H: Tensor, value_scale_H: Tensor) -> None:
         attention = self.contents.attentions[layer]
-        names = self.layout.cache_infos(attention, self.contents.dtype, self.contents.num_scales[layer])
-        for name, scale in zip(names, (key_scale_H, value_scale_H), strict=True):
+        for name, scale in self.layout.cache_tensors(attention, key_scale_H, value_scale_H).items():
             self.write(name, scale)
 
     def parameter(self, name: str, tensor: Tensor) -> None:
@@ -221,8 +240,7 @@ def open_streaming(
         writer = StreamingWriter(layout, contents, hidden, max_shard_bytes)
         with writer.files:
             yield writer
-        key = "dtype" if "dtype" in contents.config else "torch_dtype"
-        config = {**contents.config, key: DTYPE_NAMES[contents.dtype], "quantization_config": layout.config(contents)}
+        config = layout.model_config(contents) | {"quantization_config": layout.config(contents)}
         for name, text in {"config.json": _json(config), **layout.side_files(contents)}.items():
             atomic_write_text(hidden / name, text)
 

@@ -101,6 +101,9 @@ class CompressedTensors(Layout):
         shape = (1,) if num_scales == 1 else (num_scales, 1, 1)
         return {f"{attention}.{part}_scale": TensorInfo(dtype, shape) for part in ("k", "v")}
 
+    def cache_tensors(self, attention: str, key_scale_H: Tensor, value_scale_H: Tensor) -> Mapping[str, Tensor]:
+        return {f"{attention}.k_scale": key_scale_H, f"{attention}.v_scale": value_scale_H}
+
     def config(self, contents: Contents) -> dict[str, Any]:
         return quantization_config(contents)
 
