@@ -60,12 +60,12 @@ def encode(rows_BI: Floats, importance_I: Floats | None = None) -> Bytes:
             sums_BJ = _sum(weights_KR).reshape(-1, 8)
             d_B, scales_BJ = _on_best(scale_R.reshape(-1, 8), sums_BJ)
             dmin_B, minima_BJ = _on_best(minimum_R.reshape(-1, 8), sums_BJ)
-        d_B, dmin_B = d_B.astype(np.float16), dmin_B.astype(np.float16)
-        step_R = (d_B.astype(np.float32)[:, None] * scales_BJ).reshape(-1)
-        lowest_R = (dmin_B.astype(np.float32)[:, None] * minima_BJ).reshape(-1)
+        half_d_B, half_dmin_B = d_B.astype(np.float16), dmin_B.astype(np.float16)
+        step_R = (half_d_B.astype(np.float32)[:, None] * scales_BJ).reshape(-1)
+        lowest_R = (half_dmin_B.astype(np.float32)[:, None] * minima_BJ).reshape(-1)
         again_KR = np.rint((x_KR + lowest_R) / step_R).clip(0, _LARGEST)
     numbers_KR = np.where(step_R == 0, numbers_KR, again_KR).astype(np.uint8)
-    return _packed(d_B, dmin_B, scales_BJ, minima_BJ, numbers_KR).reshape(num_rows, width // BLOCK * 144)
+    return _packed(half_d_B, half_dmin_B, scales_BJ, minima_BJ, numbers_KR).reshape(num_rows, width // BLOCK * 144)
 
 
 def _sum(x_KR: Floats) -> Floats:
@@ -79,7 +79,7 @@ def _steps(x_KR: Floats, weights_KR: Floats, search: _Search) -> tuple[Floats, F
     low_R, high_R = np.minimum(x_KR.min(0), np.float32(0)), x_KR.max(0)
     constant_R = high_R <= low_R
     weight_R, weighted_R = _sum(weights_KR), _sum(weights_KR * x_KR)
-    scale_R = np.float32(1) / (np.float32(_LARGEST) / (high_R - low_R))
+    scale_R: Floats = np.reciprocal(np.float32(_LARGEST) / (high_R - low_R))
     numbers_KR = np.rint(np.float32(_LARGEST) / (high_R - low_R) * (x_KR - low_R)).clip(0, _LARGEST)
     best_R, minimum_R = _error(x_KR, weights_KR, numbers_KR, scale_R, low_R), low_R.copy()
     for index in range(search.count + 1):
@@ -91,7 +91,7 @@ def _steps(x_KR: Floats, weights_KR: Floats, search: _Search) -> tuple[Floats, F
         new_scale_R = (weight_R * mixed_R - weighted_R * sum_R) / determinant_R
         new_low_R = (squares_R * weighted_R - sum_R * mixed_R) / determinant_R
         above_R = new_low_R > 0
-        new_low_R = np.where(above_R, np.float32(0), new_low_R)
+        new_low_R = np.minimum(new_low_R, np.float32(0))
         new_scale_R = np.where(above_R, mixed_R / squares_R, new_scale_R)
         error_R = _error(x_KR, weights_KR, tried_KR, new_scale_R, new_low_R)
         better_R = (determinant_R > 0) & (error_R < best_R)

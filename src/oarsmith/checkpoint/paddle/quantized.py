@@ -1,7 +1,7 @@
 """Weights that PaddleNLP has quantized: int8 or E4M3 in its files, their scales in ``weight_scales.json``.
 
-A scale there is the largest magnitude that is told apart: w = number / 127 * scale (448 of E4M3), one for each output or
-one for the weight. Shapes: O out features, I in features.
+A scale there is the largest magnitude that is told apart: w = number / 127 * scale (448 of E4M3), one for each output
+or one for the weight. Shapes: O out features, I in features.
 """
 
 from __future__ import annotations

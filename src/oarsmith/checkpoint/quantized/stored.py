@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from oarsmith.checkpoint.config_file import read_config
+from oarsmith.checkpoint.paddle.names import layout
 from oarsmith.checkpoint.paddle.quantized import (
     ACTIVATION_SCALES,
     CACHE_SCALES,
@@ -24,7 +25,6 @@ from oarsmith.checkpoint.paddle.quantized import (
     cache_keys,
     read_scales,
 )
-from oarsmith.checkpoint.paddle.names import layout
 from oarsmith.checkpoint.paddle.source import is_paddle
 from oarsmith.checkpoint.quantized.unpacked import QUANTIZATION
 from oarsmith.checkpoint.source import open_model, open_source

@@ -22,6 +22,7 @@ from oarsmith.errors import CheckpointError, ModelError
 from oarsmith.quantize.grid import Quantized
 from oarsmith.quantize.layouts.contents import Contents, FileMap, file_parts
 
+
 class LayoutWriter(Protocol):
     """Takes a model's tensors in any order, each once, and holds none of them longer than it takes to write it.
 
@@ -123,7 +124,9 @@ class Layout(ABC):
 
     def refused(self, what: str, where: str, fix: str | None = None) -> ModelError:
         """An error about something that has no place."""
-        return ModelError(f"{self.name} files have no place for {what}", where=where, fix=fix or f"use {self.elsewhere}")
+        return ModelError(
+            f"{self.name} files have no place for {what}", where=where, fix=fix or f"use {self.elsewhere}"
+        )
 
 
 def require_rows(layout: Layout, contents: Contents) -> None:
@@ -226,17 +229,15 @@ class StreamingWriter:
 
 
 @contextmanager
-def open_streaming(
-    layout: Layout, contents: Contents, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> Iterator[StreamingWriter]:
+def open_layout(
+    layout: Layout, contents: Contents, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> Iterator[LayoutWriter]:
     """The writer of a directory that appears complete at the end of the block, or not at all.
 
     Raises:
-        ModelError: the layout cannot hold the model.
         CheckpointError: the disk is full, or a tensor was never written.
     """
-    layout.check(contents)
-    with atomic_directory(folder) as hidden:
+    with atomic_directory(directory) as hidden:
         writer = StreamingWriter(layout, contents, hidden, max_shard_bytes)
         with writer.files:
             yield writer

@@ -42,10 +42,9 @@ class CompressedTensors(Layout):
             grid = one.grid
             kind = format_of(one.scheme)
             if kind == FLOAT:
-                if grid.group is not None and grid.rows == 1:
-                    raise self.refused("groups of E4M3 numbers", one.tensor, "share scales by rows, or in blocks")
-                if grid.group is None and grid.rows not in (1, None):
-                    raise self.refused("E4M3 scales of some whole rows", one.tensor, "share scales by rows, or in blocks")
+                if (grid.group is None) != (grid.rows in (1, None)):
+                    what = "E4M3 scales that are not those of rows, of blocks or of the weight"
+                    raise self.refused(what, one.tensor, "choose one of these")
                 continue
             if grid.rows != 1:
                 raise self.refused("integers whose rows share scales", one.tensor, "give each row its own scales")

@@ -5,7 +5,6 @@ Fields: QuantizationConfig, QuantizationScheme and QuantizationArgs of the packa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from oarsmith.models.rounding import Activations, CacheScheme
@@ -96,5 +95,5 @@ def _cache(cache: CacheScheme) -> dict[str, Any]:
     }
 
 
-def _arguments(code: str, bits: int) -> Mapping[str, Any]:
+def _arguments(code: str, bits: int) -> dict[str, Any]:
     return {"num_bits": bits, "type": "float" if code == "e4m3" else "int"}

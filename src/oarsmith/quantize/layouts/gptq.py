@@ -83,9 +83,7 @@ class Gptq(Layout):
         kept = [stem for stem in contents.kept if stem != HEAD]
         dynamic: dict[str, dict[str, Any]] = {f"-:^{re.escape(stem)}$": {} for stem in kept}
         dynamic |= {
-            f"+:^{re.escape(one.stem)}$": _numbers(one.grid)
-            for one in contents.maps.values()
-            if one.grid != grid
+            f"+:^{re.escape(one.stem)}$": _numbers(one.grid) for one in contents.maps.values() if one.grid != grid
         }
         return {
             "quant_method": "gptq",

@@ -42,7 +42,7 @@ class Paddle(Layout):
     """``X.weight`` [in, out] in 8 bits, and three files of scales, which are told as the tensors come."""
 
     name = "paddle"
-    metadata = {"format": "np"}  # by which readers know that the axes are PaddleNLP's
+    metadata: Mapping[str, str] = {"format": "np"}  # by which readers know that the axes are PaddleNLP's
 
     def __init__(self, contents: Contents) -> None:
         self._family = paddle_family(contents.config)

@@ -26,8 +26,9 @@ def block_scales(quantized: Quantized, where: str) -> Tensor:
     scale_OG, rows = quantized.steps.scale_OG, quantized.grid.rows
     if rows == 1:
         return scale_OG
-    scale_BG = scale_OG[:1] if rows is None else scale_OG[::rows]
-    if not torch.equal(scale_BG.repeat_interleave(len(scale_OG) if rows is None else rows, 0)[: len(scale_OG)], scale_OG):
+    run = len(scale_OG) if rows is None else rows
+    scale_BG = scale_OG[::run]
+    if not torch.equal(scale_BG.repeat_interleave(run, 0)[: len(scale_OG)], scale_OG):
         raise ModelError(
             f"rows that share a scale in the file ({rows or 'all'} at a time) have several",
             where=where,
