@@ -10,8 +10,9 @@ import torch
 from oarsmith.checkpoint import safetensors_source, torch_bin
 from oarsmith.checkpoint.config_file import read_config
 from oarsmith.checkpoint.fill import file_infos
+from oarsmith.checkpoint.paddle.quantized import CODES, QuantizedPaddle
 from oarsmith.checkpoint.paddle.source import PaddleSource, is_paddle, open_paddle_files
-from oarsmith.checkpoint.quantized.unpacked import unpacked
+from oarsmith.checkpoint.quantized.unpacked import QUANTIZATION, unpacked
 from oarsmith.checkpoint.safetensors_source import SafetensorsSource
 from oarsmith.checkpoint.tensors import TensorSource
 from oarsmith.checkpoint.text_part import text_part
@@ -44,7 +45,10 @@ def open_model(directory: Path) -> tuple[dict[str, Any], TensorSource]:
     family, spec = families.build_spec(config)
     infos = file_infos(spec, config, family.names(spec), torch.float32)
     shapes = {name: info.shape for name, info in infos.items()}
-    return config, PaddleSource(open_paddle_files(directory), config, shapes)
+    source: TensorSource = PaddleSource(open_paddle_files(directory), config, shapes)
+    if any(code in CODES for code in source.dtypes.values()):
+        source = QuantizedPaddle(source, config)
+    return {key: value for key, value in config.items() if key not in QUANTIZATION}, source
 
 
 def open_source(directory: Path) -> TensorSource:

@@ -16,7 +16,7 @@ from torch.autograd.function import FunctionCtx
 
 from oarsmith.quantize.activations import round_activations
 from oarsmith.quantize.grid import Grid, Steps, quantize
-from oarsmith.quantize.scheme import Activations
+from oarsmith.models.rounding import Activations
 
 _LARGEST = 127
 

@@ -41,7 +41,7 @@ class Recipe:
     """What is done to a model.
 
     Attributes:
-        act_method: how static scales of activations are found.
+        act_method: how static scales of activations are found, and ``cache_method`` those of keys and values.
         rotate: turn it first, with this seed; None: no.
         batch_tokens: of calibration text that go through a layer together.
         folder: where activations lie between layers; None: in memory.
@@ -50,6 +50,7 @@ class Recipe:
     scheme: Scheme
     rounding: Rounding
     act_method: Method = "abs_max"
+    cache_method: Method = "abs_max"
     preparation: Preparation = Preparation()
     rotate: int | None = None
     batch_tokens: int = 2048
@@ -72,12 +73,13 @@ class Part:
 
     Attributes:
         parameters: by the decoder's names, in fp32.
-        pieces: what takes the place of a linear map's weight, by the piece's name in the files.
+        pieces: what takes the place of a linear map's weight, by its name in the files: one, or one for each expert of
+            a tensor that holds them all.
         cache: static scales of keys and of values, one for each kv head or one for all.
     """
 
     parameters: Mapping[str, Tensor]
-    pieces: Mapping[str, PieceResult] = field(default_factory=dict)
+    pieces: Mapping[str, list[PieceResult]] = field(default_factory=dict)
     cache: tuple[Tensor, Tensor] | None = None
     layer: int | None = None
 
@@ -154,12 +156,14 @@ def _walk(subject: Subject, recipe: Recipe, documents: Sequence[Sequence[int]]) 
 def _layer(
     subject: Subject, recipe: Recipe, index: int, layer: LayerSpec, block: Block, walk: Walk | None
 ) -> Part:
-    pieces = pieces_of(subject.names, index)
-    running = Running(pieces, recipe.scheme, recipe.act_method)
+    pieces = pieces_of(subject.names, index, block)
+    running = Running(pieces, recipe.scheme, recipe.act_method, recipe.cache_method)
     if walk is not None and not recipe.preparation.nothing:
         prepare_layer(layer, block, pieces, recipe.scheme, recipe.preparation, walk.batches, walk.own)
     results = round_layer(layer, block, pieces, recipe.scheme, recipe.rounding, running, walk)
-    found = {result.piece.stem: result for result in results}
+    found: dict[str, list[PieceResult]] = {}
+    for result in results:
+        found.setdefault(result.piece.stem, []).append(result)
     return Part(_parameters(subject.model, f"layers.{index}"), found, running.cache_scales, index)
 
 

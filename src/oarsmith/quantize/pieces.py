@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-from oarsmith.models.names import ExpertRows, NameMap, Place, Rows, transposed, whole
+from oarsmith.models.block import Block
+from oarsmith.models.linear import Linear
+from oarsmith.models.names import ExpertRows, NameMap, Place, Rows
+from oarsmith.quantize.inputs import linear
 from oarsmith.quantize.scheme import MapScheme, Scheme
 
 
@@ -28,33 +31,35 @@ class Piece:
     stop: int | None
 
 
-def pieces_of(names: NameMap, layer: int) -> dict[str, list[Piece]]:
+def pieces_of(names: NameMap, layer: int, block: Block) -> dict[str, list[Piece]]:
     """The pieces of a layer by the paths of their maps, in the order of experts and rows.
 
-    Maps whose files hold all experts in one tensor are left out: no quantized layout has a place for them.
+    Where a tensor of the files holds all experts, each of them is a piece, all of the same name.
     """
     prefix, found = f"layers.{layer}.", dict[str, list[Piece]]()
     for place in names.places:
-        if not place.parameter.startswith(prefix) or place.segment is None or not place.file.endswith(".weight"):
+        if not place.parameter.startswith(prefix) or not place.parameter.endswith(".weight"):
             continue
-        piece = _piece(place, place.parameter.removeprefix(prefix).removesuffix(".weight"))
-        if piece is not None:
-            found.setdefault(piece.map, []).append(piece)
+        if not isinstance(block.get_submodule(place.parameter.removeprefix(prefix).removesuffix(".weight")), Linear):
+            continue
+        path = place.parameter.removeprefix(prefix).removesuffix(".weight")
+        found.setdefault(path, []).extend(_pieces(place, path, linear(block, path).spec.experts))
     for pieces in found.values():
         pieces.sort(key=lambda piece: (piece.expert or 0, piece.start))
     return found
 
 
-def _piece(place: Place, path: str) -> Piece | None:
+def _pieces(place: Place, path: str, experts: int | None) -> Iterator[Piece]:
     stem = place.file.removesuffix(".weight")
     match place.view:
         case Rows(start=start, stop=stop):
-            return Piece(stem, path, None, start, stop)
+            yield Piece(stem, path, None, start, stop)
         case ExpertRows(expert=expert, start=start, stop=stop):
-            return Piece(stem, path, expert, start, stop)
-        case view if view in (whole, transposed):
-            return Piece(stem, path, None, 0, None)
-    return None
+            yield Piece(stem, path, expert, start, stop)
+        case _ if experts is None:
+            yield Piece(stem, path, None, 0, None)
+        case _:
+            yield from (Piece(stem, path, expert, 0, None) for expert in range(experts))
 
 
 def runs_of(pieces: list[Piece], scheme: Scheme) -> Iterator[tuple[MapScheme, list[Piece]]]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from oarsmith.errors import ConfigError
 from oarsmith.quantize.activations import Method, Observer, round_activations
 from oarsmith.quantize.pieces import Piece
-from oarsmith.quantize.scheme import Activations, CacheScheme, Scheme
+from oarsmith.models.rounding import Activations, CacheScheme
+from oarsmith.quantize.scheme import Scheme
 from oarsmith.quantize.walk import Keys, Tap
 
 _OUT = "attention.out"
@@ -23,20 +24,22 @@ class Running:
 
     Args:
         pieces: of the layer's maps, by path.
-        method: how static scales are found.
+        method: how static scales of inputs are found, and ``cache_method`` those of keys and values.
 
     Raises:
         ConfigError: pieces of a map, which has one input, ask for different activations.
     """
 
-    def __init__(self, pieces: Mapping[str, Sequence[Piece]], scheme: Scheme, method: Method = "abs_max") -> None:
+    def __init__(
+        self, pieces: Mapping[str, Sequence[Piece]], scheme: Scheme, method: Method = "abs_max", cache_method: Method = "abs_max"
+    ) -> None:
         self._how = {path: how for path, own in pieces.items() if (how := _activations(own, scheme)) is not None}
         self._observers = {path: Observer(method) for path, how in self._how.items() if how.static}
         self._cache = scheme.cache
         self._observed: tuple[Observer, Observer] | None = None
         if scheme.cache is not None:
             heads = scheme.cache.per_head
-            self._observed = Observer(scheme.cache.method, heads=heads), Observer(scheme.cache.method, heads=heads)
+            self._observed = Observer(cache_method, heads=heads), Observer(cache_method, heads=heads)
         self.taps: dict[str, Tap] = {}
         self.cache_scales: tuple[Tensor, Tensor] | None = None
 

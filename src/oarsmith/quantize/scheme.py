@@ -5,37 +5,9 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
+from oarsmith.models.rounding import Activations, CacheScheme
 from oarsmith.quantize.grid import Grid
-
-
-@dataclass(frozen=True, kw_only=True)
-class Activations:
-    """How a map's inputs are rounded while the model runs.
-
-    Attributes:
-        code: int8 or E4M3.
-        static: one scale found in calibration, for the whole tensor; else a scale for each token as it comes.
-        group: columns of a token that share a scale (FP8 blocks); None: all of them.
-    """
-
-    code: Literal["int", "e4m3"] = "int"
-    static: bool = False
-    group: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheScheme:
-    """How keys and values are kept, with static scales: one for a tensor, or one for each head.
-
-    Attributes:
-        method: how the scales are found (see ``activations.Observer``).
-    """
-
-    code: Literal["int", "e4m3"] = "int"
-    per_head: bool = True
-    method: Literal["abs_max", "avg"] = "abs_max"
 
 
 @dataclass(frozen=True, kw_only=True)

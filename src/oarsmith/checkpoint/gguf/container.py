@@ -22,10 +22,12 @@ from gguf.quants import quantize
 from torch import Tensor
 
 from oarsmith.atomic import atomic_file
+from oarsmith.checkpoint.gguf import q4_k
 from oarsmith.errors import CheckpointError
 
 _ALIGNMENT = 32
 _CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32: the working set of a quantization, whatever the tensor's size
+_SEARCH_ELEMENTS = 1 << 16  # of Q4_K, whose search goes over a chunk many times: twice as fast as 1 << 19
 _PLAIN = {
     GGMLQuantizationType.F32: torch.float32,
     GGMLQuantizationType.F16: torch.float16,
@@ -130,8 +132,12 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
         self._file.truncate(self.num_bytes)
         return self
 
-    def write(self, name: str, tensor: Tensor, *, index: int | None = None) -> None:
-        """Write a declared tensor, or with `index` one entry of its first dimension. The dtype is free."""
+    def write(self, name: str, tensor: Tensor, *, index: int | None = None, importance_I: Tensor | None = None) -> None:
+        """Write a declared tensor, or with `index` one entry of its first dimension. The dtype is free.
+
+        Args:
+            importance_I: how much an error in each column counts, for Q4_K; other types have nothing to choose.
+        """
         assert self._file is not None, "GgufWriter is used outside its with block"
         info = self._tensors[name]
         shape = info.shape if index is None else info.shape[1:]
@@ -141,11 +147,12 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
         self._missing[name] -= num_rows
         self._file.seek(len(self._header) + self._starts[name] + (index or 0) * num_rows * info.row_bytes)
         rows = tensor.detach().cpu().reshape(num_rows, shape[-1])
-        step = max(1, _CHUNK_ELEMENTS // shape[-1])
+        elements = _SEARCH_ELEMENTS if info.type is GGMLQuantizationType.Q4_K else _CHUNK_ELEMENTS
+        step = max(1, elements // shape[-1])
         for first in range(0, num_rows, step):
-            self._file.write(self._encode(name, rows[first : first + step], info.type))
+            self._file.write(self._encode(name, rows[first : first + step], info.type, importance_I))
 
-    def _encode(self, name: str, rows: Tensor, kind: GGMLQuantizationType) -> bytes:
+    def _encode(self, name: str, rows: Tensor, kind: GGMLQuantizationType, importance_I: Tensor | None) -> bytes:
         if kind in _PLAIN:
             values = rows.to(_PLAIN[kind]).contiguous()
             if kind is GGMLQuantizationType.F16 and rows.dtype is not torch.float16:
@@ -153,6 +160,8 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
             return values.view(torch.uint8).numpy().tobytes()
         values = rows.float().contiguous()
         self._require_finite(name, values, "a NaN or infinite value cannot be quantized", "write bf16 or f32")
+        if kind is GGMLQuantizationType.Q4_K:
+            return q4_k.encode(values.numpy(), None if importance_I is None else importance_I.float().numpy()).tobytes()
         return quantize(values.numpy(), kind).tobytes()
 
     def _require_finite(self, name: str, values: Tensor, what: str, fix: str) -> None:

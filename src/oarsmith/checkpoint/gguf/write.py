@@ -32,7 +32,10 @@ _TYPES: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "bf16": (_Q.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (_Q.Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "q4_0": (_Q.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+    "q4_1": (_Q.Q4_1, LlamaFileType.MOSTLY_Q4_1),
+    "q4_k": (_Q.Q4_K, LlamaFileType.MOSTLY_Q4_K_S),
 }
+_FOUR_BITS = (_Q.Q4_0, _Q.Q4_1, _Q.Q4_K)
 _ALWAYS_F32 = re.compile(r"(.*_norm|blk\.\d+\.ffn_gate_inp(_shexp)?|position_embd)\.weight|.*(?<!\.weight)")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Buffers that some files hold and nothing needs; layers behind the last one (multi-token prediction) are dropped too.
@@ -70,15 +73,19 @@ def write_gguf(
     progress: Progress | None = None,
     overwrite: bool = False,
     with_tokenizer: bool = True,
+    importance: Mapping[str, torch.Tensor] | None = None,
 ) -> GgufReport:
     """Write the model of `directory` as the GGUF file `dst`, which appears complete or not at all.
 
     Args:
-        type: f32, f16, bf16, q8_0 or q4_0: what matrices are stored as. Norms, biases and routers are float32 in every
-            file. A matrix whose rows do not fill blocks of 32 stays float16. With q4_0 the output head (a tied
-            embedding too) is q8_0, where llama.cpp takes q6_K.
+        type: f32, f16, bf16, q8_0, q4_0, q4_1 or q4_k: what matrices are stored as. Norms, biases and routers are
+            float32 in every file. A matrix whose rows do not fill blocks of 32 stays float16; of q4_k, one whose rows
+            do not fill blocks of 256 is q5_0. With 4 bits the output head (a tied embedding too) is q8_0, where
+            llama.cpp takes q6_K.
         progress: called with (bytes written, bytes in all) after each tensor.
         overwrite: replace an existing file, in one step at the end.
+        importance: by the names of the directory's tensors, how much an error in each of a weight's inputs counts [I];
+            q4_k minimises the error so weighted (llama.cpp's imatrix).
         with_tokenizer: put the tokenizer into the file; without it llama.cpp can compute, but not read text.
 
     Raises:
@@ -109,7 +116,7 @@ def write_gguf(
         with GgufWriter(dst, metadata, tensors) as writer:
             for name, numbers in factors.items():
                 writer.write(name, torch.tensor(numbers, dtype=torch.float32))
-            _write_tensors(source, plans, writer, progress)
+            _write_tensors(source, plans, writer, importance or {}, progress)
     return GgufReport(
         destination=dst,
         architecture=family.arch,
@@ -132,7 +139,11 @@ def _general(family: Family, directory: Path, type: str) -> dict[str, Any]:
 
 
 def _write_tensors(
-    source: TensorSource, plans: Sequence[_WritePlan], writer: GgufWriter, progress: Progress | None
+    source: TensorSource,
+    plans: Sequence[_WritePlan],
+    writer: GgufWriter,
+    importance: Mapping[str, torch.Tensor],
+    progress: Progress | None,
 ) -> None:
     total = sum(info.num_bytes for plan in plans for info in plan.targets.values())
     done = 0
@@ -142,7 +153,9 @@ def _write_tensors(
             if plan.link.change.arithmetic:
                 tensors = [tensor.float() for tensor in tensors]
             for name, tensor in zip(plan.targets, plan.link.change.to_gguf(tensors), strict=True):
-                writer.write(name, tensor, index=index if plan.link.per_expert else None)
+                # What goes into a fused weight, or comes out of one, has the same inputs.
+                weights_I = importance.get(names[0])
+                writer.write(name, tensor, index=index if plan.link.per_expert else None, importance_I=weights_I)
         done += sum(info.num_bytes for info in plan.targets.values())
         if progress is not None:
             progress(done, total)
@@ -213,8 +226,10 @@ def _type_of(name: str, shape: tuple[int, ...], type: str, *, tied: bool) -> GGM
     kind = _TYPES[type][0]
     if len(shape) == 1 or _ALWAYS_F32.fullmatch(name):
         return _Q.F32
-    if kind is _Q.Q4_0 and (name == HEAD or (tied and name == EMBEDDING)):
+    if kind in _FOUR_BITS and (name == HEAD or (tied and name == EMBEDDING)):
         kind = _Q.Q8_0
+    if kind is _Q.Q4_K and shape[-1] % GGML_QUANT_SIZES[kind][0]:
+        kind = _Q.Q5_0
     return _Q.F16 if shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
 
 

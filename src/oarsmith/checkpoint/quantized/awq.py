@@ -66,8 +66,12 @@ class AwqSource(CodedSource):
         return {name.removesuffix("weight") + "qweight": name for name in self._groups}
 
     def recoded(self, name: str, weight_OI: Tensor) -> Tensor:
-        numbers_IO = numbers_on_grid(self._checked(name), weight_OI, _BITS).t()
-        return pack_words(numbers_IO.unflatten(-1, (-1, _A_WORD))[..., _IN_WORD].flatten(-2), _BITS)
+        return awq_words(numbers_on_grid(self._checked(name), weight_OI, _BITS).t())
+
+
+def awq_words(numbers: Tensor) -> Tensor:
+    """Numbers [.., O] as words [.., O / 8]."""
+    return pack_words(numbers.unflatten(-1, (-1, _A_WORD))[..., _IN_WORD].flatten(-2), _BITS)
 
 
 def _in_order(words: Tensor) -> Tensor:

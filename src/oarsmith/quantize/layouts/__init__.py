@@ -1,0 +1,1 @@
+"""Quantized models as files: one file a layout that others read."""
