@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import capabilities, conversions
 from .capabilities import Capability
 from .part_adapters import part_adapters
+from .quantized import quantized
 from .rewards import reward
 
 COLUMNS: dict[str, Capability] = {
@@ -50,6 +51,12 @@ COLUMNS: dict[str, Capability] = {
     "paddle": Capability("PaddleNLP", "`.pdparams`, in and out", conversions.to_paddle),
     "gguf": Capability(
         "GGUF", "in and out, as far as llama.cpp computes the model (`convert` says where not)", conversions.to_gguf
+    ),
+    "quantize": Capability(
+        "quantized",
+        "weights in 8 and 4 bits (GPTAQ), and int8 with static scales of inputs: calibrated, written as "
+        "compressed-tensors (or as the cell says), read back, and near the original",
+        quantized,
     ),
     "tokenizer": Capability(
         "tokenizer",

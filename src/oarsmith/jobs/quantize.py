@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +13,8 @@ from tempfile import TemporaryDirectory
 import torch
 from rich.console import Console
 
-from oarsmith.atomic import atomic_write_bytes, atomic_write_text
+from oarsmith.atomic import atomic_write_bytes, atomic_write_text, temporary_directory
+from oarsmith.checkpoint.gguf.convert import convert_gguf
 from oarsmith.checkpoint.hf import DTYPES, GENERATION_CONFIG
 from oarsmith.config.quantize import QuantizeConfig
 from oarsmith.config.resolved import Resolved
@@ -27,7 +29,8 @@ from oarsmith.model_path import resolve
 from oarsmith.quantize.choose import algorithm_of, recipe_of, scheme_of
 from oarsmith.quantize.layouts.base import Layout, LayoutWriter, open_layout
 from oarsmith.quantize.layouts.choose import layout_of
-from oarsmith.quantize.layouts.contents import Contents, contents_of
+from oarsmith.quantize.layouts.contents import Contents, contents_of, usual_scheme
+from oarsmith.quantize.layouts.gguf import open_gguf
 from oarsmith.quantize.model import Part, Recipe, Subject, quantize_parts
 from oarsmith.quantize.proof import Comparison, Walked, compare
 from oarsmith.quantize.read_again import rounding_of
@@ -35,7 +38,7 @@ from oarsmith.quantize.report import PieceReport, Report, draw
 from oarsmith.text import Tokenizer
 from oarsmith.training.log import peak_memory_mb
 
-REPORT, PICTURE = "quantization.json", "quantization.png"
+REPORT, GGUF = "quantization", "gguf"
 _SPEED_TOKENS = 64
 _SCALES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -47,29 +50,48 @@ def run(resolved: Resolved[QuantizeConfig]) -> int:
     if where.adapter is not None:
         fix = f"merge it first: oarsmith merge-adapter {config.model_name_or_path}"
         raise CheckpointError("this is an adapter on a base model", where=config.model_name_or_path, fix=fix)
-    check_destination(output, config.overwrite_output_dir, inputs=[where.base])
+    gguf = _layout_name(config) == GGUF
+    if gguf:
+        _check_file(output, overwrite=config.overwrite_output_dir)
+    else:
+        check_destination(output, config.overwrite_output_dir, inputs=[where.base])
     tokenizer = make_tokenizer(config)
     with runtime(config):
         report = quantize(config, where.base, output, tokenizer, console)
-        if config.measure_speed:
+        if config.measure_speed and not gguf:
             report = replace(report, original_speed=_speed(where.base), speed=_speed(output))
     for line in report.lines():
         console.print(line, soft_wrap=True)
-    atomic_write_text(output / REPORT, json.dumps(report.record(), indent=1) + "\n")
-    atomic_write_bytes(output / PICTURE, draw(report))
-    console.print(f"wrote {output} ({report.layout}), with {REPORT} and {PICTURE}", soft_wrap=True)
-    console.print(f"next:  oarsmith chat {output}")
+    beside = output.with_suffix("") if report.layout == GGUF else output / REPORT
+    record, picture = beside.with_suffix(".json"), beside.with_suffix(".png")
+    atomic_write_text(record, json.dumps(report.record(), indent=1) + "\n")
+    atomic_write_bytes(picture, draw(report))
+    console.print(f"wrote {output} ({report.layout}); report: {record}, {picture}", soft_wrap=True)
+    console.print(f"next:  oarsmith {'convert' if report.layout == GGUF else 'chat'} {output}")
     return 0
+
+
+def _check_file(output: Path, *, overwrite: bool) -> None:
+    if output.suffix != ".gguf":
+        raise CheckpointError("a GGUF model is a file", where=str(output), fix="give it a name that ends in .gguf")
+    if output.is_dir() or (output.exists() and not overwrite):
+        fix = "choose another, or add --overwrite_output_dir"
+        raise CheckpointError("the destination exists", where=str(output), fix=fix)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is known before a weight is read."""
+    """Everything that is known before a weight is read. ``layout``: of a directory; None: a GGUF file."""
 
     subject: Subject
     recipe: Recipe
     contents: Contents
-    layout: Layout
+    layout: Layout | None
+
+    @property
+    def layout_name(self) -> str:
+        """What users call it."""
+        return GGUF if self.layout is None else self.layout.name
 
 
 def make_plan(config: QuantizeConfig, source: Path, folder: Path | None, bits: dict[str, int] | None = None) -> Plan:
@@ -81,17 +103,37 @@ def make_plan(config: QuantizeConfig, source: Path, folder: Path | None, bits: d
     Raises:
         OarsmithError: the model cannot be read, or scheme or layout have no place for a part of it.
     """
-    name = config.layout
-    if name == "auto":
-        name = "gptq" if config.scheme == "w3a16" else "compressed-tensors"
-    probe = recipe_of(config, scheme_of(config, "fp32", bits), folder)
+    name = _layout_name(config)
+    gguf = name == GGUF
+    probe = recipe_of(config, scheme_of(config, "fp32", bits, gguf=gguf), folder)
     subject = Subject(source, probe)
     dtype = subject.source.stored_dtype() if config.dtype == "auto" else DTYPES[config.dtype]
-    layout = layout_of(name, contents_of(subject.config, probe.scheme, dtype))
+    layout = None if gguf else layout_of(name, contents_of(subject.config, probe.scheme, dtype))
     # Numbers are chosen for scales as the files will hold them.
-    scheme = scheme_of(config, _SCALES[layout.scale_dtype(dtype)], bits)
+    scales = torch.float16 if layout is None else layout.scale_dtype(dtype)
+    scheme = scheme_of(config, _SCALES[scales], bits, gguf=gguf)
     contents = contents_of(subject.config, scheme, dtype)
-    return Plan(subject, recipe_of(config, scheme, folder), contents, layout_of(name, contents))
+    _require_whole_inputs(contents)
+    return Plan(subject, recipe_of(config, scheme, folder), contents, layout and layout_of(name, contents))
+
+
+def _layout_name(config: QuantizeConfig) -> str:
+    if config.layout != "auto":
+        return config.layout
+    if config.output_dir.endswith(".gguf"):
+        return GGUF
+    return "gptq" if config.scheme == "w3a16" else "compressed-tensors"
+
+
+def _require_whole_inputs(contents: Contents) -> None:
+    for one in contents.maps.values():
+        how = one.scheme.activations
+        if how is not None and how.group is not None and one.in_features % how.group:
+            raise ConfigError(
+                f"groups of {how.group} do not divide the {one.in_features} inputs of {one.stem}",
+                where="scheme",
+                fix="use scheme fp8, or leave the map in floats with skip_list_names",
+            )
 
 
 def quantize(config: QuantizeConfig, source: Path, output: Path, tokenizer: Tokenizer, console: Console) -> Report:
@@ -118,7 +160,7 @@ def quantize(config: QuantizeConfig, source: Path, output: Path, tokenizer: Toke
                 _require(found[0], config, console)
 
         begin = time.perf_counter()
-        with open_layout(plan.layout, plan.contents, output, check=check) as writer:
+        with open_output(plan, output, check) as writer:
             pieces = write_parts(plan, writer, calibration, console)
             seconds = time.perf_counter() - begin
             tokenizer.save(writer.folder)
@@ -126,7 +168,7 @@ def quantize(config: QuantizeConfig, source: Path, output: Path, tokenizer: Toke
     return Report(
         scheme=config.scheme,
         algorithm=algorithm_of(config),
-        layout=plan.layout.name,
+        layout=plan.layout_name,
         pieces=tuple(pieces),
         comparison=found[0] if found else None,
         file_bytes=_weights(output),
@@ -134,6 +176,24 @@ def quantize(config: QuantizeConfig, source: Path, output: Path, tokenizer: Toke
         seconds=seconds,
         peak_mb=peak_memory_mb(),
     )
+
+
+@contextmanager
+def open_output(
+    plan: Plan, output: Path, check: Callable[[Path], None], *, with_tokenizer: bool = True
+) -> Iterator[LayoutWriter]:
+    """The writer of a model that appears when it is complete and ``check`` has passed its directory."""
+    if plan.layout is not None:
+        with open_layout(plan.layout, plan.contents, output, check=check) as writer:
+            yield writer
+        return
+    with temporary_directory(output) as staged:
+        kind = {8: "q8_0", 4: "q4_0"}[usual_scheme(plan.contents).weights.bits]
+        with open_gguf(plan.contents, staged / output.name, type=kind, with_tokenizer=with_tokenizer) as own:
+            yield own
+        convert_gguf(staged / output.name, staged / "back", "fp32", lambda done, total: None)
+        check(staged / "back")
+        (staged / output.name).replace(output)
 
 
 def write_parts(plan: Plan, writer: LayoutWriter, calibration: Documents, console: Console) -> list[PieceReport]:
@@ -205,6 +265,8 @@ def _copy_generation_config(source: Path, folder: Path) -> None:
 
 def _weights(folder: Path) -> int:
     """Bytes of the files of weights."""
+    if folder.is_file():
+        return folder.stat().st_size
     endings = (".safetensors", ".bin", ".pdparams")
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in endings)
 

@@ -24,18 +24,24 @@ from oarsmith.quantize.smooth import Piecewise
 Scales = Literal["fp32", "bf16", "fp16"]
 _GROUP = 64
 _BLOCK = 128
+_GGUF_GROUP = 32
 
 
-def scheme_of(config: QuantizeConfig, scales: Scales, bits: dict[str, int] | None = None) -> Scheme:
+def scheme_of(
+    config: QuantizeConfig, scales: Scales, bits: dict[str, int] | None = None, *, gguf: bool = False
+) -> Scheme:
     """What every map gets.
 
     Args:
         scales: what the layout stores scales as.
         bits: by patterns of maps, in place of the scheme's, where they have been searched.
+        gguf: on the grids of GGUF's Q8_0 and Q4_0: symmetric, groups of 32.
 
     Raises:
         ConfigError: an override that is no scheme.
     """
+    if gguf:
+        config = _for_gguf(config)
     default = _map_scheme(config, config.scheme, scales)
     overrides: dict[str, MapScheme] = {}
     for pattern, name in config.overrides.items():
@@ -52,6 +58,20 @@ def scheme_of(config: QuantizeConfig, scales: Scales, bits: dict[str, int] | Non
         for pattern, count in (bits or {}).items()
     }
     return Scheme(name=config.scheme, default=default, overrides=skipped | overrides | searched, cache=_cache(config))
+
+
+def _for_gguf(config: QuantizeConfig) -> QuantizeConfig:
+    if config.scheme not in ("w8a16", "w4a16"):
+        raise ConfigError(
+            f"GGUF files have no place for scheme {config.scheme}", where="layout", fix="use w8a16 (Q8_0) or w4a16 (Q4_0)"
+        )
+    if config.group_size not in (None, _GGUF_GROUP) or config.symmetric is False:
+        raise ConfigError(
+            f"GGUF's Q8_0 and Q4_0 have symmetric groups of {_GGUF_GROUP}",
+            where="group_size",
+            fix="leave group_size and symmetric out",
+        )
+    return config.model_copy(update={"group_size": _GGUF_GROUP, "symmetric": True})
 
 
 SCHEMES: dict[str, tuple[int, Literal["int", "e4m3"], Literal["int", "e4m3"] | None]] = {

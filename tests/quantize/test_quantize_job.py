@@ -1,0 +1,81 @@
+"""`oarsmith quantize` on tiny models, through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import oarsmith
+from oarsmith import cli
+from oarsmith.checkpoint.config_file import read_config
+from tiny import write_tiny_model
+
+TEXT = "The boat is old, but it still floats, and the river at dawn is quiet. Five small fish swim under it. "
+
+
+def text(folder: Path) -> Path:
+    path = folder / "text.txt"
+    path.write_text(TEXT * 40, encoding="utf-8")
+    return path
+
+
+def quantize(model: Path, out: Path, *words: str) -> int:
+    own = ["--calibration_samples", "4", "--calibration_length", "64", "--proof_length", "32", "--proof_samples", "2"]
+    return cli.main(["quantize", str(model), str(out), "--measure_speed", "false", "--device", "cpu", *own, *words])
+
+
+def report_of(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "quantization.json").read_text(encoding="utf-8"))
+    return found
+
+
+SCHEMES = {
+    "w8a16": ("--group_size", "-1"),
+    "w4a16": ("--group_size", "16"),
+    "w8a8": (),
+    "w8a8c8": (),
+    "w4a8": ("--group_size", "16"),
+    "fp8": (),
+    "fp8c8": (),
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_writes_a_model_that_loads(tmp_path: Path, scheme: str) -> None:
+    model, out = write_tiny_model(tmp_path / "model", vocab_size=1120), tmp_path / "out"
+    words = ["--scheme", scheme, "--calibration", str(text(tmp_path)), *SCHEMES[scheme]]
+    assert quantize(model, out, *words) == 0
+    report = report_of(out)
+    assert report["kl"] < {"w4a16": 0.2, "w4a8": 0.2}.get(scheme, 0.03), report
+    assert len(report["maps"]) == 14
+    assert (out / "quantization.png").stat().st_size > 10_000
+    ids = torch.arange(24)[None] * 31 % 1000
+    before, after = (oarsmith.load_model(path, dtype="fp32")(ids) for path in (model, out))
+    assert (before - after).abs().max() < before.abs().max()
+    assert read_config(out)["quantization_config"]["quant_method"] == "compressed-tensors"
+
+
+ALGORITHMS = {
+    "rtn": (),
+    "gptq": ("--act_order", "false"),
+    "awq": ("--auto_clip", "true"),
+    "hqq": (),
+    "autoround": ("--autoround_steps", "3"),
+    "gptaq": ("--rotate", "true"),
+}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("layout", ["compressed-tensors", "gptq", "awq", "paddle"])
+def test_every_algorithm_in_every_layout_of_4_bits(tmp_path: Path, algorithm: str, layout: str) -> None:
+    model, out = write_tiny_model(tmp_path / "model"), tmp_path / "out"
+    words = ["--algorithm", algorithm, "--layout", layout, "--group_size", "16", *ALGORITHMS[algorithm]]
+    if layout == "paddle":
+        words += ["--group_size", "-1", "--symmetric", "true"]
+    assert quantize(model, out, *words, "--calibration", str(text(tmp_path))) == 0
+    assert report_of(out)["kl"] < 0.3
+
