@@ -11,7 +11,7 @@ from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.config.load import load_config
 from oarsmith.config.quantize import QuantizeConfig
 from oarsmith.errors import ModelError
-from oarsmith.jobs.quantize import make_plan, open_output, write_parts
+from oarsmith.jobs.quantize_plan import make_plan, open_output, write_parts
 from oarsmith.quantize.proof import Comparison, Walked, compare
 from oarsmith.quantize.read_again import rounding_of
 

@@ -70,12 +70,43 @@ ALGORITHMS = {
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("layout", ["compressed-tensors", "gptq", "awq", "paddle"])
+@pytest.mark.parametrize("layout", ["compressed-tensors", "gptq", "awq"])
 def test_every_algorithm_in_every_layout_of_4_bits(tmp_path: Path, algorithm: str, layout: str) -> None:
     model, out = write_tiny_model(tmp_path / "model"), tmp_path / "out"
     words = ["--algorithm", algorithm, "--layout", layout, "--group_size", "16", *ALGORITHMS[algorithm]]
-    if layout == "paddle":
-        words += ["--group_size", "-1", "--symmetric", "true"]
     assert quantize(model, out, *words, "--calibration", str(text(tmp_path))) == 0
     assert report_of(out)["kl"] < 0.3
 
+
+def test_bits_within_a_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    words = ["--budget", "kl=0.01", "--group_size", "16", "--calibration", str(text(tmp_path))]
+    assert quantize(model, tmp_path / "out", *words) == 0
+    report = report_of(tmp_path / "out")
+    assert report["kl"] <= 0.01
+    assert "layers: " in capsys.readouterr().out
+
+
+def test_over_budget_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, out = write_tiny_model(tmp_path / "model"), tmp_path / "out"
+    words = ["--algorithm", "rtn", "--group_size", "16", "--kl_budget", "1e-6", "--calibration", str(text(tmp_path))]
+    assert quantize(model, out, *words) == 2
+    assert "nothing was written" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
+    assert quantize(model, out, *words, "--on_over_budget", "warn") == 0
+
+
+def test_static_scales_in_paddles_layout(tmp_path: Path) -> None:
+    model, out = write_tiny_model(tmp_path / "model"), tmp_path / "out"
+    words = ["--scheme", "w8a8c8", "--act_quant", "static", "--layout", "paddle", "--act_quant_method", "avg"]
+    words += ["--smooth", "smoothquant", "--smooth_all_linears", "true"]
+    assert quantize(model, out, *words, "--calibration", str(text(tmp_path))) == 0
+    assert {"weight_scales.json", "act_scales.json", "cachekv_scales.json"} <= {path.name for path in out.iterdir()}
+    assert report_of(out)["kl"] < 0.05
+
+
+def test_shifted_and_on_disk(tmp_path: Path) -> None:
+    model, out = write_tiny_model(tmp_path / "model", "gpt2"), tmp_path / "out.gguf"
+    words = ["--scheme", "w8a16", "--algorithm", "gptq", "--shift", "true", "--smooth", "smoothquant"]
+    assert quantize(model, out, *words, "--calibration_on_disk", "true", "--calibration", str(text(tmp_path))) == 0
+    assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["kl"] < 0.01

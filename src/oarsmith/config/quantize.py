@@ -9,9 +9,7 @@ from pydantic import Field
 from .base import Bool, Float, Int, JobConfig, Patterns, Words
 from .groups import ModelKeys, RuntimeKeys
 
-SchemeName = Literal[
-    "w8a16", "w4a16", "w3a16", "w2a16", "w8a8", "w8a8c8", "w4a8", "fp8", "fp8c8", "fp8_block"
-]
+SchemeName = Literal["w8a16", "w4a16", "w3a16", "w2a16", "w8a8", "w8a8c8", "w4a8", "fp8", "fp8c8", "fp8_block"]
 
 
 class SchemeKeys(JobConfig):
@@ -39,7 +37,7 @@ class SchemeKeys(JobConfig):
     )
     overrides: Patterns = Field(
         {},
-        description="Other schemes for some maps, by patterns of their names: '{\"*.down_proj\": \"w8a16\"}'. none: as "
+        description='Other schemes for some maps, by patterns of their names: \'{"*.down_proj": "w8a16"}\'. none: as '
         "they are.",
     )
     act_quant: Literal["dynamic", "static"] = Field(

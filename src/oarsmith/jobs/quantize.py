@@ -4,43 +4,39 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from rich.console import Console
 
-from oarsmith.atomic import atomic_write_bytes, atomic_write_text, temporary_directory
-from oarsmith.checkpoint.gguf.convert import convert_gguf
-from oarsmith.checkpoint.hf import DTYPES, GENERATION_CONFIG
+from oarsmith.atomic import atomic_write_bytes, atomic_write_text
+from oarsmith.checkpoint.hf import GENERATION_CONFIG
 from oarsmith.config.quantize import QuantizeConfig
 from oarsmith.config.resolved import Resolved
 from oarsmith.engine import Engine, Sampling
 from oarsmith.errors import CheckpointError, ConfigError, ModelError
 from oarsmith.jobs.console import make_console
 from oarsmith.jobs.convert import check_destination
+from oarsmith.jobs.quantize_plan import GGUF, Plan, layout_name, make_plan, open_output, write_parts
 from oarsmith.jobs.quantize_text import Documents, read_texts
 from oarsmith.jobs.row_progress import RowProgress
 from oarsmith.jobs.runtime import make_tokenizer, runtime
 from oarsmith.model_path import resolve
-from oarsmith.quantize.choose import algorithm_of, recipe_of, scheme_of
-from oarsmith.quantize.layouts.base import Layout, LayoutWriter, open_layout
-from oarsmith.quantize.layouts.choose import layout_of
-from oarsmith.quantize.layouts.contents import Contents, contents_of, usual_scheme
-from oarsmith.quantize.layouts.gguf import open_gguf
-from oarsmith.quantize.model import Part, Recipe, Subject, quantize_parts
+from oarsmith.quantize.budget import BITS, bits_of_maps, choose_bits, measure_costs
+from oarsmith.quantize.choose import algorithm_of
 from oarsmith.quantize.proof import Comparison, Walked, compare
 from oarsmith.quantize.read_again import rounding_of
 from oarsmith.quantize.report import PieceReport, Report, draw
 from oarsmith.text import Tokenizer
 from oarsmith.training.log import peak_memory_mb
 
-REPORT, GGUF = "quantization", "gguf"
+REPORT = "quantization"
 _SPEED_TOKENS = 64
-_SCALES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# A budget: models that are made, and what of it the layers' own costs may come to at first (rounding to nearest costs
+# more than the algorithms that follow).
+_TRIES, _FIRST_SHARE = 4, 1.5
 
 
 def run(resolved: Resolved[QuantizeConfig]) -> int:
@@ -50,7 +46,7 @@ def run(resolved: Resolved[QuantizeConfig]) -> int:
     if where.adapter is not None:
         fix = f"merge it first: oarsmith merge-adapter {config.model_name_or_path}"
         raise CheckpointError("this is an adapter on a base model", where=config.model_name_or_path, fix=fix)
-    gguf = _layout_name(config) == GGUF
+    gguf = layout_name(config) == GGUF
     if gguf:
         _check_file(output, overwrite=config.overwrite_output_dir)
     else:
@@ -79,159 +75,118 @@ def _check_file(output: Path, *, overwrite: bool) -> None:
         raise CheckpointError("the destination exists", where=str(output), fix=fix)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Everything that is known before a weight is read. ``layout``: of a directory; None: a GGUF file."""
-
-    subject: Subject
-    recipe: Recipe
-    contents: Contents
-    layout: Layout | None
-
-    @property
-    def layout_name(self) -> str:
-        """What users call it."""
-        return GGUF if self.layout is None else self.layout.name
-
-
-def make_plan(config: QuantizeConfig, source: Path, folder: Path | None, bits: dict[str, int] | None = None) -> Plan:
-    """What becomes of a model.
-
-    Args:
-        bits: of maps, by patterns of their names, where they have been searched.
-
-    Raises:
-        OarsmithError: the model cannot be read, or scheme or layout have no place for a part of it.
-    """
-    name = _layout_name(config)
-    gguf = name == GGUF
-    probe = recipe_of(config, scheme_of(config, "fp32", bits, gguf=gguf), folder)
-    subject = Subject(source, probe)
-    dtype = subject.source.stored_dtype() if config.dtype == "auto" else DTYPES[config.dtype]
-    layout = None if gguf else layout_of(name, contents_of(subject.config, probe.scheme, dtype))
-    # Numbers are chosen for scales as the files will hold them.
-    scales = torch.float16 if layout is None else layout.scale_dtype(dtype)
-    scheme = scheme_of(config, _SCALES[scales], bits, gguf=gguf)
-    contents = contents_of(subject.config, scheme, dtype)
-    _require_whole_inputs(contents)
-    return Plan(subject, recipe_of(config, scheme, folder), contents, layout and layout_of(name, contents))
-
-
-def _layout_name(config: QuantizeConfig) -> str:
-    if config.layout != "auto":
-        return config.layout
-    if config.output_dir.endswith(".gguf"):
-        return GGUF
-    return "gptq" if config.scheme == "w3a16" else "compressed-tensors"
-
-
-def _require_whole_inputs(contents: Contents) -> None:
-    for one in contents.maps.values():
-        how = one.scheme.activations
-        if how is not None and how.group is not None and one.in_features % how.group:
-            raise ConfigError(
-                f"groups of {how.group} do not divide the {one.in_features} inputs of {one.stem}",
-                where="scheme",
-                fix="use scheme fp8, or leave the map in floats with skip_list_names",
-            )
-
-
 def quantize(config: QuantizeConfig, source: Path, output: Path, tokenizer: Tokenizer, console: Console) -> Report:
     """Quantize a directory into another, which appears only with a model within the budget.
 
     Raises:
         OarsmithError: a part of the model that scheme or layout have no place for, text that cannot be read, a model
-            that differs more than ``kl_budget``.
+            that differs more than ``kl_budget`` or ``budget``.
     """
     with TemporaryDirectory(dir=output.absolute().parent, prefix=".tmp-calibration-") as folder:
-        plan = make_plan(config, source, Path(folder) if config.calibration_on_disk else None)
+        on_disk = Path(folder) if config.calibration_on_disk else None
+        plan = make_plan(config, source, on_disk)
         calibration, windows = read_texts(config, tokenizer, plan.subject.spec.max_positions)
-        if plan.recipe.calibrates and not calibration:
+        if (plan.recipe.calibrates or config.budget is not None) and not calibration:
             raise ConfigError(
                 f"{algorithm_of(config)} with scheme {config.scheme} must see what goes through the model",
                 where="calibration",
                 fix="give a text that is like what it will read: --calibration FILE",
             )
-        found: list[Comparison] = []
-
-        def check(directory: Path) -> None:
-            if windows:
-                found.append(prove(source, directory, windows, console))
-                _require(found[0], config, console)
-
         begin = time.perf_counter()
-        with open_output(plan, output, check) as writer:
-            pieces = write_parts(plan, writer, calibration, console)
-            seconds = time.perf_counter() - begin
-            tokenizer.save(writer.folder)
-            _copy_generation_config(source, writer.folder)
+        if config.budget is None:
+            made = _make(config, source, output, tokenizer, console, plan, (calibration, windows))
+        else:
+            made = _within(config, source, output, tokenizer, console, plan, (calibration, windows))
+        pieces, comparison = made
     return Report(
         scheme=config.scheme,
         algorithm=algorithm_of(config),
         layout=plan.layout_name,
         pieces=tuple(pieces),
-        comparison=found[0] if found else None,
+        comparison=comparison,
         file_bytes=_weights(output),
         original_bytes=_weights(source),
-        seconds=seconds,
+        seconds=time.perf_counter() - begin,
         peak_mb=peak_memory_mb(),
     )
 
 
-@contextmanager
-def open_output(
-    plan: Plan, output: Path, check: Callable[[Path], None], *, with_tokenizer: bool = True
-) -> Iterator[LayoutWriter]:
-    """The writer of a model that appears when it is complete and ``check`` has passed its directory."""
-    if plan.layout is not None:
-        with open_layout(plan.layout, plan.contents, output, check=check) as writer:
-            yield writer
-        return
-    with temporary_directory(output) as staged:
-        kind = {8: "q8_0", 4: "q4_0"}[usual_scheme(plan.contents).weights.bits]
-        with open_gguf(plan.contents, staged / output.name, type=kind, with_tokenizer=with_tokenizer) as own:
-            yield own
-        convert_gguf(staged / output.name, staged / "back", "fp32", lambda done, total: None)
-        check(staged / "back")
-        (staged / output.name).replace(output)
+Made = tuple[list[PieceReport], Comparison | None]
 
 
-def write_parts(plan: Plan, writer: LayoutWriter, calibration: Documents, console: Console) -> list[PieceReport]:
-    """Quantize and write a model part by part."""
-    reports: list[PieceReport] = []
-    total = len(plan.subject.spec.layers)
-    num_tokens = sum(map(len, calibration))
-    progress = RowProgress(console, 0, total, "layers")
-    with progress:
-        for part in quantize_parts(plan.subject, plan.recipe, calibration):
-            write_part(plan, writer, part)
-            for results in part.pieces.values():
-                reports += [PieceReport.of(part.layer or 0, result) for result in results]
-            if part.layer is not None:
-                progress.add(num_tokens)
-    return reports
+def _make(
+    config: QuantizeConfig,
+    source: Path,
+    output: Path,
+    tokenizer: Tokenizer,
+    console: Console,
+    plan: Plan,
+    texts: tuple[Documents, Documents],
+) -> Made:
+    """Write a model, and prove it before it appears."""
+    calibration, windows = texts
+    found: list[Comparison] = []
+
+    def check(directory: Path) -> None:
+        if windows:
+            found.append(prove(source, directory, windows, console))
+            _require(found[0], config, console)
+
+    with open_output(plan, output, check) as writer:
+        pieces = write_parts(plan, writer, calibration, console)
+        tokenizer.save(writer.folder)
+        if (source / GENERATION_CONFIG).is_file():
+            text = (source / GENERATION_CONFIG).read_text(encoding="utf-8")
+            atomic_write_text(writer.folder / GENERATION_CONFIG, text)
+    return pieces, found[0] if found else None
 
 
-def write_part(plan: Plan, writer: LayoutWriter, part: Part) -> None:
-    """A part's tensors, each as its quantized pieces or in floats."""
-    for place in plan.contents.places:
-        if place.parameter not in part.parameters:
-            continue
-        results = part.pieces.get(place.file.removesuffix(".weight"))
-        if results is None:
-            writer.plain(place.file, place.view(part.parameters[place.parameter]))
-            continue
-        scale = results[0].input_scale
-        quantized = [result.quantized for result in results]
-        writer.map(results[0].piece.stem, quantized, None if scale is None else torch.tensor([scale]))
-    if part.cache is not None and part.layer is not None:
-        writer.cache(part.layer, *part.cache)
+def _within(
+    config: QuantizeConfig,
+    source: Path,
+    output: Path,
+    tokenizer: Tokenizer,
+    console: Console,
+    plan: Plan,
+    texts: tuple[Documents, Documents],
+) -> Made:
+    """The bits of each layer that ``budget`` allows, and the model with them."""
+    assert config.budget is not None
+    target = float(config.budget.removeprefix("kl="))
+    bits = BITS if plan.layout_name.startswith("gptq") else tuple(count for count in BITS if count != 3)
+    num_layers = len(plan.subject.spec.layers)
+    with RowProgress(console, 0, num_layers, "measuring layers") as progress:
+        costs = measure_costs(
+            plan.subject, plan.contents.scheme, texts[0], bits, lambda done: progress.add(sum(map(len, texts[0])))
+        )
+    allowed = _FIRST_SHARE * target
+    limited = config.model_copy(update={"kl_budget": target, "on_over_budget": "refuse"})
+    for last in range(_TRIES):
+        chosen = choose_bits(costs, allowed)
+        own = make_plan(config, source, plan.recipe.folder, bits_of_maps(plan.subject, chosen))
+        counts = ", ".join(f"{chosen.count(count)} in {count} bits" for count in bits if count in chosen)
+        console.print(f"layers: {counts}", soft_wrap=True)
+        try:
+            return _make(limited, source, output, tokenizer, console, own, texts)
+        except OverBudgetError as error:
+            if last == _TRIES - 1:
+                raise
+            console.print(f"KL {error.kl:.4f} is more than {target:g}: trying more bits", soft_wrap=True)
+            allowed *= 0.8 * target / error.kl
+    raise AssertionError(allowed)
+
+
+class OverBudgetError(ModelError):
+    """A model that differs too much from its original."""
+
+    def __init__(self, what: str, *, kl: float, where: str, fix: str) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.kl = kl
 
 
 def prove(source: Path, directory: Path, windows: Sequence[Sequence[int]], console: Console) -> Comparison:
     """The written model beside its original, both read from their files."""
-    progress = RowProgress(console, 0, 2, "comparing")
-    with progress:
+    with RowProgress(console, 0, 2, "comparing") as progress:
         num_tokens = sum(map(len, windows))
         original = Walked(source, windows)
         progress.add(num_tokens)
@@ -254,13 +209,7 @@ def _require(found: Comparison, config: QuantizeConfig, console: Console) -> Non
         console.print(f"warning: {what}", soft_wrap=True)
         return
     fix = "use more bits, smaller groups or another algorithm, or raise kl_budget"
-    raise ModelError(f"{what}; nothing was written", where=config.model_name_or_path, fix=fix)
-
-
-def _copy_generation_config(source: Path, folder: Path) -> None:
-    if (source / GENERATION_CONFIG).is_file():
-        text = (source / GENERATION_CONFIG).read_text(encoding="utf-8")
-        atomic_write_text(folder / GENERATION_CONFIG, text)
+    raise OverBudgetError(f"{what}; nothing was written", kl=found.kl, where=config.model_name_or_path, fix=fix)
 
 
 def _weights(folder: Path) -> int:

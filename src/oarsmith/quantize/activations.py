@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from oarsmith.errors import ConfigError, DataError
+from oarsmith.models.rounding import Activations
 from oarsmith.quantize.checks import check_finite
 from oarsmith.quantize.grid import E4M3_MAX
-from oarsmith.models.rounding import Activations
 
 _LARGEST = {"int": 127.0, "e4m3": E4M3_MAX}
 _TINY = 1e-12

@@ -15,8 +15,8 @@ from oarsmith.quantize.gptq import GPTQ
 from oarsmith.quantize.grid import Grid
 from oarsmith.quantize.model import Recipe
 from oarsmith.quantize.prepare import Preparation
-from oarsmith.quantize.rounding import Rounding
 from oarsmith.quantize.rounding import Method as RoundingMethod
+from oarsmith.quantize.rounding import Rounding
 from oarsmith.quantize.scheme import MapScheme, Scheme
 from oarsmith.quantize.search import Search
 from oarsmith.quantize.smooth import Piecewise
@@ -63,7 +63,9 @@ def scheme_of(
 def _for_gguf(config: QuantizeConfig) -> QuantizeConfig:
     if config.scheme not in ("w8a16", "w4a16"):
         raise ConfigError(
-            f"GGUF files have no place for scheme {config.scheme}", where="layout", fix="use w8a16 (Q8_0) or w4a16 (Q4_0)"
+            f"GGUF files have no place for scheme {config.scheme}",
+            where="layout",
+            fix="use w8a16 (Q8_0) or w4a16 (Q4_0)",
         )
     if config.group_size not in (None, _GGUF_GROUP) or config.symmetric is False:
         raise ConfigError(

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from oarsmith.models.rounding import Activations
 from oarsmith.quantize.activations import round_activations
 from oarsmith.quantize.grid import Grid, Steps, quantize
-from oarsmith.models.rounding import Activations
 
 _LARGEST = 127
 

@@ -153,9 +153,7 @@ def _walk(subject: Subject, recipe: Recipe, documents: Sequence[Sequence[int]]) 
     return Walk(batches, Stream("own", batches, size, recipe.folder), original)
 
 
-def _layer(
-    subject: Subject, recipe: Recipe, index: int, layer: LayerSpec, block: Block, walk: Walk | None
-) -> Part:
+def _layer(subject: Subject, recipe: Recipe, index: int, layer: LayerSpec, block: Block, walk: Walk | None) -> Part:
     pieces = pieces_of(subject.names, index, block)
     running = Running(pieces, recipe.scheme, recipe.act_method, recipe.cache_method)
     if walk is not None and not recipe.preparation.nothing:

@@ -31,7 +31,9 @@ class PieceReport:
     def of(cls, layer: int, result: PieceResult) -> PieceReport:
         """Of what became of a piece."""
         piece = result.piece
-        name = piece.stem if piece.expert is None or f".{piece.expert}." in piece.stem else f"{piece.stem}[{piece.expert}]"
+        name = (
+            piece.stem if piece.expert is None or f".{piece.expert}." in piece.stem else f"{piece.stem}[{piece.expert}]"
+        )
         bits = result.quantized.grid.bits
         return cls(name=name, layer=layer, bits=bits, error=result.error, num_tokens=result.num_tokens)
 
@@ -103,7 +105,9 @@ class Report:
             "scheme": self.scheme,
             "algorithm": self.algorithm,
             "layout": self.layout,
-            **({} if own is None else {"kl": own.kl, "perplexity": own.perplexity, "original_perplexity": own.original}),
+            **(
+                {} if own is None else {"kl": own.kl, "perplexity": own.perplexity, "original_perplexity": own.original}
+            ),
             **({} if own is None else {"top1": own.top1, "num_tokens": own.num_tokens}),
             "file_bytes": self.file_bytes,
             "original_bytes": self.original_bytes,

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from oarsmith.errors import ConfigError
+from oarsmith.models.rounding import Activations, CacheScheme
 from oarsmith.quantize.activations import Method, Observer, round_activations
 from oarsmith.quantize.pieces import Piece
-from oarsmith.models.rounding import Activations, CacheScheme
 from oarsmith.quantize.scheme import Scheme
 from oarsmith.quantize.walk import Keys, Tap
 
@@ -31,7 +31,11 @@ class Running:
     """
 
     def __init__(
-        self, pieces: Mapping[str, Sequence[Piece]], scheme: Scheme, method: Method = "abs_max", cache_method: Method = "abs_max"
+        self,
+        pieces: Mapping[str, Sequence[Piece]],
+        scheme: Scheme,
+        method: Method = "abs_max",
+        cache_method: Method = "abs_max",
     ) -> None:
         self._how = {path: how for path, own in pieces.items() if (how := _activations(own, scheme)) is not None}
         self._observers = {path: Observer(method) for path, how in self._how.items() if how.static}

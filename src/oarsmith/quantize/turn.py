@@ -20,7 +20,7 @@ from oarsmith.models.block import Block
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.norm import RMSNorm
 from oarsmith.models.spec import DecoderSpec, LayerSpec, Parallel, PreNorm, Sequential
-from oarsmith.models.spec_parts import GQA, LFA, GatedMLP, MLP, MoE, RMSNormSpec
+from oarsmith.models.spec_parts import GQA, LFA, MLP, GatedMLP, MoE, RMSNormSpec
 from oarsmith.quantize.inputs import NormSource, inputs_of, linear, other_weight, value_rows
 
 Turn = Callable[[Tensor], Tensor]
@@ -65,7 +65,10 @@ def untied(config: dict[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def turn_embedding(model: Decoder, turn: Turn) -> None:
     """The tables of tokens and positions in the new basis. In place."""
-    for table in (model.embedding.weight, None if model.embedding.positions is None else model.embedding.positions.weight):
+    for table in (
+        model.embedding.weight,
+        None if model.embedding.positions is None else model.embedding.positions.weight,
+    ):
         if table is not None:
             table.copy_(turn(table))
 
@@ -90,7 +93,10 @@ def turn_block(spec: LayerSpec, block: Block, turn: Turn, turn_values: Turn | No
         norm = block.get_submodule(one.source.norm)
         assert isinstance(norm, RMSNorm), norm
         gains_D = _gains(norm)
-        for weight in (*(linear(block, path).weight for path in one.maps), *(other_weight(block, p) for p in one.others)):
+        for weight in (
+            *(linear(block, path).weight for path in one.maps),
+            *(other_weight(block, p) for p in one.others),
+        ):
             weight.copy_(turn(weight * gains_D))
         clear_gains(norm)
     for path in ("attention.out", *_writers(spec)):
