@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from oarsmith.adapters.adapted import Adapted, Sittings
 from oarsmith.adapters.change import Change, LowRank
@@ -26,12 +28,25 @@ One = tuple[Parts, Tensor | None, Sittings]
 """A single map: its weight [O, I] in its form, bias, and adapters by the segments they sit on."""
 
 
+class Fake(Protocol):
+    """What a map will be when it has been merged and quantized; gradients pass as if nothing were rounded."""
+
+    def weight(self, weight_OI: Tensor) -> Tensor: ...
+
+    def inputs(self, x: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Adapt:
-    """Rewrites a linear map: changes of some of its segments, by their names, and the form of its weight."""
+    """Rewrites a linear map: changes of some of its segments, by their names, and the form of its weight.
+
+    Attributes:
+        fake: the map computes what it will be when quantized (training for it); None: what it is.
+    """
 
     changes: tuple[tuple[str, Change], ...] = ()
     form: WeightForm = DENSE
+    fake: Fake | None = None
 
     def build(self, spec: LinearSpec) -> AdaptedLinear:
         return AdaptedLinear(spec, self)
@@ -49,6 +64,7 @@ class AdaptedLinear(Adapted, Linear):
     def __init__(self, spec: LinearSpec, adapt: Adapt) -> None:
         super().__init__(spec)
         self.form = adapt.form
+        self.fake = adapt.fake
         self.enabled = True
         for name in self.form.names[1:]:
             self.register_buffer(name, None)
@@ -108,6 +124,10 @@ class AdaptedLinear(Adapted, Linear):
     def through(self, x_TI: Tensor, one: One) -> Tensor:
         """What one of the maps gives."""
         parts, bias_O, sittings = one
+        if self.fake is not None and self.enabled:
+            weight_OI, bias_O = self._plain_one(one)
+            weight_OI, x_TI = self.fake.weight(weight_OI), self.fake.inputs(x_TI)
+            return functional.linear(x_TI, weight_OI.to(x_TI.dtype), None if bias_O is None else bias_O.to(x_TI.dtype))
         if not (self.enabled and self.changes):
             return product(x_TI, parts, bias_O, self.form)
         if all(is_low_rank(change, self.training) for change in self.changes.values()):
@@ -175,18 +195,25 @@ class AdaptedLinear(Adapted, Linear):
     @torch.no_grad()
     def merged_one(self, one: One) -> tuple[Tensor, Tensor | None]:
         """The same of one of the maps."""
+        return self._plain_one(one)
+
+    def _plain_one(self, one: One) -> tuple[Tensor, Tensor | None]:
+        """The same, with gradients."""
         parts, bias_O, sittings = one
-        weight_OI = self.form.dense(parts, self.spec.in_features).clone()
+        weight_OI = self.form.dense(parts, self.spec.in_features)
+        pieces = []
         bias_O = None if bias_O is None else bias_O.float()
         for segment, start, stop in self.spec.bounds():
-            if (change := self.changes.get(segment.name)) is not None:
+            change = self.changes.get(segment.name)
+            pieces.append(weight_OI[start:stop])
+            if change is not None:
                 on = sittings[segment.name]
-                weight_OI[start:stop] = change.merged(on, weight_OI[start:stop])
+                pieces[-1] = change.merged(on, weight_OI[start:stop])
                 own = change.merged_bias(on, None if bias_O is None else bias_O[start:stop])
                 assert (own is None) == (bias_O is None), change
                 if bias_O is not None and own is not None:
                     bias_O = torch.cat([bias_O[:start], own, bias_O[stop:]])
-        return weight_OI, bias_O
+        return torch.cat(pieces), bias_O
 
 
 @dataclass(frozen=True)

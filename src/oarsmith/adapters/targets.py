@@ -9,7 +9,7 @@ from dataclasses import replace
 from oarsmith.adapters.change import Change, Size
 from oarsmith.adapters.ends import EMBEDDING, HEAD, EndsSpec, as_end, end_linear, end_of, end_places
 from oarsmith.adapters.forms import WeightForm
-from oarsmith.adapters.linear import Adapt
+from oarsmith.adapters.linear import Adapt, Fake
 from oarsmith.checkpoint.hf import projection_places
 from oarsmith.errors import ConfigError
 from oarsmith.models.families import Family
@@ -134,6 +134,17 @@ def kept_as(form: WeightForm, inner: SpecRewrite) -> SpecRewrite:
         adapt = linear.rewrite or Adapt()
         assert isinstance(adapt, Adapt), adapt
         return replace(linear, rewrite=replace(adapt, form=form))
+
+    return lambda family, spec: rewrite_linears(inner(family, spec), rule)
+
+
+def faked(fake: Fake, inner: SpecRewrite) -> SpecRewrite:
+    """``inner``'s rewrite of a spec, then all linear maps of the layers computing what they will be when quantized."""
+
+    def rule(_: str, linear: LinearSpec) -> LinearSpec:
+        adapt = linear.rewrite or Adapt()
+        assert isinstance(adapt, Adapt), adapt
+        return replace(linear, rewrite=replace(adapt, fake=fake))
 
     return lambda family, spec: rewrite_linears(inner(family, spec), rule)
 

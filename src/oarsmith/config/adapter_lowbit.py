@@ -32,3 +32,17 @@ class LowBitKeys(JobConfig):
     weight_double_quant_block_size: Int = Field(
         256, ge=2, le=65_536, description="Scales that share a scale of their own with weight_double_quant."
     )
+
+
+class QatKeys(JobConfig):
+    title: ClassVar[str] = "Adapters"
+
+    qat: Literal["none", "w8a16", "w4a16", "w3a16", "w8a8", "w4a8", "fp8"] = Field(
+        "none",
+        description="Train for quantization: every map of the layers computes what it will be after 'oarsmith "
+        "merge-adapter' and 'oarsmith quantize --algorithm rtn' with this scheme. Gradients pass straight through the "
+        "rounding.",
+    )
+    qat_group_size: Int | None = Field(
+        None, ge=-1, description="qat: columns that share a scale; -1: a row. Not given: as 'oarsmith quantize'."
+    )

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from .adapter_factors import FactorKeys
 from .adapter_lora import LoraFamilyKeys
-from .adapter_lowbit import LowBitKeys
+from .adapter_lowbit import LowBitKeys, QatKeys
 from .adapter_virtual import VirtualKeys
 from .base import Bool, Float, Int, JobConfig, NamesOrPattern
 
@@ -66,7 +66,7 @@ class SharedAdapterKeys(JobConfig):
     rslora: Bool = Field(False, description="Scale by alpha/sqrt(r) instead (rank-stabilised LoRA), for high ranks.")
 
 
-class AdapterKeys(SharedAdapterKeys, LowBitKeys, LoraFamilyKeys, FactorKeys, VirtualKeys):
+class AdapterKeys(SharedAdapterKeys, LowBitKeys, QatKeys, LoraFamilyKeys, FactorKeys, VirtualKeys):
     """All of them, for commands that train."""
 
     title: ClassVar[str] = "Adapters"

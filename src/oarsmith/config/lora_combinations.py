@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .adapter_lora import LORA_FAMILY, LoraFamilyKeys
+from .adapter_virtual import UNMERGEABLE
 from .adapters import AdapterKeys
 from .impossible import Impossible
 from .sft import SftConfig
@@ -35,6 +36,24 @@ def _in_vain(start: str, methods: frozenset[str]) -> Impossible[Any]:
 
 LORA: tuple[Impossible[Any], ...] = (
     *(_in_vain(start, methods) for start, methods in _USED_BY.items()),
+    Impossible(
+        AdapterKeys,
+        lambda c: c.qat != "none" and c.adapter_type in UNMERGEABLE,
+        "qat computes what the merged and quantized map will be, and {adapter_type} cannot be merged",
+        "choose another adapter_type, or set qat to none",
+    ),
+    Impossible(
+        AdapterKeys,
+        lambda c: c.qat != "none" and c.lora_dropout > 0,
+        "qat computes what the merged map will be, which has no dropout",
+        "set lora_dropout to 0",
+    ),
+    Impossible(
+        AdapterKeys,
+        lambda c: c.qat == "none" and c.qat_group_size is not None,
+        "qat_group_size is given, but has no effect without qat",
+        "add qat, or remove it",
+    ),
     Impossible(
         AdapterKeys,
         lambda c: c.adapter_type == "adalora" and c.rslora,

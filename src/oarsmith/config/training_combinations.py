@@ -20,7 +20,7 @@ from .sft import SftConfig
 from .train import TrainConfig
 from .virtual_combinations import VIRTUAL
 
-_LORA_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "rslora", "weight_quantize_algo")
+_LORA_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "rslora", "weight_quantize_algo", "qat")
 _PROJECTION_KEYS = ("projection_rank", "projection_steps", "projection_scale")
 _PROJECTED = frozenset({"galore", "apollo", "apollo_mini"})
 _TRACKER_EXTRAS = {"tensorboard": "train-trackers", "wandb": "wandb", "mlflow": "mlflow"}

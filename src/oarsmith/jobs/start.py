@@ -13,7 +13,7 @@ from oarsmith.adapters.forms import AS_STORED, DENSE
 from oarsmith.adapters.forms.chosen import chosen_form
 from oarsmith.adapters.linear import AdaptedLinear, attach
 from oarsmith.adapters.parts import rewrite_of
-from oarsmith.adapters.targets import kept_as
+from oarsmith.adapters.targets import faked, kept_as
 from oarsmith.checkpoint.config_file import read_config
 from oarsmith.checkpoint.hf import DTYPES, load_decoder
 from oarsmith.config.adapters import AdapterKeys
@@ -24,6 +24,7 @@ from oarsmith.data.pose import Pose
 from oarsmith.errors import ConfigError, DataError
 from oarsmith.loading import dtype_name, new_model
 from oarsmith.model_path import resolve
+from oarsmith.quantize.choose import fake_of
 from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.recompute import Recompute
@@ -138,6 +139,8 @@ def load_with_adapter(config: TrainConfig, keys: AdapterKeys, start: Start, devi
     rewrite = rewrite_of(keys, start.base)
     if form is not DENSE:
         rewrite = kept_as(form, rewrite)
+    if (fake := fake_of(keys)) is not None:
+        rewrite = faked(fake, rewrite)
     model = load_decoder(start.base, dtype=DTYPES[config.dtype], device=device, rewrite=rewrite, config=start.config)
     if form is AS_STORED and not any(isinstance(m, AdaptedLinear) and m.form is not DENSE for m in model.modules()):
         raise ConfigError(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from oarsmith.config.adapter_lowbit import QatKeys
 from oarsmith.config.quantize import QuantizeConfig
 from oarsmith.errors import ConfigError
 from oarsmith.models.rounding import Activations, CacheScheme
 from oarsmith.quantize.activations import Method
 from oarsmith.quantize.autoround import AutoRound
 from oarsmith.quantize.awq import AWQ
+from oarsmith.quantize.fake import FakeMap
 from oarsmith.quantize.gptq import GPTQ
 from oarsmith.quantize.grid import Grid
 from oarsmith.quantize.model import Recipe
@@ -111,6 +113,14 @@ def _grid(config: QuantizeConfig, bits: int, scales: Scales) -> Grid:
         group = -1 if bits == 8 else _GROUP
     symmetric = bits == 8 if config.symmetric is None else config.symmetric
     return Grid(bits=bits, group=None if group == -1 else group, symmetric=symmetric, scales=scales)
+
+
+def fake_of(keys: QatKeys) -> FakeMap | None:
+    """What ``qat`` asks for: the maps as `scheme_of` gives them, with scales in bf16."""
+    if keys.qat == "none":
+        return None
+    config = QuantizeConfig(model_name_or_path="", output_dir="", scheme=keys.qat, group_size=keys.qat_group_size)
+    return FakeMap(scheme=_map_scheme(config, keys.qat, "bf16"))
 
 
 def _cache(config: QuantizeConfig) -> CacheScheme | None:

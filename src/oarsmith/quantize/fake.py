@@ -1,22 +1,21 @@
 """Fake quantization for training: numbers are rounded on the way forward, and gradients pass as if they were not.
 
 Straight through (Bengio et al. 2013, arXiv 1308.3432): the gradient of rounding is 1, and 0 of what a fixed range cuts.
-PACT (Choi et al. 2018, arXiv 1805.06085, equations 1 to 3, here with two sides) learns where to cut.
 
 Shapes: O out features, I in features.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
+from torch import Tensor
 
 from oarsmith.models.rounding import Activations
 from oarsmith.quantize.activations import round_activations
 from oarsmith.quantize.grid import Grid, Steps, quantize
+from oarsmith.quantize.scheme import MapScheme
 
 _LARGEST = 127
 
@@ -41,38 +40,18 @@ def fake_activations(x: Tensor, how: Activations, scale: Tensor | None = None) -
     return x + (rounded - x).detach()
 
 
-class _PactFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: Tensor) -> Tensor:
-        ctx.save_for_backward(x, clip)
-        scale = clip.float() / _LARGEST
-        cut = torch.minimum(torch.maximum(x.float(), -clip.float()), clip.float())
-        return ((cut / scale).round_() * scale).to(x.dtype)
+@dataclass(frozen=True, kw_only=True)
+class FakeMap:
+    """What a linear map will be under a scheme; see ``adapters.linear.Fake``."""
 
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        (grad,) = grads
-        x, clip = ctx.saved_tensors  # type: ignore[attr-defined]
-        inside = x.abs() < clip
-        outside = torch.where(inside, 0.0, grad.float() * x.sign().float()).sum()
-        return torch.where(inside, grad, 0.0), outside.to(clip.dtype)
+    scheme: MapScheme
 
+    def weight(self, weight_OI: Tensor) -> Tensor:
+        """The weight as it will be."""
+        grid = self.scheme.weights
+        return weight_OI if grid is None else fake_weight(weight_OI, grid)
 
-class Pact(nn.Module):
-    """Activations cut at a learned limit, and rounded to int8 within it.
-
-    Args:
-        limit: where it starts; PaddleNLP's is 20.
-
-    The gradient of x passes within the limit; the limit's is what arrives at activations beyond it, by their signs.
-    """
-
-    def __init__(self, limit: float = 20.0) -> None:
-        super().__init__()
-        self.clip = nn.Parameter(torch.tensor(limit))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Rounded activations, in the dtype of ``x``."""
-        # A limit that learning pushed to zero or below would turn signs.
-        result: Tensor = _PactFunction.apply(x, self.clip.clamp_min(1e-6))
-        return result
+    def inputs(self, x: Tensor) -> Tensor:
+        """The inputs as they will be."""
+        how = self.scheme.activations
+        return x if how is None else fake_activations(x, how)
