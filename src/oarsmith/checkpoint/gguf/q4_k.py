@@ -88,8 +88,8 @@ def _steps(x_KR: Floats, weights_KR: Floats, search: _Search) -> tuple[Floats, F
         product_KR = weights_KR * tried_KR
         sum_R, squares_R, mixed_R = _sum(product_KR), _sum(product_KR * tried_KR), _sum(product_KR * x_KR)
         determinant_R = weight_R * squares_R - sum_R * sum_R
-        new_scale_R = (weight_R * mixed_R - weighted_R * sum_R) / determinant_R
-        new_low_R = (squares_R * weighted_R - sum_R * mixed_R) / determinant_R
+        new_scale_R: Floats = np.divide(weight_R * mixed_R - weighted_R * sum_R, determinant_R)
+        new_low_R: Floats = np.divide(squares_R * weighted_R - sum_R * mixed_R, determinant_R)
         above_R = new_low_R > 0
         new_low_R = np.minimum(new_low_R, np.float32(0))
         new_scale_R = np.where(above_R, mixed_R / squares_R, new_scale_R)
