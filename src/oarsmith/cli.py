@@ -156,6 +156,13 @@ COMMANDS: dict[str, Command] = {
         "ADAPTER [FOLDER]",
         "oarsmith merge-adapter runs/sft merged/",
     ),
+    "quantize": Command(
+        _REWRITE,
+        "write a model in fewer bits, and prove what that cost",
+        "oarsmith.jobs.quantize:run",
+        "CONFIG | MODEL OUT",
+        "oarsmith quantize model/ small/ --scheme w4a16 --calibration text.txt",
+    ),
     "eval": Command(
         _LOOK,
         "measure a model: perplexity of a text, loss on rows, tasks of lm-evaluation-harness",

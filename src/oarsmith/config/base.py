@@ -122,6 +122,7 @@ Words = Annotated[tuple[str, ...], BeforeValidator(_to_words)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_to_floats)]
 Ints = Annotated[tuple[int, ...], BeforeValidator(_to_ints)]
 Biases = Annotated[dict[int, float], BeforeValidator(_to_biases)]
+Patterns = Annotated[dict[str, str], BeforeValidator(_to_object)]
 Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(_to_words)]
 NamesOrPattern = Annotated[tuple[str, ...] | str, BeforeValidator(_to_names)]
 

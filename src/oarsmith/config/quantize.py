@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from .base import Bool, Float, Int, JobConfig, Words, _to_object
+from .base import Bool, Float, Int, JobConfig, Patterns, Words
 from .groups import ModelKeys, RuntimeKeys
 
-Overrides = Annotated[dict[str, str], BeforeValidator(_to_object)]
-
 SchemeName = Literal[
-    "w8a16", "w4a16", "w3a16", "w2a16", "w8a8", "w8a8c8", "w4a8", "fp8", "fp8c8", "fp8_block", "nf4"
+    "w8a16", "w4a16", "w3a16", "w2a16", "w8a8", "w8a8c8", "w4a8", "fp8", "fp8c8", "fp8_block"
 ]
 
 
@@ -23,7 +21,7 @@ class SchemeKeys(JobConfig):
         "w4a16",
         description="Bits of weights (w), activations (a) and cache (c); 16 is as they are. w4a16: weights in 4 bits, "
         "for memory and speed. w8a8: both in int8. c8: keys and values in 8 bits with scales from calibration. fp8: "
-        "weights and activations in E4M3; fp8_block: in blocks of 128 x 128, as DeepSeek-V3. nf4: QLoRA's 4 bits.",
+        "weights and activations in E4M3; fp8_block: in blocks of 128 x 128, as DeepSeek-V3.",
     )
     group_size: Int | None = Field(
         None,
@@ -39,7 +37,7 @@ class SchemeKeys(JobConfig):
     skip_list_names: Words = Field(
         (), description="Maps that stay as they are: parts of their names in the files, separated by commas."
     )
-    overrides: Overrides = Field(
+    overrides: Patterns = Field(
         {},
         description="Other schemes for some maps, by patterns of their names: '{\"*.down_proj\": \"w8a16\"}'. none: as "
         "they are.",
@@ -75,10 +73,10 @@ class AlgorithmKeys(JobConfig):
         description="Turn the residual stream into a Hadamard basis first, folded into the weights: fewer outliers. "
         "Needs RMSNorm before each part; the head gets a matrix of its own.",
     )
-    smooth: Literal["none", "smoothquant", "piecewise"] = Field(
-        "none",
+    smooth: Literal["auto", "none", "smoothquant", "piecewise"] = Field(
+        "auto",
         description="Move outliers from activations into weights: SmoothQuant's factors, or factors searched piece by "
-        "piece for the least error (PaddleNLP). Not given for schemes with int8 activations: piecewise.",
+        "piece for the least error (PaddleNLP). auto: piecewise for int8 activations where there is calibration.",
     )
     smooth_all_linears: Bool = Field(
         False, description="Smooth also behind attention and the activation; else only what reads a norm."
@@ -124,6 +122,7 @@ class ProofKeys(JobConfig):
         description="Text or rows that calibration does not see: perplexity, KL divergence and agreement are measured "
         "there. Not given: the end of the calibration file, which is then left out of calibration.",
     )
+    measure_speed: Bool = Field(True, description="Also let both models write some text, and say how fast they do.")
     proof_samples: Int = Field(6, ge=1, description="Windows of the text that are compared.")
     proof_length: Int = Field(1024, ge=16, description="Tokens of a window.")
     kl_budget: Float | None = Field(
@@ -151,6 +150,7 @@ class QuantizeConfig(ModelKeys, SchemeKeys, AlgorithmKeys, CalibrationKeys, Proo
     layout: Literal["auto", "compressed-tensors", "gptq", "awq", "fp8", "gguf", "paddle"] = Field(
         "auto",
         description="What the files look like. compressed-tensors: vLLM, transformers. gptq, awq: theirs. fp8: "
-        "DeepSeek's. gguf: llama.cpp. paddle: PaddleNLP's, with weight_scales.json. auto: compressed-tensors.",
+        "DeepSeek's. gguf: llama.cpp. paddle: PaddleNLP's, with weight_scales.json. auto: compressed-tensors; gptq for "
+        "3 bits; gguf where output_dir ends in .gguf.",
     )
     overwrite_output_dir: Bool = Field(False, description="Replace output_dir if it exists.")

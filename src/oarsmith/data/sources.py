@@ -99,3 +99,19 @@ def _listing(folder: Path, limit: int = 8) -> str:
         return "nothing in it"
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def read_text_file(path: str | Path) -> str:
+    """A text file as a whole.
+
+    Raises:
+        DataError: there is none, or it is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise missing_file(Path(path)) from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"the file is not UTF-8 (byte {error.start})", where=str(path), fix="save it as UTF-8"
+        ) from error

@@ -18,6 +18,7 @@ from oarsmith.data.dataset import build_samples
 from oarsmith.data.loader import Loader
 from oarsmith.data.records import ReadLog, read_records
 from oarsmith.data.samples import SampleOptions
+from oarsmith.data.sources import read_text_file
 from oarsmith.engine import Engine, Sampling
 from oarsmith.errors import ConfigError, DataError, MissingExtraError
 from oarsmith.jobs import eval_scores
@@ -103,14 +104,7 @@ def _documents(config: EvalConfig) -> tuple[list[str], int]:
     """Texts, and how many malformed rows were left out."""
     source, log = _source(config), ReadLog()
     if Path(source).suffix.lower() in _TEXT_SUFFIXES:
-        try:
-            return [Path(source).read_text(encoding="utf-8-sig")], 0
-        except FileNotFoundError as error:
-            raise DataError("there is no such file", where=source, fix="check the path") from error
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"the file is not UTF-8 (byte {error.start})", where=source, fix="save it as UTF-8"
-            ) from error
+        return [read_text_file(source)], 0
     texts = []
     for record in read_records(source, _split(source), log=log, on_malformed=config.on_malformed):
         document = to_conversation(record, _format(config)).document

@@ -8,6 +8,7 @@ Shapes: O out features, I in features, G groups of a row.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,6 +18,8 @@ from torch.nn import functional
 
 E4M3_MAX = 448.0
 _TINY = 1e-12
+_CHUNK = 1 << 17
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,7 @@ class Grid:
         rows: rows that share it too (FP8 blocks); None: all of them.
         symmetric: no zeros. The extreme of a group lies on the lowest number, with a scale of its sign (AutoRound's
             rule), so the whole range is used; of 8 bits scales are positive and the lowest number is left out.
+        scales: what scales are stored as. Steps have such scales from the start, so that numbers are chosen for them.
     """
 
     code: Literal["int", "e4m3"] = "int"
@@ -36,6 +40,7 @@ class Grid:
     group: int | None = 64
     rows: int | None = 1
     symmetric: bool = False
+    scales: Literal["fp32", "bf16", "fp16"] = "fp32"
 
     @property
     def largest(self) -> int:
@@ -80,31 +85,63 @@ class Quantized:
 
     def dense(self) -> Tensor:
         """The weight in fp32."""
-        scale, zero = self.steps.columns(0, self.numbers_OI.shape[1], self.grid.group_of(self.numbers_OI.shape[1]))
-        return decode(self.numbers_OI, scale, zero, self.grid)
+        out_OI = torch.empty(self.numbers_OI.shape)
+        for rows in _row_chunks(self.numbers_OI):
+            scale, zero = _of_groups(self.steps, rows, self.numbers_OI.shape[1], self.grid)
+            numbers = _in_groups(self.numbers_OI[rows], self.grid)
+            _in_groups(out_OI[rows], self.grid).copy_(decode(numbers, scale, zero, self.grid))
+        return out_OI
 
 
-def decode(numbers_OK: Tensor, scale_OK: Tensor, zero_OK: Tensor | None, grid: Grid) -> Tensor:
-    """Numbers to what they stand for, in fp32."""
-    if grid.code == "e4m3":
-        return numbers_OK.float() * scale_OK
-    return (numbers_OK.float() - (grid.middle if zero_OK is None else zero_OK)) * scale_OK
+def decode(numbers: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
+    """Numbers to what they stand for, in fp32; scales and zeros of a shape that fits theirs."""
+    wide = numbers.float()
+    if grid.code == "int":
+        wide -= grid.middle if zero is None else zero
+    return wide.mul_(scale)
 
 
-def encode(weight_OK: Tensor, scale_OK: Tensor, zero_OK: Tensor | None, grid: Grid) -> Tensor:
+def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
     """The nearest numbers; what is not a number becomes the zero."""
-    scaled = weight_OK / torch.where(scale_OK.abs() < _TINY, 1.0, scale_OK)
+    scaled = weight / torch.where(scale.abs() < _TINY, 1.0, scale)
     if grid.code == "e4m3":
-        return scaled.nan_to_num(0.0).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    steps = (scaled + (grid.middle if zero_OK is None else zero_OK)).nan_to_num(float(grid.middle)).round()
-    return steps.clamp(0, grid.largest).to(torch.uint8)
+        return scaled.nan_to_num_(0.0).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    scaled += grid.middle if zero is None else zero
+    return scaled.nan_to_num_(float(grid.middle)).round_().clamp_(0, grid.largest).to(torch.uint8)
 
 
 def quantize(weight_OI: Tensor, grid: Grid, steps: Steps | None = None) -> Quantized:
     """Round to nearest, on steps of the range of each group unless others are given."""
     steps = range_steps(weight_OI, grid) if steps is None else steps
-    scale, zero = steps.columns(0, weight_OI.shape[1], grid.group_of(weight_OI.shape[1]))
-    return Quantized(grid=grid, numbers_OI=encode(weight_OI.float(), scale, zero, grid), steps=steps)
+    dtype = torch.uint8 if grid.code == "int" else torch.float8_e4m3fn
+    numbers_OI = torch.empty(weight_OI.shape, dtype=dtype)
+    for rows in _row_chunks(weight_OI):
+        scale, zero = _of_groups(steps, rows, weight_OI.shape[1], grid)
+        numbers = encode(_in_groups(weight_OI[rows].float(), grid), scale, zero, grid)
+        _in_groups(numbers_OI[rows], grid).copy_(numbers)
+    return Quantized(grid=grid, numbers_OI=numbers_OI, steps=steps)
+
+
+def _row_chunks(x_OI: Tensor) -> Iterator[slice]:
+    """Rows at a time of which a few copies stay in a core's cache."""
+    size = max(1, _CHUNK // max(1, x_OI.shape[1]))
+    for start in range(0, len(x_OI), size):
+        yield slice(start, start + size)
+
+
+def _in_groups(x_OI: Tensor, grid: Grid) -> Tensor:
+    """[O, G, K] where groups divide the columns, else [O, I]: a view."""
+    group = grid.group_of(x_OI.shape[1])
+    return x_OI if x_OI.shape[1] % group else x_OI.unflatten(1, (-1, group))
+
+
+def _of_groups(steps: Steps, rows: slice, width: int, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """Scales and zeros of rows, of a shape that fits theirs in groups."""
+    zero_OG = None if steps.zero_OG is None else steps.zero_OG[rows]
+    own, group = Steps(scale_OG=steps.scale_OG[rows], zero_OG=zero_OG), grid.group_of(width)
+    if width % group:
+        return own.columns(0, width, group)
+    return own.scale_OG[..., None], None if zero_OG is None else zero_OG[..., None]
 
 
 def range_steps(weight_OI: Tensor, grid: Grid, shrink: float | Tensor = 1.0) -> Steps:
@@ -114,12 +151,12 @@ def range_steps(weight_OI: Tensor, grid: Grid, shrink: float | Tensor = 1.0) -> 
         low, high = groups_OGK.amin(-1), groups_OGK.amax(-1)
         extreme = torch.where(-low >= high, low, high) * shrink
         if grid.code == "e4m3":
-            return Steps(scale_OG=_shared(extreme.abs() / E4M3_MAX, grid))
-        if grid.bits == 8:
-            return Steps(scale_OG=_shared(extreme.abs() / (grid.middle - 1), grid))
-        return Steps(scale_OG=_shared(extreme / -grid.middle, grid))
+            scale_OG = extreme.abs() / E4M3_MAX
+        else:
+            scale_OG = extreme.abs() / (grid.middle - 1) if grid.bits == 8 else extreme / -grid.middle
+        return stored(Steps(scale_OG=_shared(scale_OG, grid)), grid)
     low, high = groups_OGK.amin(-1).clamp_max(0) * shrink, groups_OGK.amax(-1).clamp_min(0) * shrink
-    scale = (high - low) / grid.largest
+    scale = as_stored((high - low) / grid.largest, grid)
     zero = (-low / torch.where(scale < _TINY, 1.0, scale)).round().clamp(0, grid.largest)
     return Steps(scale_OG=scale, zero_OG=zero)
 
@@ -143,7 +180,11 @@ def _shared(scale_OG: Tensor, grid: Grid) -> Tensor:
     return padded.unflatten(0, (-1, rows)).amax(1).repeat_interleave(rows, 0)[: len(scale_OG)]
 
 
-def with_scales(quantized: Quantized, dtype: torch.dtype) -> Quantized:
-    """The scales as a file of this dtype has them."""
-    steps = replace(quantized.steps, scale_OG=quantized.steps.scale_OG.to(dtype).float())
-    return replace(quantized, steps=steps)
+def as_stored(scale: Tensor, grid: Grid) -> Tensor:
+    """Scales as the grid's files hold them, in fp32."""
+    return scale.to(_DTYPES[grid.scales]).float()
+
+
+def stored(steps: Steps, grid: Grid) -> Steps:
+    """Steps with such scales."""
+    return replace(steps, scale_OG=as_stored(steps.scale_OG, grid))

@@ -57,21 +57,20 @@ class Input:
 
 
 def inputs_of(spec: LayerSpec) -> tuple[Input, ...]:
-    """Every input of a layer's maps; each map reads one of them."""
+    """Every input of a layer's maps, in the order in which they come up; each map reads one of them."""
     attention_norm, ffn_norm = "attention_norm", "ffn_norm"
     attention_maps, ffn_maps, others = _readers(spec.attention, spec.ffn)
-    found: list[Input] = []
+    within, within_ffn = tuple(_inner(spec.attention)), tuple(_inner_ffn(spec.ffn, "ffn"))
     match spec.wiring:
         case Parallel(ffn_norm=None):
             own = NormSource(attention_norm) if not isinstance(spec.attention, LFA) else None
-            found.append(Input((*attention_maps, *ffn_maps), own, others))
+            return Input((*attention_maps, *ffn_maps), own, others), *within, *within_ffn
         case Parallel():
-            found.append(Input(attention_maps, _norm(None, attention_norm, spec.attention)))
-            found.append(Input(ffn_maps, NormSource(ffn_norm), others))
-        case Sequential(attention=first, ffn=second):
-            found.append(Input(attention_maps, _norm(first, attention_norm, spec.attention)))
-            found.append(Input(ffn_maps, _norm(second, ffn_norm, None), others))
-    return (*found, *_inner(spec.attention), *_inner_ffn(spec.ffn, "ffn"))
+            first, second = _norm(None, attention_norm, spec.attention), NormSource(ffn_norm)
+        case Sequential(attention=attention_rule, ffn=ffn_rule):
+            first = _norm(attention_rule, attention_norm, spec.attention)
+            second = _norm(ffn_rule, ffn_norm, None)
+    return Input(attention_maps, first), *within, Input(ffn_maps, second, others), *within_ffn
 
 
 def _norm(rule: Residual | None, name: str, attention: AttentionSpec | None) -> NormSource | None:

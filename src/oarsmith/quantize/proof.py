@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,10 +63,11 @@ class Walked:
             for index, block in enumerate(self.model.blocks()):
                 with self._streamer.loaded(f"layers.{index}"):
                     taps, keys = ({}, None) if rounding is None else rounding(self.model, index)
-                    run_block(block, batches, self.stream, taps, keys=keys, into=self.stream)
+                    run_block(block, batches, self.stream, taps, keys=keys, into=self.stream, exact=True)
 
-    def logits(self) -> Iterator[Callable[[int, int], Tensor]]:
-        """Once: a function from places [start, stop) of the stream to logits [N, V] in fp32."""
+    @contextmanager
+    def head(self) -> Iterator[Callable[[int, int], Tensor]]:
+        """A function from places [start, stop) of the stream to logits [N, V] in fp32."""
         last = [name for name in ("final_norm", "head") if name in dict(self.model.named_children())]
         hidden_TD = torch.cat(self.stream.states)
         with self._streamer.loaded(*last, *(["embedding"] if self.spec.head.tied else [])):
@@ -79,24 +81,23 @@ class Walked:
 def compare(original: Walked, other: Walked, windows: Sequence[Sequence[int]]) -> Comparison:
     """Both on all windows; the last token of a window is predicted and the first is not."""
     nats, own_nats, kl, same, num_tokens, num_places = 0.0, 0.0, 0.0, 0, 0, 0
-    for reference in original.logits():
-        for own in other.logits():
-            start = 0
-            for window in windows:
-                targets_T = torch.tensor(list(window[1:]) + [0])
-                for at in range(0, len(window), _PLACES):
-                    stop = min(at + _PLACES, len(window))
-                    p_NV = reference(start + at, start + stop).log_softmax(-1)
-                    q_NV = own(start + at, start + stop).log_softmax(-1)
-                    kl += float((p_NV.exp() * (p_NV - q_NV)).sum(dtype=torch.float64))
-                    same += int((p_NV.argmax(-1) == q_NV.argmax(-1)).sum())
-                    num = min(stop, len(window) - 1) - at
-                    at_N1 = targets_T[at : at + num, None]
-                    nats -= float(p_NV[:num].gather(1, at_N1).sum(dtype=torch.float64))
-                    own_nats -= float(q_NV[:num].gather(1, at_N1).sum(dtype=torch.float64))
-                    num_tokens += num
-                    num_places += stop - at
-                start += len(window)
+    with original.head() as reference, other.head() as own:
+        start = 0
+        for window in windows:
+            targets_T = torch.tensor(list(window[1:]) + [0])
+            for at in range(0, len(window), _PLACES):
+                stop = min(at + _PLACES, len(window))
+                p_NV = reference(start + at, start + stop).log_softmax(-1)
+                q_NV = own(start + at, start + stop).log_softmax(-1)
+                kl += float((p_NV.exp() * (p_NV - q_NV)).sum(dtype=torch.float64))
+                same += int((p_NV.argmax(-1) == q_NV.argmax(-1)).sum())
+                num = min(stop, len(window) - 1) - at
+                at_N1 = targets_T[at : at + num, None]
+                nats -= float(p_NV[:num].gather(1, at_N1).sum(dtype=torch.float64))
+                own_nats -= float(q_NV[:num].gather(1, at_N1).sum(dtype=torch.float64))
+                num_tokens += num
+                num_places += stop - at
+            start += len(window)
     return Comparison(
         perplexity=_exp(own_nats / num_tokens),
         original=_exp(nats / num_tokens),

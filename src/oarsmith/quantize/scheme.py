@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from oarsmith.models.rounding import Activations, CacheScheme
 from oarsmith.quantize.grid import Grid
-
-__all__ = ["Activations", "CacheScheme", "MapScheme", "Scheme"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,3 +40,8 @@ class Scheme:
             if fnmatch.fnmatchcase(stem, pattern):
                 return found
         return self.default
+
+    def all_maps(self) -> Iterator[MapScheme]:
+        """Everything that maps may get."""
+        yield self.default
+        yield from self.overrides.values()

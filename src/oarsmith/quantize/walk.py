@@ -108,6 +108,7 @@ def run_block(
     keys: Keys | None = None,
     into: Stream | None = None,
     enough: bool = False,
+    exact: bool = False,
 ) -> None:
     """Run a layer over all batches.
 
@@ -116,11 +117,12 @@ def run_block(
         keys: told the keys and values, and gives those that are used.
         into: where its outputs go; None: nowhere. It may be ``stream``.
         enough: stop each batch once every tap has been told; then there are no outputs.
+        exact: products in fp32; else from bf16 factors with fp32 sums, where the CPU has such.
     """
     assert not (enough and into is not None)
     for number, batch in enumerate(batches):
         layout = batch.layout if keys is None else replace(batch.layout, front=keys)
-        with _tapped(block, taps or {}, enough=enough):
+        with _products(exact=exact), _tapped(block, taps or {}, enough=enough):
             try:
                 output_TD = block(stream.states[number], layout, batch.tables, None)
             except _Enough:
@@ -154,3 +156,14 @@ def _tapped(block: nn.Module, taps: Mapping[str, Tap], *, enough: bool) -> Itera
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _products(*, exact: bool) -> Iterator[None]:
+    """Calibration is an average over thousands of tokens: from bf16 factors it is as good, and 4 times as fast."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if exact else "medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

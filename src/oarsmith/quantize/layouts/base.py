@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -230,9 +230,17 @@ class StreamingWriter:
 
 @contextmanager
 def open_layout(
-    layout: Layout, contents: Contents, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+    layout: Layout,
+    contents: Contents,
+    directory: Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    check: Callable[[Path], None] | None = None,
 ) -> Iterator[LayoutWriter]:
     """The writer of a directory that appears complete at the end of the block, or not at all.
+
+    Args:
+        check: looks at the complete directory before it appears, and raises where it must not.
 
     Raises:
         CheckpointError: the disk is full, or a tensor was never written.
@@ -244,6 +252,8 @@ def open_layout(
         config = layout.model_config(contents) | {"quantization_config": layout.config(contents)}
         for name, text in {"config.json": _json(config), **layout.side_files(contents)}.items():
             atomic_write_text(hidden / name, text)
+        if check is not None:
+            check(hidden)
 
 
 def _json(value: Mapping[str, Any]) -> str:

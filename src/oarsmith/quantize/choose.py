@@ -1,0 +1,165 @@
+"""From configuration keys to schemes and recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from oarsmith.config.quantize import QuantizeConfig
+from oarsmith.errors import ConfigError
+from oarsmith.models.rounding import Activations, CacheScheme
+from oarsmith.quantize.activations import Method
+from oarsmith.quantize.autoround import AutoRound
+from oarsmith.quantize.awq import AWQ
+from oarsmith.quantize.gptq import GPTQ
+from oarsmith.quantize.grid import Grid
+from oarsmith.quantize.model import Recipe
+from oarsmith.quantize.prepare import Preparation
+from oarsmith.quantize.rounding import Rounding
+from oarsmith.quantize.rounding import Method as RoundingMethod
+from oarsmith.quantize.scheme import MapScheme, Scheme
+from oarsmith.quantize.search import Search
+from oarsmith.quantize.smooth import Piecewise
+
+Scales = Literal["fp32", "bf16", "fp16"]
+_GROUP = 64
+_BLOCK = 128
+
+
+def scheme_of(config: QuantizeConfig, scales: Scales, bits: dict[str, int] | None = None) -> Scheme:
+    """What every map gets.
+
+    Args:
+        scales: what the layout stores scales as.
+        bits: by patterns of maps, in place of the scheme's, where they have been searched.
+
+    Raises:
+        ConfigError: an override that is no scheme.
+    """
+    default = _map_scheme(config, config.scheme, scales)
+    overrides: dict[str, MapScheme] = {}
+    for pattern, name in config.overrides.items():
+        if name == "none":
+            overrides[pattern] = MapScheme(weights=None)
+        elif name in SCHEMES:
+            overrides[pattern] = _map_scheme(config, name, scales)
+        else:
+            known = ", ".join(("none", *SCHEMES))
+            raise ConfigError(f"there is no scheme {name!r}", where=f"overrides: {pattern}", fix=f"use one of {known}")
+    skipped = {f"*{part}*": MapScheme(weights=None) for part in config.skip_list_names}
+    searched = {
+        pattern: MapScheme(weights=_grid(config, count, scales), activations=default.activations)
+        for pattern, count in (bits or {}).items()
+    }
+    return Scheme(name=config.scheme, default=default, overrides=skipped | overrides | searched, cache=_cache(config))
+
+
+SCHEMES: dict[str, tuple[int, Literal["int", "e4m3"], Literal["int", "e4m3"] | None]] = {
+    "w8a16": (8, "int", None),
+    "w4a16": (4, "int", None),
+    "w3a16": (3, "int", None),
+    "w2a16": (2, "int", None),
+    "w8a8": (8, "int", "int"),
+    "w8a8c8": (8, "int", "int"),
+    "w4a8": (4, "int", "int"),
+    "fp8": (8, "e4m3", "e4m3"),
+    "fp8c8": (8, "e4m3", "e4m3"),
+    "fp8_block": (8, "e4m3", "e4m3"),
+}
+"""Bits and kind of weights, and kind of activations, by the scheme's name."""
+
+
+def _map_scheme(config: QuantizeConfig, name: str, scales: Scales) -> MapScheme:
+    bits, code, activations = SCHEMES[name]
+    static, block = config.act_quant == "static", name == "fp8_block"
+    how = None
+    if activations is not None:
+        how = Activations(code=activations, static=static, group=_BLOCK if block and not static else None)
+    if code == "int":
+        return MapScheme(weights=_grid(config, bits, scales), activations=how)
+    # Static activations go with one scale for the weight: that is what readers multiply in one piece.
+    rows = _BLOCK if block else None if static else 1
+    grid = Grid(code="e4m3", bits=8, group=_BLOCK if block else None, rows=rows, symmetric=True, scales=scales)
+    return MapScheme(weights=grid, activations=how)
+
+
+def _grid(config: QuantizeConfig, bits: int, scales: Scales) -> Grid:
+    group = config.group_size
+    if group is None:
+        group = -1 if bits == 8 else _GROUP
+    symmetric = bits == 8 if config.symmetric is None else config.symmetric
+    return Grid(bits=bits, group=None if group == -1 else group, symmetric=symmetric, scales=scales)
+
+
+def _cache(config: QuantizeConfig) -> CacheScheme | None:
+    if not config.scheme.endswith("c8"):
+        return None
+    code: Literal["int", "e4m3"] = "e4m3" if config.scheme.startswith("fp8") else "int"
+    return CacheScheme(code=code, per_head=config.cachekv_quant_method.endswith("headwise"))
+
+
+def recipe_of(config: QuantizeConfig, scheme: Scheme, folder: Path | None) -> Recipe:
+    """What is done to the model, with what is not given chosen for the scheme."""
+    cache_method: Method = "avg" if config.cachekv_quant_method.startswith("avg") else "abs_max"
+    return Recipe(
+        scheme=scheme,
+        rounding=_rounding(config),
+        act_method=config.act_quant_method,
+        cache_method=cache_method,
+        preparation=_preparation(config),
+        rotate=config.seed if config.rotate else None,
+        folder=folder,
+    )
+
+
+def algorithm_of(config: QuantizeConfig) -> str:
+    """The algorithm, chosen where it is not given: 8 bits lose too little for more than rounding."""
+    if config.algorithm != "auto":
+        return config.algorithm
+    return "rtn" if SCHEMES[config.scheme][0] == 8 or config.calibration is None else "gptaq"
+
+
+def _rounding(config: QuantizeConfig) -> Rounding:
+    algorithm = algorithm_of(config)
+    method: RoundingMethod = "rtn" if algorithm == "awq" else algorithm  # type: ignore[assignment]
+    kind = config.scale_search
+    if kind == "auto":
+        few = SCHEMES[config.scheme][0] < 8
+        kind = "range" if not few else "weighted" if config.calibration is not None else "range"
+    search = None if kind == "range" else Search()
+    own = GPTQ(
+        damping=config.damp_percent,
+        order="columns" if config.act_order else "none",
+        search=search,
+        alpha=config.gptaq_alpha,
+    )
+    return Rounding(
+        method=method,
+        search=search,
+        weighted=kind == "weighted",
+        clip=AWQ() if config.auto_clip else None,
+        gptq=own,
+        autoround=AutoRound(steps=config.autoround_steps, seed=config.seed),
+    )
+
+
+def _preparation(config: QuantizeConfig) -> Preparation:
+    factors: Literal["none", "smoothquant", "piecewise", "awq"]
+    if algorithm_of(config) == "awq":
+        factors = "awq"
+    elif config.smooth == "auto":
+        factors = "piecewise" if config.calibration is not None and SCHEMES[config.scheme][2] == "int" else "none"
+    else:
+        factors = config.smooth
+    return Preparation(
+        factors=factors,
+        everywhere=config.smooth_all_linears or factors == "awq",
+        shift=config.shift,
+        alpha=config.smooth_alpha,
+        piecewise=Piecewise(
+            pieces=config.smooth_k_piece,
+            search_pieces=config.smooth_search_piece,
+            alpha=(config.search_alpha_min, config.search_alpha_max),
+            scale=(config.search_scale_min, config.search_scale_max),
+        ),
+    )

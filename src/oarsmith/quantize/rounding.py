@@ -1,0 +1,90 @@
+"""How the rows of one weight are rounded: the algorithms behind one function.
+
+Shapes: O out features, I in features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from oarsmith.quantize.autoround import AutoRound
+from oarsmith.quantize.awq import AWQ, clip_steps
+from oarsmith.quantize.gptq import GPTQ, Hessian, Rounded, gptq, relative_error
+from oarsmith.quantize.grid import Grid, Steps, quantize
+from oarsmith.quantize.hqq import hqq_steps, with_whole_zeros
+from oarsmith.quantize.search import Search, search_steps
+
+Method = Literal["rtn", "gptq", "gptaq", "hqq", "autoround"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """How weights are rounded.
+
+    Attributes:
+        search: how steps are searched; None: those of the range.
+        weighted: by the inputs; else every column counts alike.
+        clip: search how far groups are clipped as AWQ does, in place of ``search``.
+    """
+
+    method: Method = "gptaq"
+    search: Search | None = Search()
+    weighted: bool = True
+    clip: AWQ | None = None
+    gptq: GPTQ = GPTQ()
+    autoround: AutoRound = AutoRound()
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether a map's inputs must be seen."""
+        if self.method in ("hqq", "autoround"):
+            return False
+        searched = self.search is not None and self.weighted
+        return self.method in ("gptq", "gptaq") or self.clip is not None or searched
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether the model in floats must be walked beside it."""
+        return self.method in ("gptaq", "autoround")
+
+
+@torch.no_grad()
+def round_weight(weight_OI: Tensor, grid: Grid, hessian: Hessian | None, rounding: Rounding, where: str) -> Rounded:
+    """A weight on a grid.
+
+    Args:
+        hessian: of its inputs; None where they are not needed, or nothing ever goes through this map.
+
+    Raises:
+        OarsmithError: weights or inputs that are not finite.
+    """
+    if rounding.method in ("gptq", "gptaq") and hessian is not None and grid.bits < 8:
+        return gptq(weight_OI, hessian, grid, rounding.gptq, where)
+    if rounding.method == "hqq" and grid.code == "int" and not grid.symmetric:
+        steps: Steps | None = with_whole_zeros(weight_OI, hqq_steps(weight_OI, grid), grid)
+    else:
+        steps = _searched(weight_OI, grid, hessian, rounding)
+    quantized = quantize(weight_OI, grid, steps)
+    error = _error(weight_OI.float(), quantized.dense(), hessian)
+    return Rounded(quantized=quantized, error=error, damping=0.0)
+
+
+def _searched(weight_OI: Tensor, grid: Grid, hessian: Hessian | None, rounding: Rounding) -> Steps | None:
+    if rounding.clip is not None and hessian is not None:
+        return clip_steps(weight_OI, hessian.matrix_II, grid, rounding.clip)
+    if rounding.search is None:
+        return None
+    importance_I = hessian.matrix_II.diagonal() if hessian is not None and rounding.weighted else None
+    return search_steps(weight_OI, grid, importance_I, rounding.search)
+
+
+def _error(weight_OI: Tensor, rounded_OI: Tensor, hessian: Hessian | None) -> float:
+    """Of the outputs where the inputs are known, else of the weights; squared and relative."""
+    if hessian is not None:
+        return relative_error(weight_OI, rounded_OI, hessian.matrix_II)
+    whole = weight_OI.square().sum()
+    return float((weight_OI - rounded_OI).square().sum() / whole) if whole > 0 else 0.0
