@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oarsmith.checkpoint.hf import load_decoder
 from oarsmith.models.decoder import Decoder
-from oarsmith.quantize.grid import Quantized, quantize, with_scales
+from oarsmith.quantize.grid import Quantized, quantize, range_steps
 from oarsmith.quantize.layouts.base import LayoutWriter, open_layout
 from oarsmith.quantize.layouts.choose import layout_of
 from oarsmith.quantize.layouts.contents import Contents, FileMap, contents_of, dense_tensor
@@ -77,8 +77,8 @@ def fill(
 
 def round_to(weight_OI: Tensor, one: FileMap, scale_dtype: torch.dtype) -> Quantized:
     """To nearest, on scales of this dtype."""
-    first = with_scales(quantize(weight_OI.float(), one.grid), scale_dtype)
-    return quantize(weight_OI.float(), one.grid, first.steps)
+    steps = range_steps(weight_OI.float(), one.grid)
+    return quantize(weight_OI.float(), one.grid, replace(steps, scale_OG=steps.scale_OG.to(scale_dtype).float()))
 
 
 def load(path: Path) -> Decoder:

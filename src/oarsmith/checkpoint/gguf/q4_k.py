@@ -114,7 +114,8 @@ def _error(x_KR: Floats, weights_KR: Floats, numbers_KR: Floats, scale_R: Floats
 
 def _on_largest(values_BJ: Floats) -> tuple[Floats, Floats]:
     """A block's scale and its numbers of 6 bits, where the largest value lies on 63."""
-    largest_B = values_BJ.max(-1).clip(0)
+    largest_B = values_BJ.max(-1)
+    largest_B = np.where(largest_B > 0, largest_B, np.float32(0))  # no -0
     inverse_B = np.where(largest_B > 0, np.float32(_LARGEST_SCALE) / largest_B, np.float32(0))
     numbers_BJ = np.rint(inverse_B[:, None] * values_BJ).clip(0, _LARGEST_SCALE)
     return largest_B / np.float32(_LARGEST_SCALE), numbers_BJ
