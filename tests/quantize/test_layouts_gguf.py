@@ -40,6 +40,7 @@ def test_numbers_on_its_grid_come_back(family: str, tmp_path: Path) -> None:
     assert len(written.expected) == len(contents.maps) > 0
     name = "transformer.h.0.mlp.c_proj.weight" if family == "gpt2" else "model.layers.0.mlp.down_proj.weight"
     file = GgufFile(tmp_path / "m.gguf")
+    assert file.metadata["general.name"] == "m"
     stored, expected = file.tensors["blk.0.ffn_down.weight"], written.expected[name]
     assert stored.type is GGMLQuantizationType.Q4_0
     assert torch.equal(file.read(stored, torch.float32), expected.t() if family == "gpt2" else expected)
