@@ -88,8 +88,8 @@ def _steps(x_KR: Floats, weights_KR: Floats, search: _Search) -> tuple[Floats, F
         product_KR = weights_KR * tried_KR
         sum_R, squares_R, mixed_R = _sum(product_KR), _sum(product_KR * tried_KR), _sum(product_KR * x_KR)
         determinant_R = weight_R * squares_R - sum_R * sum_R
-        new_scale_R = (weight_R * mixed_R - weighted_R * sum_R) / determinant_R
-        new_low_R = (squares_R * weighted_R - sum_R * mixed_R) / determinant_R
+        new_scale_R: Floats = np.divide(weight_R * mixed_R - weighted_R * sum_R, determinant_R)
+        new_low_R: Floats = np.divide(squares_R * weighted_R - sum_R * mixed_R, determinant_R)
         above_R = new_low_R > 0
         new_low_R = np.minimum(new_low_R, np.float32(0))
         new_scale_R = np.where(above_R, mixed_R / squares_R, new_scale_R)
@@ -114,7 +114,8 @@ def _error(x_KR: Floats, weights_KR: Floats, numbers_KR: Floats, scale_R: Floats
 
 def _on_largest(values_BJ: Floats) -> tuple[Floats, Floats]:
     """A block's scale and its numbers of 6 bits, where the largest value lies on 63."""
-    largest_B = values_BJ.max(-1).clip(0)
+    largest_B = values_BJ.max(-1)
+    largest_B = np.where(largest_B > 0, largest_B, np.float32(0))  # no -0
     inverse_B = np.where(largest_B > 0, np.float32(_LARGEST_SCALE) / largest_B, np.float32(0))
     numbers_BJ = np.rint(inverse_B[:, None] * values_BJ).clip(0, _LARGEST_SCALE)
     return largest_B / np.float32(_LARGEST_SCALE), numbers_BJ

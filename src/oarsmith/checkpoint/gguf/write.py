@@ -92,10 +92,7 @@ def write_gguf(
         CheckpointError: a family or option llama.cpp does not know, a tokenizer it cannot express, missing, surplus,
             misshapen or quantized tensors, `dst` exists, disk full.
     """
-    if type not in _TYPES:
-        raise CheckpointError(f"unknown GGUF type {type!r}", fix=f"use one of {', '.join(_TYPES)}")
-    if dst.is_dir() or (dst.exists() and not overwrite):
-        raise CheckpointError("the destination exists", where=str(dst), fix="remove it or choose another")
+    require_target(dst, type, overwrite=overwrite)
     where = str(directory / "config.json")
     scoring.require_text(read_config(directory), "GGUF has no place for its scores here")
     family = family_of_config(Config(read_config(directory), where))
@@ -126,6 +123,18 @@ def write_gguf(
         tensor_types=dict(Counter(info.type.name for info in tensors.values())),
         notes=tuple(notes),
     )
+
+
+def require_target(dst: Path, type: str, *, overwrite: bool) -> None:
+    """Refuse before anything is read.
+
+    Raises:
+        CheckpointError: a type that is not written, or `dst` exists.
+    """
+    if type not in _TYPES:
+        raise CheckpointError(f"unknown GGUF type {type!r}", fix=f"use one of {', '.join(_TYPES)}")
+    if dst.is_dir() or (dst.exists() and not overwrite):
+        raise CheckpointError("the destination exists", where=str(dst), fix="remove it or choose another")
 
 
 def _general(family: Family, directory: Path, type: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from oarsmith.atomic import atomic_write_text, temporary_directory
-from oarsmith.checkpoint.gguf.write import GgufReport, write_gguf
+from oarsmith.checkpoint.gguf.write import GgufReport, require_target, write_gguf
 from oarsmith.checkpoint.safetensors_stream import ShardedSafetensorsWriter
 from oarsmith.errors import ModelError
 from oarsmith.quantize.grid import Quantized
@@ -80,7 +80,10 @@ def open_gguf(
             where=rounded[0] if rounded else "cache",
             fix="use compressed-tensors",
         )
-    with temporary_directory(dst) as folder:
+    require_target(dst, type, overwrite=overwrite)
+    with temporary_directory(dst) as hidden:
+        folder = hidden / dst.stem  # the model's name in the file
+        folder.mkdir()
         writer = GgufLayoutWriter(contents, folder)
         with writer.files:
             yield writer
