@@ -17,6 +17,7 @@ from oarsmith.config.inference import ChatConfig, GenerateConfig
 from oarsmith.config.load import load_config
 from oarsmith.config.preprocess import PreprocessConfig
 from oarsmith.config.pretrain import PretrainConfig
+from oarsmith.config.quantize import QuantizeConfig
 from oarsmith.config.sft import SftConfig
 from oarsmith.errors import ConfigError
 
@@ -40,6 +41,26 @@ CASES = [
     (SftConfig, "--lora --pissa_niter 4", "pissa_niter is given, but has no effect without adapter_type pissa"),
     (SftConfig, "--lora --loraga_gamma 4", "no effect without adapter_type loraga"),
     (SftConfig, "--lora --adalora_tinit 4", "no effect without adapter_type adalora"),
+    (SftConfig, "--adapter_type bottleneck --qat w8a8", "bottleneck cannot be merged"),
+    (SftConfig, "--lora --qat w8a8 --lora_dropout 0.1", "which has no dropout"),
+    (SftConfig, "--lora --qat_group_size 32", "qat_group_size is given, but has no effect without qat"),
+    (QuantizeConfig, "--damp_percent 0.1", "damp_percent is given, but has no effect without algorithm gptq or gptaq"),
+    (QuantizeConfig, "--act_order false", "act_order is given, but has no effect without algorithm gptq or gptaq"),
+    (QuantizeConfig, "--algorithm gptq --gptaq_alpha 0.5", "no effect without algorithm gptaq"),
+    (QuantizeConfig, "--autoround_steps 3", "no effect without algorithm autoround"),
+    (QuantizeConfig, "--algorithm gptq --auto_clip true", "no effect without algorithm awq or rtn"),
+    (QuantizeConfig, "--smooth_alpha 0.8", "no effect without smooth smoothquant"),
+    (QuantizeConfig, "--smooth none --smooth_k_piece 2", "smooth_k_piece is given"),
+    (QuantizeConfig, "--smooth none --smooth_search_piece true", "smooth_search_piece is given"),
+    (QuantizeConfig, "--smooth none --search_alpha_min 0.3", "search_alpha_min is given"),
+    (QuantizeConfig, "--act_quant static", "act_quant is given, but has no effect"),
+    (QuantizeConfig, "--cachekv_quant_method abs_max", "no effect without a scheme with c8"),
+    (QuantizeConfig, "--algorithm awq --smooth piecewise", "awq finds factors of its own"),
+    (QuantizeConfig, "--algorithm hqq --symmetric true", "hqq fits zeros"),
+    (QuantizeConfig, "--algorithm autoround --scheme fp8", "autoround learns whole numbers"),
+    (QuantizeConfig, "--search_scale_min 9", "the least value of a search"),
+    (QuantizeConfig, "--budget kl=0.1 --kl_budget 0.1 --calibration t.txt", "is a limit of its own"),
+    (QuantizeConfig, "--kl_budget 0.1", "cannot be checked without a text"),
     (SftConfig, "--adapter_type adalora --rslora", "rslora is given, but has no effect with adalora"),
     (SftConfig, "--adapter_type adalora --adalora_init_rank 7", "begins with rank 7 and would end with more"),
     (SftConfig, "--lorapro --optimizer_in_backward --max_grad_norm 0", "lorapro looks at the gradients of all"),
@@ -174,6 +195,7 @@ BASE = {
     MergeAdapterConfig: {"--adapter": "a"},
     EvalConfig: {"--model_name_or_path": "m"},
     BenchConfig: {"--model_name_or_path": "m"},
+    QuantizeConfig: {"--model_name_or_path": "m", "--output_dir": "o"},
 }
 
 

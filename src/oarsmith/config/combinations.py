@@ -19,6 +19,7 @@ from .impossible import Impossible
 from .inference import GenerateConfig, ModeKeys, SpeculativeKeys, WeightKeys
 from .preferences import PreferenceDataKeys
 from .preprocess_combinations import PREPROCESS
+from .quantize_combinations import QUANTIZE
 from .training_combinations import TRAINING
 
 IMPOSSIBLE: tuple[Impossible[Any], ...] = (
@@ -35,6 +36,7 @@ IMPOSSIBLE: tuple[Impossible[Any], ...] = (
         "unmerge takes an adapter off: nothing is quantized again, and no base is asked for",
         "leave requantize and any_base out",
     ),
+    *QUANTIZE,
     Impossible(
         DataKeys,
         lambda c: c.src_length is not None and c.src_length >= c.max_length,

@@ -152,3 +152,10 @@ class QuantizeConfig(ModelKeys, SchemeKeys, AlgorithmKeys, CalibrationKeys, Proo
         "3 bits; gguf where output_dir ends in .gguf.",
     )
     overwrite_output_dir: Bool = Field(False, description="Replace output_dir if it exists.")
+
+    @property
+    def chosen_algorithm(self) -> str:
+        """The algorithm, also where it is auto: 8 bits lose too little for more than rounding."""
+        if self.algorithm != "auto":
+            return self.algorithm
+        return "rtn" if self.scheme[:2] in ("w8", "fp") or self.calibration is None else "gptaq"

@@ -25,7 +25,6 @@ from oarsmith.jobs.row_progress import RowProgress
 from oarsmith.jobs.runtime import make_tokenizer, runtime
 from oarsmith.model_path import resolve
 from oarsmith.quantize.budget import BITS, bits_of_maps, choose_bits, measure_costs
-from oarsmith.quantize.choose import algorithm_of
 from oarsmith.quantize.proof import Comparison, Walked, compare
 from oarsmith.quantize.read_again import rounding_of
 from oarsmith.quantize.report import PieceReport, Report, draw
@@ -88,7 +87,7 @@ def quantize(config: QuantizeConfig, source: Path, output: Path, tokenizer: Toke
         calibration, windows = read_texts(config, tokenizer, plan.subject.spec.max_positions)
         if (plan.recipe.calibrates or config.budget is not None) and not calibration:
             raise ConfigError(
-                f"{algorithm_of(config)} with scheme {config.scheme} must see what goes through the model",
+                f"{config.chosen_algorithm} with scheme {config.scheme} must see what goes through the model",
                 where="calibration",
                 fix="give a text that is like what it will read: --calibration FILE",
             )
@@ -100,7 +99,7 @@ def quantize(config: QuantizeConfig, source: Path, output: Path, tokenizer: Toke
         pieces, comparison = made
     return Report(
         scheme=config.scheme,
-        algorithm=algorithm_of(config),
+        algorithm=config.chosen_algorithm,
         layout=plan.layout_name,
         pieces=tuple(pieces),
         comparison=comparison,

@@ -24,12 +24,12 @@ from oarsmith.data.pose import Pose
 from oarsmith.errors import ConfigError, DataError
 from oarsmith.loading import dtype_name, new_model
 from oarsmith.model_path import resolve
-from oarsmith.quantize.choose import fake_of
 from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.recompute import Recompute
 from oarsmith.models.shifted import ShiftedSparse
 from oarsmith.models.stretch import stretch
+from oarsmith.quantize.choose import fake_of
 from oarsmith.training.batches import BatchSource
 from oarsmith.training.pose import PosedBatches
 from oarsmith.training.precision import has_fast_bf16, training_dtype

@@ -144,16 +144,20 @@ def recipe_of(config: QuantizeConfig, scheme: Scheme, folder: Path | None) -> Re
     )
 
 
-def algorithm_of(config: QuantizeConfig) -> str:
-    """The algorithm, chosen where it is not given: 8 bits lose too little for more than rounding."""
-    if config.algorithm != "auto":
-        return config.algorithm
-    return "rtn" if SCHEMES[config.scheme][0] == 8 or config.calibration is None else "gptaq"
+# AWQ rounds to nearest; what it is lies in the factors.
+_METHODS: dict[str, RoundingMethod] = {
+    "rtn": "rtn",
+    "awq": "rtn",
+    "gptq": "gptq",
+    "gptaq": "gptaq",
+    "hqq": "hqq",
+    "autoround": "autoround",
+}
 
 
 def _rounding(config: QuantizeConfig) -> Rounding:
-    algorithm = algorithm_of(config)
-    method: RoundingMethod = "rtn" if algorithm == "awq" else algorithm  # type: ignore[assignment]
+    algorithm = config.chosen_algorithm
+    method = _METHODS[algorithm]
     kind = config.scale_search
     if kind == "auto":
         few = SCHEMES[config.scheme][0] < 8
@@ -177,7 +181,7 @@ def _rounding(config: QuantizeConfig) -> Rounding:
 
 def _preparation(config: QuantizeConfig) -> Preparation:
     factors: Literal["none", "smoothquant", "piecewise", "awq"]
-    if algorithm_of(config) == "awq":
+    if config.chosen_algorithm == "awq":
         factors = "awq"
     elif config.smooth == "auto":
         factors = "piecewise" if config.calibration is not None and SCHEMES[config.scheme][2] == "int" else "none"

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from oarsmith.models.block import Block
 from oarsmith.models.spec import LayerSpec
-from oarsmith.quantize.gptq import Hessian
+from oarsmith.quantize.gptq import Hessian, Rounded
 from oarsmith.quantize.grid import Quantized, Steps
 from oarsmith.quantize.inputs import inputs_of, linear
+from oarsmith.quantize.learned import Run, learn_layer
 from oarsmith.quantize.pieces import Piece, runs_of
 from oarsmith.quantize.rounding import Rounding, round_weight
 from oarsmith.quantize.running import Running
@@ -80,9 +81,12 @@ def round_layer(
         OarsmithError: weights or inputs that are not finite.
     """
     original: dict[str, list[Tensor]] = {}
+    learned: Mapping[Run, Rounded] = {}
     if walk is not None and walk.original is not None:
         single = [path for path in pieces if linear(block, path).spec.experts is None]
-        original = _original_inputs(block, walk, single)
+        original = _original_inputs(block, walk, single if rounding.method == "gptaq" else [])
+        if rounding.method == "autoround":
+            learned = learn_layer(block, pieces, scheme, rounding.autoround, walk.batches, walk.own, walk.original)
     results: list[PieceResult] = []
     for one in inputs_of(spec):
         paths = [path for path in one.maps if path in pieces]
@@ -92,7 +96,7 @@ def round_layer(
             run_block(block, walk.batches, walk.own, {**running.taps, **taps}, keys=running.keys, enough=True)
         for path in paths:
             scale = running.begin(path)
-            found = _round_map(block, path, pieces[path], scheme, rounding, watched[path])
+            found = _round_map(block, path, pieces[path], scheme, rounding, watched[path], learned)
             results += [replace(result, input_scale=scale) for result in found]
     if walk is not None:
         run_block(block, walk.batches, walk.own, running.taps, keys=running.keys, into=walk.own)
@@ -117,7 +121,7 @@ class _Seen:
 
     def __init__(self, block: Block, path: str, original: list[Tensor] | None, rounding: Rounding) -> None:
         spec = linear(block, path).spec
-        self._original = original if rounding.needs_original else None
+        self._original = original if rounding.method == "gptaq" else None
         self._next = 0
         cross = self._original is not None
         self.each = [Hessian(spec.in_features, cross=cross) for _ in range(spec.experts or 1)]
@@ -143,7 +147,13 @@ class _Seen:
 
 
 def _round_map(
-    block: Block, path: str, pieces: Sequence[Piece], scheme: Scheme, rounding: Rounding, seen: _Seen
+    block: Block,
+    path: str,
+    pieces: Sequence[Piece],
+    scheme: Scheme,
+    rounding: Rounding,
+    seen: _Seen,
+    learned: Mapping[Run, Rounded],
 ) -> list[PieceResult]:
     """Round the pieces of a map, those of the same scheme together."""
     weight, results = linear(block, path).weight, list[PieceResult]()
@@ -154,7 +164,9 @@ def _round_map(
         matrix = weight if expert is None else weight[expert]
         start, stop = run[0].start, len(matrix) if run[-1].stop is None else run[-1].stop
         hessian = seen.of(expert)
-        rounded = round_weight(matrix[start:stop], own.weights, hessian, rounding, run[0].stem)
+        rounded = learned.get((path, expert, start, stop))
+        if rounded is None:
+            rounded = round_weight(matrix[start:stop], own.weights, hessian, rounding, run[0].stem)
         matrix[start:stop] = rounded.quantized.dense()
         num_tokens = seen.each[expert or 0].num_tokens if seen.wanted else None
         for piece in run:

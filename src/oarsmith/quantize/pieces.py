@@ -64,5 +64,13 @@ def _pieces(place: Place, path: str, experts: int | None) -> Iterator[Piece]:
 
 def runs_of(pieces: list[Piece], scheme: Scheme) -> Iterator[tuple[MapScheme, list[Piece]]]:
     """Pieces that follow each other in a map and have the same scheme: they are worked on together."""
-    for (_, own), group in groupby(pieces, key=lambda piece: (piece.expert, scheme.of(piece.stem))):
-        yield own, list(group)
+
+    def kind(piece: Piece) -> tuple[object, ...]:
+        own = scheme.of(piece.stem)
+        # Where rows share scales, those of another tensor of the files must not be among them.
+        apart = own.weights is not None and own.weights.rows != 1
+        return piece.expert, own, piece.stem if apart else None
+
+    for _, group in groupby(pieces, key=kind):
+        run = list(group)
+        yield scheme.of(run[0].stem), run

@@ -62,9 +62,9 @@ def round_weight(weight_OI: Tensor, grid: Grid, hessian: Hessian | None, roundin
     Raises:
         OarsmithError: weights or inputs that are not finite.
     """
-    if rounding.method in ("gptq", "gptaq") and hessian is not None and grid.bits < 8:
+    if rounding.method in ("gptq", "gptaq") and hessian is not None:
         return gptq(weight_OI, hessian, grid, rounding.gptq, where)
-    if rounding.method == "hqq" and grid.code == "int" and not grid.symmetric:
+    if rounding.method == "hqq":
         steps: Steps | None = with_whole_zeros(weight_OI, hqq_steps(weight_OI, grid), grid)
     else:
         steps = _searched(weight_OI, grid, hessian, rounding)
