@@ -1,4 +1,4 @@
-"""GPTQ beside the method as the papers write it: float64, one column at a time, the inverse Hessian made anew each time."""
+"""GPTQ beside the method as the papers write it: float64, one column at a time, the Hessian inverted each time."""
 
 from __future__ import annotations
 

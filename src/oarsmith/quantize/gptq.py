@@ -5,8 +5,8 @@ U_jj goes into the later columns i times U_ji. GPTAQ (Li et al. 2025, arXiv 2504
 of the model in floats, whose inputs are X + dX: beside its error, a column j hands w_j P_ji to the later ones, with
 P = alpha striu(dX^T X U^T) U.
 
-A column whose input is never other than zero is rounded to nearest by itself: text that reaches it later still meets its
-weights.
+A column whose input is never other than zero is rounded to nearest by itself: text that reaches it later still meets
+its weights.
 
 Shapes: T tokens, O out features, I in features (in the order of work), G groups of a row, B columns of a batch.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -30,8 +30,8 @@ from oarsmith.quantize.search import Search, search_steps
 _log = logging.getLogger(__name__)
 _TINY = 1e-12
 _BATCH = 32
-"""Columns after which the rest is updated in one product. The result does not depend on it; the paper's 128 is for GPUs:
-on a CPU the updates within a batch cost more than the products after it."""
+"""Columns after which the rest is updated in one product. The result does not depend on it; the paper's 128 is for
+GPUs: on a CPU the updates within a batch cost more than the products after it."""
 _SYMMETRIC_BLOCK = 512
 _MOST_DAMPING = 1.0
 
@@ -101,9 +101,9 @@ class GPTQ:
 
     Attributes:
         damping: what is added to the diagonal, as a share of its mean.
-        order: which columns go first. ``columns``: those of the largest inputs (act-order), with steps found beforehand;
-            ``groups``: groups by their largest input, and columns by theirs within a group; ``none``: as they lie. In
-            the file columns lie as they did.
+        order: which columns go first. ``columns``: those of the largest inputs (act-order), with steps found
+            beforehand; ``groups``: groups by their largest input, and columns by theirs within a group; ``none``: as
+            they lie. In the file columns lie as they did.
         static: steps are found beforehand, on the weights as they were; else at a group's turn, on what it is then.
         search: how steps are searched, by the diagonal of H; None: the range's.
         alpha: GPTAQ's, where the Hessian has the cross term; its authors' .25 keeps from fitting the calibration text.
@@ -112,7 +112,7 @@ class GPTQ:
     damping: float = 0.01
     order: Literal["columns", "groups", "none"] = "columns"
     static: bool = True
-    search: Search | None = Search()
+    search: Search | None = field(default_factory=Search)
     alpha: float = 0.25
 
 
@@ -181,7 +181,7 @@ def relative_error(weight_OI: Tensor, rounded_OI: Tensor, hessian_II: Tensor) ->
 def _check_order(settings: GPTQ, grid: Grid, in_features: int) -> None:
     if settings.order == "columns" and not settings.static and grid.num_groups(in_features) > 1:
         raise ConfigError(
-            "columns in the order of their inputs need steps found beforehand: groups would else be scattered over a row",
+            "columns in the order of their inputs need steps found beforehand: else groups are scattered over a row",
             where="gptq",
             fix="set static groups, or order groups instead of columns",
         )
@@ -225,7 +225,7 @@ def _inverse_root(hessian_II: Tensor, damping: float, where: str | None) -> tupl
 
 
 class _Work:
-    """Columns on their way, transposed so that one is contiguous: weights and numbers [I, O], scales and zeros [G, O]."""
+    """Columns on their way, transposed so that one is contiguous: weights, numbers [I, O], scales, zeros [G, O]."""
 
     def __init__(self, weight_IO: Tensor, order_I: Tensor, grid: Grid, steps: Steps) -> None:
         self.grid, self.weight_IO, self.numbers_IO = grid, weight_IO, torch.empty_like(weight_IO)

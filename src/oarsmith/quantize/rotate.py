@@ -1,4 +1,4 @@
-"""Rotations that spread outliers over all channels: randomized Hadamard matrices, for sizes that are no powers of two too.
+"""Rotations that spread outliers over all channels: randomized Hadamard matrices, and their like for any size.
 
 QuaRot (Ashkboos et al. 2024, arXiv 2404.00456, section 3) and SpinQuant (Liu et al. 2024, arXiv 2405.16406): an
 orthogonal Q put into one weight and its transpose into the next leaves a model the function that it is. A size D = P R

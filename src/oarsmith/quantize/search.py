@@ -1,8 +1,8 @@
 """Steps that lose less than those of the range: the best of a few shrunken ranges, then scales fitted to the numbers.
 
-The loss is sum_i m_i (w_i - q_i)^2 over a group; m, the importance of a column, is what its input's square is on average
-(the diagonal of GPTQ's Hessian). Weights' plain error (no importance) is a poor guide: on SmolLM2-135M it made the model
-worse than the range did, and the weighted one made it much better.
+The loss is sum_i m_i (w_i - q_i)^2 over a group; m, the importance of a column, is what its input's square is on
+average (the diagonal of GPTQ's Hessian). Weights' plain error (no importance) is a poor guide: on SmolLM2-135M it made
+the model worse than the range did, and the weighted one made it much better.
 
 Shapes: O out features, I in features, G groups of a row, K columns of a group, P points of the search.
 """
