@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from oarsmith.errors import ConfigError, DataError, ModelError
+from oarsmith.kernels.integer_steps import ColumnSteps, round_columns
 from oarsmith.quantize.checks import check_finite, check_weight
 from oarsmith.quantize.grid import E4M3_MAX, Grid, Quantized, Steps, range_steps
 from oarsmith.quantize.search import Search, search_steps
@@ -232,7 +233,7 @@ class _Work:
         self.groups = (order_I // grid.group_of(len(order_I))).tolist()
         self.scale_GO = steps.scale_OG.T.contiguous()
         self.zero_GO = None if steps.zero_OG is None else steps.zero_OG.T.contiguous()
-        self.per_GO = 1 / torch.where(self.scale_GO.abs() < _TINY, 1.0, self.scale_GO)
+        self.inverse_GO = 1 / torch.where(self.scale_GO.abs() < _TINY, 1.0, self.scale_GO)
 
     @property
     def steps(self) -> Steps:
@@ -251,37 +252,42 @@ class _Work:
 
     def _take(self, group: int, steps: Steps) -> None:
         self.scale_GO[group] = steps.scale_OG[:, 0]
-        self.per_GO[group] = 1 / torch.where(steps.scale_OG[:, 0].abs() < _TINY, 1.0, steps.scale_OG[:, 0])
+        self.inverse_GO[group] = 1 / torch.where(steps.scale_OG[:, 0].abs() < _TINY, 1.0, steps.scale_OG[:, 0])
         if self.zero_GO is not None and steps.zero_OG is not None:
             self.zero_GO[group] = steps.zero_OG[:, 0]
 
     def _batch(self, start: int, stop: int, root_II: Tensor, handed_II: Tensor | None) -> None:
         """Round columns from ``start`` to ``stop``, and update those after them."""
-        lost_BO, before_BO = torch.empty_like(self.weight_IO[start:stop]), self.weight_IO[start:stop]
-        divisors, near_O = root_II.diagonal()[start:stop].tolist(), torch.empty_like(self.weight_IO[0])
-        for column in range(start, stop):
-            done, weight_O = column - start, self.weight_IO[column]
-            if done:
-                # A column takes all that earlier ones left it at once: less goes through memory than when each
-                # writes to all after it.
-                weight_O.addmv_(lost_BO[:done].T, root_II[start:column, column], alpha=-1)
-                if handed_II is not None:
-                    weight_O.addmv_(before_BO[:done].T, handed_II[start:column, column])
-            self._round(column, near_O)
-            torch.sub(weight_O, near_O, out=lost_BO[done]).div_(divisors[done])
+        own, rest = slice(start, stop), slice(stop, None)
+        weight_BO, numbers_BO, groups = self.weight_IO[own], self.numbers_IO[own], self.groups[own]
+        handed_BB = None if handed_II is None else handed_II[own, own]
+        if self.grid.code == "int":
+            steps = ColumnSteps(
+                scale_GO=self.scale_GO,
+                inverse_GO=self.inverse_GO,
+                zero_GO=self.zero_GO,
+                middle=self.grid.middle,
+                largest=self.grid.largest,
+            )
+            lost_BO = round_columns(weight_BO, numbers_BO, steps, groups, root_II[own, own], handed_BB)
+        else:
+            lost_BO = self._round_floats(weight_BO, numbers_BO, groups, root_II[own, own], handed_BB)
         if stop < len(self.weight_IO):
-            self.weight_IO[stop:].addmm_(root_II[start:stop, stop:].T, lost_BO, alpha=-1)
+            self.weight_IO[rest].addmm_(root_II[own, rest].T, lost_BO, alpha=-1)
             if handed_II is not None:
-                self.weight_IO[stop:].addmm_(handed_II[start:stop, stop:].T, before_BO)
+                self.weight_IO[rest].addmm_(handed_II[own, rest].T, weight_BO)
 
-    def _round(self, column: int, near_O: Tensor) -> None:
-        """The numbers of a column, as `encode` finds them, and what they stand for."""
-        group, numbers_O = self.groups[column], self.numbers_IO[column]
-        torch.mul(self.weight_IO[column], self.per_GO[group], out=numbers_O)
-        if self.grid.code == "e4m3":
-            numbers_O.clamp_(-E4M3_MAX, E4M3_MAX).copy_(numbers_O.to(torch.float8_e4m3fn))
-            torch.mul(numbers_O, self.scale_GO[group], out=near_O)
-            return
-        zero = self.grid.middle if self.zero_GO is None else self.zero_GO[group]
-        numbers_O.add_(zero).round_().clamp_(0, self.grid.largest)
-        torch.sub(numbers_O, zero, out=near_O).mul_(self.scale_GO[group])
+    def _round_floats(
+        self, weight_BO: Tensor, numbers_BO: Tensor, groups: list[int], root_BB: Tensor, handed_BB: Tensor | None
+    ) -> Tensor:
+        """`round_columns` onto E4M3."""
+        lost_BO = torch.empty_like(weight_BO)
+        for column, weight_O in enumerate(weight_BO):
+            weight_O.addmv_(lost_BO[:column].T, root_BB[:column, column], alpha=-1)
+            if handed_BB is not None:
+                weight_O.addmv_(weight_BO[:column].T, handed_BB[:column, column])
+            units_O = (weight_O * self.inverse_GO[groups[column]]).clamp_(-E4M3_MAX, E4M3_MAX)
+            numbers_BO[column] = units_O.to(torch.float8_e4m3fn)
+            near_O = numbers_BO[column] * self.scale_GO[groups[column]]
+            torch.sub(weight_O, near_O, out=lost_BO[column]).div_(root_BB[column, column])
+        return lost_BO
