@@ -131,7 +131,7 @@ def fit_sums_reference(
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnSteps:
-    """Scales, one over them and zeros [G, O] of groups of columns; no zeros: ``middle``. Numbers go up to ``largest``."""
+    """Scales, one over them and zeros [G, O] of groups of columns; no zeros: ``middle``. Numbers end at ``largest``."""
 
     scale_GO: Tensor
     inverse_GO: Tensor

@@ -23,7 +23,7 @@ def check_finite(tensor: Tensor, what: str, where: str | None = None) -> None:
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise ModelError(
-            f"{what} has {bad} of {tensor.numel()} numbers that are NaN or infinite, which nothing can be rounded to",
+            f"{what}: {bad} of {tensor.numel()} numbers are NaN or infinite, which nothing can be rounded to",
             where=where,
             fix="check the model in floats first (oarsmith eval); run calibration in bfloat16 or float32, not float16",
         )
