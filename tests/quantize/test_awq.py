@@ -96,7 +96,7 @@ def test_silent_channels() -> None:
 def test_clipping_by_each_groups_part_of_the_output(grid: Grid) -> None:
     x, weight = inputs(), weights(12, 3) ** 3 * 100
     found = clip_steps(weight, gram(x), grid)
-    group = grid.group_of(48)
+    group, row = grid.group_of(48), Grid(group=None, symmetric=grid.symmetric)
     for start in range(0, 48, group):
         own = slice(start, start + group)
         part, outputs = weight[:, own], []

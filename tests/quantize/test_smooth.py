@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from oarsmith.errors import DataError, ModelError
-from oarsmith.quantize.smooth import Extremes, Piecewise, piecewise_factors, pieces_of, smooth_factors
+from oarsmith.quantize.smooth import Extremes, Piecewise, pieces_of, piecewise_factors, smooth_factors
 
 
 def inputs() -> Tensor:
