@@ -102,10 +102,8 @@ def test_clipping_by_each_groups_part_of_the_output(grid: Grid) -> None:
         part, outputs = weight[:, own], []
         for point in range(10):
             most = part.abs().amax(1, keepdim=True) * (1 - point / 20)
-            steps = range_steps(
-                torch.minimum(torch.maximum(part, -most), most), Grid(group=None, symmetric=grid.symmetric)
-            )
-            dense = quantize(part, Grid(group=None, symmetric=grid.symmetric), steps).dense()
+            steps = range_steps(torch.minimum(torch.maximum(part, -most), most), row)
+            dense = quantize(part, row, steps).dense()
             outputs.append(((dense - part) @ x[:, own].T).square().sum(1))
         dense = quantize(weight, grid, found).dense()
         lost = ((dense - weight)[:, own] @ x[:, own].T).square().sum(1)

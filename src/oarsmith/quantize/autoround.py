@@ -172,7 +172,7 @@ def _learn(block: BlockFunction, states: Mapping[str, _Weight], targets: Sequenc
             output_TD = block({name: one.dense() for name, one in states.items()}, number)
             part = (output_TD.float() - targets[number].float()).square().sum() / count
             part.backward()
-            loss += float(part)
+            loss += float(part.detach())
         if loss < least:
             least = loss
             best = _copies(states)

@@ -63,7 +63,7 @@ def random_rotation(size: int, seed: int = 0) -> Rotation:
 def random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """An orthogonal matrix in float64, uniform over all of them (Mezzadri 2007: QR with R's diagonal positive)."""
     q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    return q * r.diagonal().sign()
+    return (q * r.diagonal().sign()).contiguous()
 
 
 def hadamard(x: Tensor) -> Tensor:
