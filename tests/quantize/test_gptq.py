@@ -1,4 +1,4 @@
-"""GPTQ beside the method as the papers write it: float64, one column at a time, the inverse Hessian made anew each time."""
+"""GPTQ beside the method as the papers write it: float64, one column at a time, the Hessian inverted each time."""
 
 from __future__ import annotations
 
@@ -179,12 +179,12 @@ def test_fewer_tokens_than_columns(caplog: pytest.LogCaptureFixture) -> None:
 def test_what_is_refused() -> None:
     x, weight = inputs(), weights()
     x[4, 3] = torch.nan
-    with pytest.raises(ModelError, match=r"a batch of inputs has 1 of 14400 numbers that are NaN(.|\n)*bfloat16"):
+    with pytest.raises(ModelError, match=r"a batch of inputs: 1 of 14400 numbers are NaN(.|\n)*bfloat16"):
         seen(x)
     with pytest.raises(DataError, match="no token has gone through"):
         gptq(weight, Hessian(48), Grid(group=16))
     weight[0, 0] = torch.inf
-    with pytest.raises(ModelError, match="o_proj: a weight has 1"):
+    with pytest.raises(ModelError, match="o_proj: a weight: 1"):
         gptq(weight, seen(inputs()), Grid(group=16), where="o_proj")
     with pytest.raises(ModelError, match="no matrix"):
         gptq(weight[None], seen(inputs()), Grid(group=16))

@@ -67,6 +67,9 @@ class Library:
             for suffix in _SUFFIX.values():
                 self._functions[name, suffix] = self._bind(handle, f"{name}_{suffix}", signature)
         self._functions["adamw", "f32"] = self._bind(handle, "adamw_f32", "pppplffffffff")
+        self._functions["shrink_losses", "f32"] = self._bind(handle, "shrink_losses_f32", "ppppppllllff")
+        self._functions["fit_sums", "f32"] = self._bind(handle, "fit_sums_f32", "pppppplllff")
+        self._functions["round_columns", "f32"] = self._bind(handle, "round_columns_f32", "pppppppppllff")
         self._functions["sum_of_squares", "bf16"] = self._bind(handle, "sum_of_squares_bf16", "plp")
         self.has_document_attention = bool(handle["document_attention_available"]())
         for name, signature in _DOCUMENT_ATTENTION.items():

@@ -25,8 +25,8 @@ Method = Literal["abs_max", "avg"]
 
 
 def quantize_activations(x: Tensor, how: Activations, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Numbers [.., I], int8 or float8_e4m3fn, and their scales: [.., 1] of tokens, [.., I / group] of groups, or the one
-    that was given.
+    """Numbers [.., I], int8 or float8_e4m3fn, and their scales: [.., 1] of tokens, [.., I / group] of groups, or the
+    one that was given.
 
     Args:
         scale: the static one, of calibration; what lies beyond its range is cut.
@@ -74,8 +74,8 @@ class Observer:
     """The range of activations over calibration: PaddleNLP's ``abs_max`` and ``avg``.
 
     Args:
-        method: ``abs_max``: the largest |x| of all; ``avg``: the mean over samples of each one's largest, so that single
-            outliers are cut. A sample is what is added at a time; PaddleNLP's is a document.
+        method: ``abs_max``: the largest |x| of all; ``avg``: the mean over samples of each one's largest, so that
+            single outliers are cut. A sample is what is added at a time; PaddleNLP's is a document.
         heads: x is [T, H, ..], and each head has a range of its own (keys and values).
     """
 

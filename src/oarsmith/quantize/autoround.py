@@ -45,8 +45,8 @@ class AutoRound:
 
 @dataclass(frozen=True, kw_only=True)
 class Learned:
-    """Weights on their grids, and the mean squared error of the block's outputs over all batches, with weights rounded to
-    nearest and with these."""
+    """Weights on their grids, and the mean squared error of the block's outputs over all batches: with weights rounded
+    to nearest, and with these."""
 
     quantized: dict[str, Quantized]
     before: float
@@ -173,16 +173,20 @@ def _learn(block: BlockFunction, states: Mapping[str, _Weight], targets: Sequenc
             output_TD = block({name: one.dense() for name, one in states.items()}, number)
             part = (output_TD.float() - targets[number].float()).square().sum() / count
             part.backward()
-            loss += float(part)
+            loss += float(part.detach())
         if loss < least:
             least = loss
-            best = {name: [tensor.detach().clone() for tensor in one.learned] for name, one in states.items()}
+            best = _copies(states)
         for one in states.values():
             one.descend(rate * (1 - step / settings.steps), learn_range=settings.learn_range)
     with torch.no_grad():
         for name, one in states.items():
             for tensor, kept in zip(one.learned, best[name], strict=True):
                 tensor.copy_(kept)
+
+
+def _copies(states: Mapping[str, _Weight]) -> dict[str, list[Tensor]]:
+    return {name: [tensor.detach().clone() for tensor in one.learned] for name, one in states.items()}
 
 
 @torch.no_grad()

@@ -29,7 +29,8 @@ class AWQ:
 
     Attributes:
         points: exponents that are tried, from 0 up to below 1.
-        with_weights: whether factors that take the weights' size into account are tried too (the authors' ``duo_scaling``).
+        with_weights: whether factors that take the weights' size into account are tried too (the authors'
+            ``duo_scaling``).
         rows: of each weight, spread evenly, that are looked at; None: all. An error is a sum over rows, and for one
             factor a channel some hundred of them say the same as all.
         clip_points: thresholds that are tried for each group.
@@ -45,8 +46,8 @@ class AWQ:
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """What the search found: factors [I] for the weights' columns, by which the inputs are divided; the squared error of
-    the outputs with them, and without, as a share of the outputs' squares."""
+    """What the search found: factors [I] for the weights' columns, by which the inputs are divided; the squared error
+    of the outputs with them, and without, as a share of the outputs' squares."""
 
     factor_I: Tensor
     error: float
@@ -99,13 +100,13 @@ def _spread(weight_OI: Tensor, rows: int | None) -> Tensor:
 
 def _share(weights: Sequence[Tensor], grid: Grid) -> Tensor:
     """The mean over rows of |w| / the largest of its group, for each column."""
-    shares, num_rows = 0.0, 0
+    size, num_rows = weights[0].shape[1], sum(len(weight_OI) for weight_OI in weights)
+    share_I = torch.zeros(size)
     for weight_OI in weights:
         group_OGK = grouped(weight_OI.float().abs(), grid)
         share_OGK = group_OGK / (group_OGK.amax(-1, keepdim=True) + 1e-6)
-        shares, num_rows = shares + share_OGK.sum(0), num_rows + len(weight_OI)
-    assert isinstance(shares, Tensor), "no weights"
-    return (shares / num_rows).flatten()[: weights[0].shape[1]]
+        share_I += share_OGK.sum(0).flatten()[:size] / num_rows
+    return share_I
 
 
 def _candidates(mean_I: Tensor, share_I: Tensor, settings: AWQ) -> list[Tensor]:

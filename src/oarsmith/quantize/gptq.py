@@ -5,8 +5,8 @@ U_jj goes into the later columns i times U_ji. GPTAQ (Li et al. 2025, arXiv 2504
 of the model in floats, whose inputs are X + dX: beside its error, a column j hands w_j P_ji to the later ones, with
 P = alpha striu(dX^T X U^T) U.
 
-A column whose input is never other than zero is rounded to nearest by itself: text that reaches it later still meets its
-weights.
+A column whose input is never other than zero is rounded to nearest by itself: text that reaches it later still meets
+its weights.
 
 Shapes: T tokens, O out features, I in features (in the order of work), G groups of a row, B columns of a batch.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from oarsmith.errors import ConfigError, DataError, ModelError
+from oarsmith.kernels.integer_steps import ColumnSteps, round_columns
 from oarsmith.quantize.checks import check_finite, check_weight
 from oarsmith.quantize.grid import E4M3_MAX, Grid, Quantized, Steps, range_steps
 from oarsmith.quantize.search import Search, search_steps
@@ -30,8 +31,8 @@ from oarsmith.quantize.search import Search, search_steps
 _log = logging.getLogger(__name__)
 _TINY = 1e-12
 _BATCH = 32
-"""Columns after which the rest is updated in one product. The result does not depend on it; the paper's 128 is for GPUs:
-on a CPU the updates within a batch cost more than the products after it."""
+"""Columns after which the rest is updated in one product. The result does not depend on it; the paper's 128 is for
+GPUs: on a CPU the updates within a batch cost more than the products after it."""
 _SYMMETRIC_BLOCK = 512
 _MOST_DAMPING = 1.0
 
@@ -111,9 +112,9 @@ class GPTQ:
 
     Attributes:
         damping: what is added to the diagonal, as a share of its mean.
-        order: which columns go first. ``columns``: those of the largest inputs (act-order), with steps found beforehand;
-            ``groups``: groups by their largest input, and columns by theirs within a group; ``none``: as they lie. In
-            the file columns lie as they did.
+        order: which columns go first. ``columns``: those of the largest inputs (act-order), with steps found
+            beforehand; ``groups``: groups by their largest input, and columns by theirs within a group; ``none``: as
+            they lie. In the file columns lie as they did.
         static: steps are found beforehand, on the weights as they were; else at a group's turn, on what it is then.
         search: how steps are searched, by the diagonal of H; None: the range's.
         alpha: GPTAQ's, where the Hessian has the cross term; its authors' .25 keeps from fitting the calibration text.
@@ -122,7 +123,7 @@ class GPTQ:
     damping: float = 0.01
     order: Literal["columns", "groups", "none"] = "columns"
     static: bool = True
-    search: Search | None = Search()
+    search: Search | None = field(default_factory=Search)
     alpha: float = 0.25
 
 
@@ -191,7 +192,7 @@ def relative_error(weight_OI: Tensor, rounded_OI: Tensor, hessian_II: Tensor) ->
 def _check_order(settings: GPTQ, grid: Grid, in_features: int) -> None:
     if settings.order == "columns" and not settings.static and grid.num_groups(in_features) > 1:
         raise ConfigError(
-            "columns in the order of their inputs need steps found beforehand: groups would else be scattered over a row",
+            "columns in the order of their inputs need steps found beforehand: else groups are scattered over a row",
             where="gptq",
             fix="set static groups, or order groups instead of columns",
         )
@@ -235,14 +236,14 @@ def _inverse_root(hessian_II: Tensor, damping: float, where: str | None) -> tupl
 
 
 class _Work:
-    """Columns on their way, transposed so that one is contiguous: weights and numbers [I, O], scales and zeros [G, O]."""
+    """Columns on their way, transposed so that one is contiguous: weights, numbers [I, O], scales, zeros [G, O]."""
 
     def __init__(self, weight_IO: Tensor, order_I: Tensor, grid: Grid, steps: Steps) -> None:
         self.grid, self.weight_IO, self.numbers_IO = grid, weight_IO, torch.empty_like(weight_IO)
         self.groups = (order_I // grid.group_of(len(order_I))).tolist()
         self.scale_GO = steps.scale_OG.T.contiguous()
         self.zero_GO = None if steps.zero_OG is None else steps.zero_OG.T.contiguous()
-        self.per_GO = 1 / torch.where(self.scale_GO.abs() < _TINY, 1.0, self.scale_GO)
+        self.inverse_GO = 1 / torch.where(self.scale_GO.abs() < _TINY, 1.0, self.scale_GO)
 
     @property
     def steps(self) -> Steps:
@@ -261,37 +262,42 @@ class _Work:
 
     def _take(self, group: int, steps: Steps) -> None:
         self.scale_GO[group] = steps.scale_OG[:, 0]
-        self.per_GO[group] = 1 / torch.where(steps.scale_OG[:, 0].abs() < _TINY, 1.0, steps.scale_OG[:, 0])
+        self.inverse_GO[group] = 1 / torch.where(steps.scale_OG[:, 0].abs() < _TINY, 1.0, steps.scale_OG[:, 0])
         if self.zero_GO is not None and steps.zero_OG is not None:
             self.zero_GO[group] = steps.zero_OG[:, 0]
 
     def _batch(self, start: int, stop: int, root_II: Tensor, handed_II: Tensor | None) -> None:
         """Round columns from ``start`` to ``stop``, and update those after them."""
-        lost_BO, before_BO = torch.empty_like(self.weight_IO[start:stop]), self.weight_IO[start:stop]
-        divisors, near_O = root_II.diagonal()[start:stop].tolist(), torch.empty_like(self.weight_IO[0])
-        for column in range(start, stop):
-            done, weight_O = column - start, self.weight_IO[column]
-            if done:
-                # A column takes all that earlier ones left it at once: less goes through memory than when each
-                # writes to all after it.
-                weight_O.addmv_(lost_BO[:done].T, root_II[start:column, column], alpha=-1)
-                if handed_II is not None:
-                    weight_O.addmv_(before_BO[:done].T, handed_II[start:column, column])
-            self._round(column, near_O)
-            torch.sub(weight_O, near_O, out=lost_BO[done]).div_(divisors[done])
+        own, rest = slice(start, stop), slice(stop, None)
+        weight_BO, numbers_BO, groups = self.weight_IO[own], self.numbers_IO[own], self.groups[own]
+        handed_BB = None if handed_II is None else handed_II[own, own]
+        if self.grid.code == "int":
+            steps = ColumnSteps(
+                scale_GO=self.scale_GO,
+                inverse_GO=self.inverse_GO,
+                zero_GO=self.zero_GO,
+                middle=self.grid.middle,
+                largest=self.grid.largest,
+            )
+            lost_BO = round_columns(weight_BO, numbers_BO, steps, groups, root_II[own, own], handed_BB)
+        else:
+            lost_BO = self._round_floats(weight_BO, numbers_BO, groups, root_II[own, own], handed_BB)
         if stop < len(self.weight_IO):
-            self.weight_IO[stop:].addmm_(root_II[start:stop, stop:].T, lost_BO, alpha=-1)
+            self.weight_IO[rest].addmm_(root_II[own, rest].T, lost_BO, alpha=-1)
             if handed_II is not None:
-                self.weight_IO[stop:].addmm_(handed_II[start:stop, stop:].T, before_BO)
+                self.weight_IO[rest].addmm_(handed_II[own, rest].T, weight_BO)
 
-    def _round(self, column: int, near_O: Tensor) -> None:
-        """The numbers of a column, as `encode` finds them, and what they stand for."""
-        group, numbers_O = self.groups[column], self.numbers_IO[column]
-        torch.mul(self.weight_IO[column], self.per_GO[group], out=numbers_O)
-        if self.grid.code == "e4m3":
-            numbers_O.clamp_(-E4M3_MAX, E4M3_MAX).copy_(numbers_O.to(torch.float8_e4m3fn))
-            torch.mul(numbers_O, self.scale_GO[group], out=near_O)
-            return
-        zero = self.grid.middle if self.zero_GO is None else self.zero_GO[group]
-        numbers_O.add_(zero).round_().clamp_(0, self.grid.largest)
-        torch.sub(numbers_O, zero, out=near_O).mul_(self.scale_GO[group])
+    def _round_floats(
+        self, weight_BO: Tensor, numbers_BO: Tensor, groups: list[int], root_BB: Tensor, handed_BB: Tensor | None
+    ) -> Tensor:
+        """`round_columns` onto E4M3."""
+        lost_BO = torch.empty_like(weight_BO)
+        for column, weight_O in enumerate(weight_BO):
+            weight_O.addmv_(lost_BO[:column].T, root_BB[:column, column], alpha=-1)
+            if handed_BB is not None:
+                weight_O.addmv_(weight_BO[:column].T, handed_BB[:column, column])
+            units_O = (weight_O * self.inverse_GO[groups[column]]).clamp_(-E4M3_MAX, E4M3_MAX)
+            numbers_BO[column] = units_O.to(torch.float8_e4m3fn)
+            near_O = numbers_BO[column] * self.scale_GO[groups[column]]
+            torch.sub(weight_O, near_O, out=lost_BO[column]).div_(root_BB[column, column])
+        return lost_BO

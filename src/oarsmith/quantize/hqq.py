@@ -1,8 +1,8 @@
 """HQQ: zeros fitted to the weights alone, by a norm that forgives outliers. No calibration.
 
-Badri & Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models" (mobiusml.github.io/hqq_blog), equations
-1 to 6: min over z, e of ||e||_p^p + beta/2 ||W - s (n - z) - e||^2, with p = .7 below 1, in turns: e by the generalized
-soft threshold, z as a mean, beta growing.
+Badri & Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models" (mobiusml.github.io/hqq_blog),
+equations 1 to 6: min over z, e of ||e||_p^p + beta/2 ||W - s (n - z) - e||^2, with p = .7 below 1, in turns: e by the
+generalized soft threshold, z as a mean, beta growing.
 
 Zeros are no whole numbers then. Most formats (compressed-tensors, GPTQ, AWQ) only keep whole ones: `with_whole_zeros`.
 

@@ -1,4 +1,4 @@
-"""Rotations that spread outliers over all channels: randomized Hadamard matrices, for sizes that are no powers of two too.
+"""Rotations that spread outliers over all channels: randomized Hadamard matrices, and their like for any size.
 
 QuaRot (Ashkboos et al. 2024, arXiv 2404.00456, section 3) and SpinQuant (Liu et al. 2024, arXiv 2405.16406): an
 orthogonal Q put into one weight and its transpose into the next leaves a model the function that it is. A size D = P R
@@ -63,7 +63,7 @@ def random_rotation(size: int, seed: int = 0) -> Rotation:
 def random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """An orthogonal matrix in float64, uniform over all of them (Mezzadri 2007: QR with R's diagonal positive)."""
     q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    return q * r.diagonal().sign()
+    return (q * r.diagonal().sign()).contiguous()
 
 
 def hadamard(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Steps that lose less than those of the range: the best of a few shrunken ranges, then scales fitted to the numbers.
 
-The loss is sum_i m_i (w_i - q_i)^2 over a group; m, the importance of a column, is what its input's square is on average
-(the diagonal of GPTQ's Hessian). Weights' plain error (no importance) is a poor guide: on SmolLM2-135M it made the model
-worse than the range did, and the weighted one made it much better.
+The loss is sum_i m_i (w_i - q_i)^2 over a group; m, the importance of a column, is what its input's square is on
+average (the diagonal of GPTQ's Hessian). Weights' plain error (no importance) is a poor guide: on SmolLM2-135M it made
+the model worse than the range did, and the weighted one made it much better.
 
 Shapes: O out features, I in features, G groups of a row, K columns of a group, P points of the search.
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from oarsmith.kernels.integer_steps import fit_sums, shrink_losses
 from oarsmith.quantize.checks import check_finite, check_weight
 from oarsmith.quantize.grid import E4M3_MAX, Grid, Steps, encode, grouped, range_steps, stored
 
@@ -55,12 +56,7 @@ def search_steps(
     root_GK = root_importance(weight_OI, grid, importance_I)
     steps = range_steps(weight_OI, grid)
     factors_P = torch.linspace(1.0, search.lowest, search.points, device=weight_OI.device)
-    losses: list[Tensor] = []
-    rows = max(1, _CHUNK // weight_OI.shape[1])
-    for start in range(0, len(weight_OI), rows):
-        part = slice(start, start + rows)
-        losses.append(_losses(weight_OI[part], _rows_of(steps, part), grid, root_GK, factors_P))
-    losses_POG = over_rows(torch.cat(losses, 1), grid)
+    losses_POG = over_rows(_losses(weight_OI, steps, grid, root_GK, factors_P), grid)
     steps = Steps(scale_OG=steps.scale_OG * factors_P[losses_POG.argmin(0)], zero_OG=steps.zero_OG)
     for _ in range(search.refits):
         steps = refit_scales(weight_OI, steps, grid, root_GK)
@@ -80,29 +76,31 @@ def root_importance(weight_OI: Tensor, grid: Grid, importance_I: Tensor | None =
     return padded.unflatten(0, (-1, grid.group_of(width)))
 
 
-def _rows_of(steps: Steps, part: slice) -> Steps:
-    return Steps(scale_OG=steps.scale_OG[part], zero_OG=None if steps.zero_OG is None else steps.zero_OG[part])
-
-
 def _losses(weight_OI: Tensor, steps: Steps, grid: Grid, root_GK: Tensor, factors_P: Tensor) -> Tensor:
-    """The loss [P, O, G] of each shrink factor."""
+    """The loss [P, O, G] of each shrink factor. Shrinking both ends of a range leaves its zero."""
     scale_OG = torch.where(steps.scale_OG.abs() < _TINY, 1.0, steps.scale_OG)
-    # In units of the range's steps, so that a factor is one multiplication; shrinking both ends leaves the zero.
-    units_OGK = grouped(weight_OI, grid) / scale_OG[..., None]
-    middle = torch.tensor(float(grid.middle)) if steps.zero_OG is None else steps.zero_OG[..., None]
+    if grid.code == "int":
+        return shrink_losses(
+            weight_OI,
+            scale_OG,
+            steps.zero_OG,
+            root_GK.flatten()[: weight_OI.shape[1]].square(),
+            factors_P,
+            group=grid.group_of(weight_OI.shape[1]),
+            middle=grid.middle,
+            largest=grid.largest,
+        )
     losses_POG = scale_OG.new_empty(len(factors_P), *scale_OG.shape)
-    exact, near = torch.empty_like(units_OGK), torch.empty_like(units_OGK)
-    for number, factor in enumerate(factors_P.tolist()):
-        if grid.code == "e4m3":
-            torch.mul(units_OGK, 1 / factor, out=exact)
-            torch.clamp(exact, -E4M3_MAX, E4M3_MAX, out=near)
-            near.copy_(near.to(torch.float8_e4m3fn))
-        else:
-            torch.add(middle, units_OGK, alpha=1 / factor, out=exact)
-            torch.round(exact, out=near).clamp_(0, grid.largest)
-        torch.linalg.vector_norm(exact.sub_(near).mul_(root_GK), dim=-1, out=losses_POG[number])
-        losses_POG[number] *= factor * scale_OG.abs()
-    return losses_POG.square_()
+    rows = max(1, _CHUNK // weight_OI.shape[1])
+    for start in range(0, len(weight_OI), rows):
+        part = slice(start, start + rows)
+        units_OGK = grouped(weight_OI[part], grid) / scale_OG[part][..., None]
+        for number, factor in enumerate(factors_P.tolist()):
+            exact_OGK = units_OGK / factor
+            near_OGK = exact_OGK.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+            lost_OG = torch.linalg.vector_norm(exact_OGK.sub_(near_OGK).mul_(root_GK), dim=-1)
+            losses_POG[number, part] = (lost_OG * factor * scale_OG[part]).square_()
+    return losses_POG
 
 
 def over_rows(losses_POG: Tensor, grid: Grid) -> Tensor:
@@ -117,22 +115,26 @@ def over_rows(losses_POG: Tensor, grid: Grid) -> Tensor:
 
 def refit_scales(weight_OI: Tensor, steps: Steps, grid: Grid, root_GK: Tensor) -> Steps:
     """Scales of least loss for the numbers that the weights have on these steps: <m w n> / <m n n>."""
-    tops, bottoms = [], []
-    rows = max(1, _CHUNK // weight_OI.shape[1])
-    for start in range(0, len(weight_OI), rows):
-        part = slice(start, start + rows)
-        here = _rows_of(steps, part)
-        scale, zero = here.columns(0, weight_OI.shape[1], grid.group_of(weight_OI.shape[1]))
-        numbers_OI = encode(weight_OI[part], scale, zero, grid).float()
-        if grid.code == "int":
-            numbers_OI -= grid.middle if zero is None else zero
-        number_OGK = grouped(numbers_OI, grid) * root_GK
-        weight_OGK = grouped(weight_OI[part], grid) * root_GK
-        tops.append(torch.linalg.vecdot(weight_OGK, number_OGK))
-        bottoms.append(torch.linalg.vecdot(number_OGK, number_OGK))
-    top_OG = over_rows(torch.cat(tops)[None], grid)[0]
-    bottom_OG = over_rows(torch.cat(bottoms)[None], grid)[0]
-    fitted_OG = top_OG / bottom_OG.clamp_min(_TINY)
+    scale_OG = torch.where(steps.scale_OG.abs() < _TINY, 1.0, steps.scale_OG)
+    group = grid.group_of(weight_OI.shape[1])
+    if grid.code == "int":
+        importance_I = root_GK.flatten()[: weight_OI.shape[1]].square()
+        products_OG, squares_OG = fit_sums(
+            weight_OI,
+            scale_OG,
+            steps.zero_OG,
+            importance_I,
+            group=group,
+            middle=grid.middle,
+            largest=grid.largest,
+        )
+    else:
+        scale_OI, _ = steps.columns(0, weight_OI.shape[1], group)
+        numbers_OGK = grouped(encode(weight_OI, scale_OI, None, grid).float(), grid) * root_GK
+        products_OG = torch.linalg.vecdot(grouped(weight_OI, grid) * root_GK, numbers_OGK)
+        squares_OG = torch.linalg.vecdot(numbers_OGK, numbers_OGK)
+    squares_OG = over_rows(squares_OG[None], grid)[0]
+    fitted_OG = over_rows(products_OG[None], grid)[0] / squares_OG.clamp_min(_TINY)
     # Nothing on the grid, or what was fitted to noise: the scale stays.
-    keep_OG = (bottom_OG < _TINY) | (fitted_OG.abs() < _TINY) | (fitted_OG.sign() != steps.scale_OG.sign())
+    keep_OG = (squares_OG < _TINY) | (fitted_OG.abs() < _TINY) | (fitted_OG.sign() != steps.scale_OG.sign())
     return stored(Steps(scale_OG=torch.where(keep_OG, steps.scale_OG, fitted_OG), zero_OG=steps.zero_OG), grid)

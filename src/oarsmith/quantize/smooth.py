@@ -1,9 +1,9 @@
 """Activations made easier to round: what is hard in them is moved into the weights.
 
 SmoothQuant (Xiao et al. 2022, arXiv 2211.10438, equation 4): channel i of the input is divided by
-s_i = max|x_i|^alpha / max|w_i|^(1 - alpha) and column i multiplied with it. Outlier Suppression+ (Wei et al. 2023, arXiv
-2304.09145, equation 2) takes (max x_i + min x_i) / 2 off first. The piecewise search, over groups of channels of like
-size, is PaddleSlim's.
+s_i = max|x_i|^alpha / max|w_i|^(1 - alpha) and column i multiplied with it. Outlier Suppression+ (Wei et al. 2023,
+arXiv 2304.09145, equation 2) takes (max x_i + min x_i) / 2 off first. The piecewise search, over groups of channels of
+like size, is PaddleSlim's.
 
 Shapes: T tokens, O out features, I in features.
 """
