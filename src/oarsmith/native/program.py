@@ -10,7 +10,7 @@ from typing import Literal
 
 from oarsmith.models.facts import ModelFacts
 
-FORMATS = ("fp32", "bf16", "int8", "int4", "fp16")
+FORMATS = ("fp32", "bf16", "int8", "int4", "fp16", "e4m3")
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu", "sigmoid", "cap")
 KINDS = ("embed", "norm", "linear", "attend", "heads", "join", "experts")
 INTO = ("store", "add", "gated")

@@ -41,7 +41,9 @@ Step::Step(const StepSpec& spec)
     for (const Operation& op : *list) {
       if (op.kind == Kind::LINEAR) need(op.matrix);
       if (op.kind == Kind::HEADS) inputs_for(op.matrices[0], true);
-      if (op.kind == Kind::EXPERTS) need(op.experts->gate_up[0]), need(op.experts->down[0]);
+      // Experts of a quantized checkpoint may have formats of their own.
+      for (int64_t i = 0; op.kind == Kind::EXPERTS && i < op.experts->count; ++i)
+        need(op.experts->gate_up[i]), need(op.experts->down[i]);
     }
 }
 
