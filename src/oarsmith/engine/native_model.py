@@ -22,6 +22,7 @@ from oarsmith.native.store import PackedStore
 
 if TYPE_CHECKING:
     from oarsmith.models.decoder import Decoder
+    from oarsmith.native.stored import WeightFiles
 
 Compute = Literal["auto", "native", "torch"]
 WEIGHTS = ("int8", "int4")
@@ -97,8 +98,9 @@ def open_native(
     """The model of a path, from packed weights where they have been kept; else they are packed, and kept.
 
     Args:
-        precision: of its weights: ``auto`` (what the files hold), ``fp32``, ``bf16``, ``fp16``, ``int8``, ``int4``.
-        make_decoder: loads the decoder that they are packed from.
+        precision: of its weights: ``auto`` (what the files hold, also where these are codes), ``fp32``, ``bf16``,
+            ``fp16``, ``int8``, ``int4``.
+        make_decoder: loads the decoder that they are packed from, unless the files hold codes.
 
     Returns:
         The model, or what keeps it from being served so.
@@ -110,15 +112,28 @@ def open_native(
     if kept is not None and (found := store.read(kept)) is not None:
         _log.info("weights from %s", kept)
         return NativeModel(*found, threads)
-    from oarsmith.native.lower import lower, refusal
+    from oarsmith.checkpoint.deferred import deferred_decoder, has_codes
 
-    decoder = make_decoder()
-    if (reason := refusal(decoder.spec)) is not None:
-        return reason
-    program, arena = lower(decoder, _precision_of(decoder, precision), threads=threads)
+    if precision == "auto" and where.adapter is None and has_codes(where.base):
+        with deferred_decoder(where.base) as (decoder, files):
+            packed = _pack(decoder, precision, threads, files)
+    else:
+        packed = _pack(make_decoder(), precision, threads)
+    if isinstance(packed, str):
+        return packed
+    program, arena = packed
     if kept is not None and store.write(kept, program, arena):
         _log.info("weights packed, and kept in %s", kept)
     return NativeModel(program, arena, threads)
+
+
+def _pack(
+    decoder: Decoder, precision: str, threads: int, files: WeightFiles | None = None
+) -> tuple[Program, Arena] | str:
+    from oarsmith.native.lower import lower, refusal
+
+    reason = refusal(decoder.spec)
+    return reason or lower(decoder, _precision_of(decoder, precision), threads=threads, files=files)
 
 
 def _precision_of(decoder: Decoder, precision: str) -> str:

@@ -75,7 +75,7 @@ def _mixture(low: Lowering, module: MixtureOfExperts, source: Source, target: Ta
     gate = -1
     if module.shared_gate is not None:
         gate = low.buffer("gate", 1)
-        matrix = low.weights.matrix(module.shared_gate.weight, "fp32")
+        matrix = low.weights.matrix(low.floats(module.shared_gate.weight), "fp32")
         low.ops.append(Operation(kind="linear", source=source.buffer, target=gate, matrix=matrix, activation="sigmoid"))
     _gated(low, module.shared, source, Target(target.buffer, scale=target.scale), gate)
 
@@ -83,7 +83,7 @@ def _mixture(low: Lowering, module: MixtureOfExperts, source: Source, target: Ta
 def _experts(low: Lowering, module: MixtureOfExperts, router: Router) -> Experts:
     spec, weights, experts = module.spec, low.weights, module.experts
     width, groups = spec.experts.down.in_features, spec.router.groups
-    rows, count = gate_up_rows(width), spec.router.num_experts
+    rows = gate_up_rows(width)
     how = bend(spec.experts.activation)
     return Experts(
         top_k=spec.router.top_k,
@@ -91,8 +91,8 @@ def _experts(low: Lowering, module: MixtureOfExperts, router: Router) -> Experts
         normalize=spec.router.normalize,
         scale=spec.router.scale,
         hidden=low.buffer("hidden", width),
-        gate_up=tuple(weights.matrix(experts.gate_up.weight[i], low.format, rows) for i in range(count)),
-        down=tuple(weights.matrix(experts.down.weight[i], low.format) for i in range(count)),
+        gate_up=low.matrices(experts.gate_up.weight, low.format, rows),
+        down=low.matrices(experts.down.weight, low.format),
         activation=how["activation"],
         alpha=how.get("alpha", 0.0),
         limit=how.get("limit", 0.0),
