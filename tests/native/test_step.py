@@ -14,6 +14,7 @@ from matrix.bench import Bench
 from matrix.rows import ROWS
 from oarsmith.compiling import BuildError
 from oarsmith.engine.backend import Part
+from oarsmith.models.cache_form import INT8_GROUPS, CacheForm
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.layout import Layout
 from oarsmith.native.library import load
@@ -42,7 +43,7 @@ class Sequences:
         num_pages: int = 32,
         prompt: int = 1,
         page_size: int = PAGE,
-        rounded_cache: bool = False,
+        form: CacheForm | None = None,
     ) -> None:
         program, arena = lower(model, precision)
         self.step = Step(
@@ -52,7 +53,7 @@ class Sequences:
             num_pages=num_pages,
             page_size=page_size,
             num_sequences=8,
-            rounded_cache=rounded_cache,
+            form=form,
         )
         self.prompt, self.page_size = prompt, page_size
         self.vocab_size = program.facts.vocab_size
@@ -187,7 +188,7 @@ def test_a_cache_in_8_bits(row: str, tmp_path: Path) -> None:
     """What the decoder computes over keys and values rounded alike; a half of a step may fall either way."""
     bench, model = row_model(row, tmp_path)
     ids = bench.document(45, 1)
-    cache, sequences = model.new_cache(1, 45, rounded=True), Sequences(model, prompt=len(ids), rounded_cache=True)
+    cache, sequences = model.new_cache(1, 45, form=INT8_GROUPS), Sequences(model, prompt=len(ids), form=INT8_GROUPS)
     expected, found = [], []
     for start, stop in ((0, 21), (21, 38), *((at, at + 1) for at in range(38, 45))):
         layout = cache.extend([stop - start], [0], [len(ids)])
@@ -207,8 +208,8 @@ def test_many_queries_at_once(window: int | None, tmp_path: Path) -> None:
     bench = Bench("mistral", replace(ROWS["mistral"], config=config), tmp_path)
     model, ids = bench.model(), bench.document(400, 2)
     expected = model(torch.tensor([ids]))[0]
-    for precision, rounded, most in (("fp32", False, 1e-5), ("bf16", False, 0.03), ("bf16", True, 0.04)):
-        sequences = Sequences(model, precision, page_size=64, rounded_cache=rounded)
+    for precision, form, most in (("fp32", None, 1e-5), ("bf16", None, 0.03), ("bf16", INT8_GROUPS, 0.04)):
+        sequences = Sequences(model, precision, page_size=64, form=form)
         parts = [sequences.bring(a=ids[start:stop])["a"] for start, stop in ((0, 130), (130, 133), (133, 399))]
         found = torch.cat([*parts, sequences.bring(a=ids[399:])["a"]])
         assert float((found - expected).norm() / expected.norm()) < most

@@ -13,6 +13,7 @@ from oarsmith.compiling import BuildError
 from oarsmith.engine.native_backend import NativeBackend
 from oarsmith.errors import ConfigError
 from oarsmith.model_path import resolve
+from oarsmith.models.cache_form import CacheForm
 from oarsmith.models.facts import ModelFacts
 from oarsmith.native.arena import Arena
 from oarsmith.native.library import level, load
@@ -42,8 +43,8 @@ class NativeModel:
     def facts(self) -> ModelFacts:
         return self.program.facts
 
-    def backend(self, num_sequences: int, num_pages: int, page_size: int, *, rounded_cache: bool) -> NativeBackend:
-        """What computes steps, with a cache of this size; ``rounded_cache``: it is kept in 8 bits."""
+    def backend(self, num_sequences: int, num_pages: int, page_size: int, *, form: CacheForm | None) -> NativeBackend:
+        """What computes steps, with a cache of this size; ``form``: it is kept in 8 bits."""
         step = Step(
             self.program,
             self.arena,
@@ -51,7 +52,7 @@ class NativeModel:
             num_pages=num_pages,
             page_size=page_size,
             num_sequences=num_sequences,
-            rounded_cache=rounded_cache,
+            form=form,
         )
         return NativeBackend(step)
 
@@ -116,9 +117,9 @@ def open_native(
 
     if precision == "auto" and where.adapter is None and has_codes(where.base):
         with deferred_decoder(where.base) as (decoder, files):
-            packed = _pack(decoder, precision, threads, files)
+            packed = _pack(decoder, precision, threads, where.base, files)
     else:
-        packed = _pack(make_decoder(), precision, threads)
+        packed = _pack(make_decoder(), precision, threads, where.base)
     if isinstance(packed, str):
         return packed
     program, arena = packed
@@ -128,12 +129,16 @@ def open_native(
 
 
 def _pack(
-    decoder: Decoder, precision: str, threads: int, files: WeightFiles | None = None
+    decoder: Decoder, precision: str, threads: int, base: Path, files: WeightFiles | None = None
 ) -> tuple[Program, Arena] | str:
+    from oarsmith.checkpoint.quantized.cache_scales import read_cache_form
     from oarsmith.native.lower import lower, refusal
 
     reason = refusal(decoder.spec)
-    return reason or lower(decoder, _precision_of(decoder, precision), threads=threads, files=files)
+    if reason is not None:
+        return reason
+    own_form = read_cache_form(base, len(decoder.spec.layers))
+    return lower(decoder, _precision_of(decoder, precision), threads=threads, files=files, own_form=own_form)
 
 
 def _precision_of(decoder: Decoder, precision: str) -> str:

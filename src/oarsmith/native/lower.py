@@ -10,6 +10,7 @@ from torch.nn import functional
 from oarsmith.errors import ModelError
 from oarsmith.models.attention import Attention
 from oarsmith.models.block import Block
+from oarsmith.models.cache_form import CacheForm
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.facts import ModelFacts
 from oarsmith.models.lfa import FilteredAttention
@@ -59,7 +60,12 @@ def refusal(spec: DecoderSpec) -> str | None:
 
 
 def lower(
-    model: Decoder, precision: str, *, threads: int = 1, files: WeightFiles | None = None
+    model: Decoder,
+    precision: str,
+    *,
+    threads: int = 1,
+    files: WeightFiles | None = None,
+    own_form: CacheForm | None = None,
 ) -> tuple[Program, Arena]:
     """The program of a decoder, and its weights packed.
 
@@ -68,6 +74,7 @@ def lower(
         threads: that pack weights.
         files: where those weights are read that are on the meta device. What is stored there as codes keeps its
             numbers, in the format that holds them; the rest gets ``precision``.
+        own_form: how the checkpoint wants keys and values to be kept.
 
     Raises:
         ModelError: the step has no operation for a part.
@@ -99,6 +106,7 @@ def lower(
         states=tuple(low.states),
         stored="fp32" if precision in ("fp32", "fp16") else "bf16",
         arena_bytes=arena.size,
+        own_form=own_form,
     )
     return program, arena
 

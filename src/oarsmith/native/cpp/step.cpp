@@ -8,7 +8,8 @@ Step::Step(const StepSpec& spec)
       head_(spec.head, spec.head + spec.num_head),
       rotation_specs_(spec.rotations, spec.rotations + spec.num_rotations),
       state_widths_(spec.state_widths, spec.state_widths + spec.num_states),
-      cache_(spec.stored, spec.rounded != 0, spec.num_layers, spec.cache_dims, spec.num_pages, spec.page_size),
+      cache_(spec.stored, spec.cache_form, spec.num_layers, spec.cache_dims, spec.cache_scales, spec.num_pages,
+             spec.page_size),
       members_(spec.threads),
       team_(static_cast<int>(spec.threads)) {
   int64_t bytes = 0, widest = 0;
