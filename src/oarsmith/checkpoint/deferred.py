@@ -81,5 +81,3 @@ def deferred_decoder(directory: Path) -> Iterator[tuple[Decoder, WeightFiles]]:
         check_fits(model, names, source)
         fill(model, names, source, later={*_ENDS, *(f"{path}.weight" for path, _ in linear_specs(spec))})
         yield model.eval(), WeightFiles(model, names, source)
-
-

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from oarsmith.models.layout import Span
 from oarsmith.models.cache_form import CacheForm
+from oarsmith.models.layout import Span
 from oarsmith.models.spec import DecoderSpec, LayerSpec, named_norms
 from oarsmith.models.spec_parts import GQA, LFA, MLA, AttentionSpec, LayerNormSpec, LinearSpec, MoE, NormSpec, QKNorm
 

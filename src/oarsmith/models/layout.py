@@ -216,8 +216,8 @@ class KVCache:
     """What attention keeps of ``num_sequences`` sequences: keys and values in pages of ``block_size`` tokens.
 
     Which pages hold which sequence is decided outside: ``pages`` is the table. A page may stand in several sequences
-    as long as none of them writes to it. ``form``: how keys and values are kept in 8 bits, if they are; the call's own are
-    read rounded too.
+    as long as none of them writes to it. ``form``: how keys and values are kept in 8 bits, if they are; the call's own
+    are read rounded too.
 
     Attributes:
         pages: the pages of each sequence, in the order of its tokens; -1 for those that no token sees any more.

@@ -74,6 +74,7 @@ def _mixture(low: Lowering, module: MixtureOfExperts, source: Source, target: Ta
         return
     gate = -1
     if module.shared_gate is not None:
+        assert isinstance(module.shared_gate, Linear), module.shared_gate
         gate = low.buffer("gate", 1)
         matrix = low.weights.matrix(low.floats(module.shared_gate.weight), "fp32")
         low.ops.append(Operation(kind="linear", source=source.buffer, target=gate, matrix=matrix, activation="sigmoid"))

@@ -1,4 +1,7 @@
-"""Attention over latents as operations. Shapes: H heads, N nope dim, R rope dim, V value dim, L latent dim."""
+"""Attention over latents as operations.
+
+Shapes: H heads, N nope dim, R rope dim, V value dim, L latent dim, K nope and value dim.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,8 @@ def latent_attention(low: Lowering, module: LatentAttention, layer: int, source:
         low.linear(Source(down, low.norm(module.q_norm)), module.q_up, queries)
     else:
         low.linear(source, module.q_up, queries)
-    keys, values = low.floats(module.kv_up.weight).detach().unflatten(0, (heads, -1)).split((spec.nope_dim, spec.v_dim), 1)
+    up_HKL = low.floats(module.kv_up.weight).detach().unflatten(0, (heads, -1))
+    keys, values = up_HKL.split((spec.nope_dim, spec.v_dim), 1)
     _heads(low, [_to_latent(spec, k_NL) for k_NL in keys], queries, qkv, spec.nope_dim + spec.rope_dim, key)
     low.linear(source, module.kv_down, qkv, rows=_key_rows(spec), target_offset=heads * key)
     operation = Attention(

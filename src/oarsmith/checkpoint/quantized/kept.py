@@ -12,14 +12,11 @@ from oarsmith.checkpoint.tensors import TensorSource
 from oarsmith.kernels.coded import CodedWeight
 from oarsmith.models.names import ExpertRows, Place, Rows, whole
 
-
 Parts = list[tuple[int, CodedWeight]]
 """The parts of a weight, each with the row that it begins at."""
 
 
-def stored_parts(
-    places: Sequence[Place], file_names: Mapping[str, str], source: TensorSource
-) -> list[Parts] | None:
+def stored_parts(places: Sequence[Place], file_names: Mapping[str, str], source: TensorSource) -> list[Parts] | None:
     """What the files hold of a parameter's weight, or of each expert's in their order.
 
     None: a tensor is stored in floats, in another order, or transposed.
