@@ -201,6 +201,23 @@ def test_the_engine(kind: str, tmp_path: Path) -> None:
             assert formats(engine._served.native.program) == {kind: 6, "bf16": 2}
 
 
+@pytest.mark.parametrize("config", [MIXTRAL, DEEPSEEK], ids=lambda config: str(config["model_type"]))
+@torch.no_grad()
+def test_codes_on_pytorch(config: dict[str, object], tmp_path: Path) -> None:
+    """Of experts too; a map whose very weight is needed stays in floats."""
+    folder = checkpoint(tmp_path / "model", config, lambda _: "int8")
+    engine = Engine(folder, compute="torch", dtype="fp32", block_size=16)
+    expected = oarsmith.load_model(folder, dtype="fp32")
+    # The floats were rounded to the files' bf16 before they became fp32.
+    difference = engine.model(torch.tensor([IDS])) - expected(torch.tensor([IDS]))
+    assert float(difference.norm() / expected(torch.tensor([IDS])).norm()) < 0.01
+    floats = {path for path, m in engine.model.named_modules() if getattr(m, "form", None) is DENSE}
+    assert not floats
+    sampling = Sampling(max_new_tokens=6, ignore_eos=True)
+    native = Engine(folder, compute="native", block_size=16)
+    assert len(engine.generate(IDS, sampling)[0].ids) == len(native.generate(IDS, sampling)[0].ids) == 6
+
+
 def test_weights_that_are_asked_for_are_made(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "model", LLAMA, lambda _: "e4m3")
     for options, expected in (({"weights": "int8"}, "int8"), ({"dtype": "bf16"}, "bf16")):

@@ -74,9 +74,8 @@ def _mixture(low: Lowering, module: MixtureOfExperts, source: Source, target: Ta
         return
     gate = -1
     if module.shared_gate is not None:
-        assert isinstance(module.shared_gate, Linear), module.shared_gate
         gate = low.buffer("gate", 1)
-        matrix = low.weights.matrix(low.floats(module.shared_gate.weight), "fp32")
+        matrix = low.weights.matrix(module.shared_gate.weight, "fp32")
         low.ops.append(Operation(kind="linear", source=source.buffer, target=gate, matrix=matrix, activation="sigmoid"))
     _gated(low, module.shared, source, Target(target.buffer, scale=target.scale), gate)
 

@@ -40,8 +40,18 @@ static ALWAYS_INLINE __m512i halves_of_e4m3(__m512i codes, __m512i signs) {
   return _mm512_ternarylogic_epi32(size, signs, _mm512_set1_epi16(-32768), 0xf8);  // size | (signs & highest)
 }
 
-// The four columns of a line of E4M3 as two lines of pairs of bf16.
+// The four columns of a line of E4M3 as two lines of pairs of bf16. Numbers without a leading one are rare: where a line
+// has none, sign and magnitude go to their places in one shift, which brings copies of the sign that are taken away.
 static ALWAYS_INLINE void pairs_of_e4m3(__m512i line, __m512i* pairs) {
+  if (__builtin_expect(_mm512_test_epi8_mask(line, _mm512_set1_epi8(0x78)) == ~__mmask64{0}, 1)) {
+    const __m512i places = _mm512_set1_epi16(static_cast<short>(0x87f0)), bias = _mm512_set1_epi16(120 << 7);
+    const auto placed = [&](__m512i upper) __attribute__((always_inline)) {
+      return _mm512_add_epi16(_mm512_and_si512(_mm512_srai_epi16(upper, 4), places), bias);
+    };
+    pairs[0] = placed(_mm512_slli_epi16(line, 8));
+    pairs[1] = placed(line);
+    return;
+  }
   pairs[0] = halves_of_e4m3(line, _mm512_slli_epi16(line, 8));
   pairs[1] = halves_of_e4m3(_mm512_srli_epi16(line, 8), line);
 }

@@ -105,11 +105,11 @@ struct Registers {
     for (int i = 0; i < 8; ++i, x += 8) {
       ivec16 pairs[B][2];
       for (int b = 0; b < B; ++b) decoded(load_line(lines_of(b, g) + i * LINE), pairs[b]);
-      for (int half = 0; half < 2; ++half)
-        for (int r = 0; r < R; ++r) {
-          const int32_t pair = input<int32_t>(x + r * 64 + 4 * half);
-          for (int b = 0; b < B; ++b) own[r][b] = dot_halves(own[r][b], pairs[b][half], pair);
-        }
+      for (int r = 0; r < R; ++r) {
+        const int32_t first = input<int32_t>(x + r * 64), second = input<int32_t>(x + r * 64 + 4);
+        for (int b = 0; b < B; ++b)
+          own[r][b] = dot_halves(dot_halves(own[r][b], pairs[b][0], first), pairs[b][1], second);
+      }
     }
     for (int b = 0; b < B; ++b) {
       const vec16 scale = scales(b, g);
