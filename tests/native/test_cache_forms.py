@@ -59,5 +59,11 @@ def test_what_is_not_finite_is_noticed(tmp_path: Path) -> None:
     model, ids = bench.model(), bench.document(20, 1)
     model.embedding.weight[ids[3]] = torch.nan
     for code in ("int", "e4m3"):
-        found = Sequences(model, form=form_of(model, code, heads=True)).bring(a=ids, b=ids[:3])
+        sequences = Sequences(model, form=form_of(model, code, heads=True))
+        found = sequences.bring(a=ids, b=ids[:3])
         assert bool(found["a"][3:].isnan().any(-1).all())
+        # It stays in its rows of the table and of the sequence, also in pages that are used again.
+        kept = torch.arange(model.spec.vocab_size) != ids[3]
+        sequences.free += sequences.pages.pop("a")
+        other = sequences.bring(c=ids[:3])["c"]
+        assert torch.equal(other[:, kept], found["b"][:, kept]) and not bool(other[:, kept].isnan().any())
