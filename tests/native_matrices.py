@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-FORMATS = {"f32": 0, "bf16": 1, "int8": 2, "int4": 3}
+FORMATS = {"f32": 0, "bf16": 1, "int8": 2, "int4": 3, "e4m3": 5}
 SOURCES = {"f32": 0, "bf16": 1, "f16": 2}
 
 
@@ -118,7 +118,7 @@ def groups_of(x: np.ndarray) -> np.ndarray:
 
 # Of an input, as a part of the largest of its group of 32: half a step of int8, or of bf16. Weights of 8 and 4 bits may
 # become bf16 on the way, with an error of at most 0.72 steps.
-INPUT_ERROR = {"f32": 2.0**-24, "bf16": 2.0**-8, "int8": 0.5 / 127, "int4": 0.5 / 127}
+INPUT_ERROR = {"f32": 2.0**-24, "bf16": 2.0**-8, "int8": 0.5 / 127, "int4": 0.5 / 127, "e4m3": 2.0**-8}
 BF16_WEIGHT_ERROR = 0.72 * 2.0**-7
 
 

@@ -16,6 +16,7 @@ from oarsmith import Engine, Sampling
 from oarsmith.compiling import BuildError
 from oarsmith.engine.native_backend import NativeBackend
 from oarsmith.errors import ConfigError
+from oarsmith.models.cache_form import INT8_GROUPS
 from oarsmith.native.library import load
 
 try:
@@ -114,7 +115,7 @@ def test_a_cache_in_8_bits(tmp_path: Path, ids_only: None) -> None:
                 [o.logprob for o in expected.logprobs], abs=1e-2
             )
     program = native._served.native.program
-    assert program.page_bytes(16, rounded=True) * 3 < program.page_bytes(16)
+    assert program.page_bytes(16, form=INT8_GROUPS) * 3 < program.page_bytes(16)
     with pytest.raises(ConfigError, match="cache_dtype cannot be 'int3'"):
         Engine(bench.path, cache_dtype="int3")
 

@@ -21,7 +21,13 @@ SHAPES = [(1, 1), (5, 7), (31, 33), (32, 32), (33, 95), (64, 576), (100, 131), (
 COUNTS = [1, 2, 3, 5, 7, 8, 12, 13, 15, 16, 17, 31, 33, 64, 65, 100, 512]
 # Largest error of a weight, as a part of the group's largest (int4: of its range and its largest): half a step, and
 # fp16's rounding of scale and low.
-WEIGHT_ERROR = {"f32": 0.0, "bf16": 2.0**-8, "int8": 0.5 / 127 + 2.0**-11, "int4": 0.5 / 15 + 2.0**-10}
+WEIGHT_ERROR = {
+    "f32": 0.0,
+    "bf16": 2.0**-8,
+    "int8": 0.5 / 127 + 2.0**-11,
+    "int4": 0.5 / 15 + 2.0**-10,
+    "e4m3": 16 / 448 + 2.0**-11,
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -124,6 +130,8 @@ def test_whole_numbers_are_exact(packer: Packer, format: str, count: int) -> Non
         weights[:, ::32] = 127
     if format == "int4":
         weights[:, ::32], weights[:, 1::32] = -7, 8
+    if format == "e4m3":
+        weights[weights == 8] = weights[:, ::32] = 7
     x[:, ::32] = 127
     assert np.abs(packer.pack(weights, format).multiply(x) - x @ weights.T).max() < 0.01
 

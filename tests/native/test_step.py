@@ -2,80 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from matrix.bench import Bench
 from matrix.rows import ROWS
+from native_sequences import Sequences
 from oarsmith.compiling import BuildError
-from oarsmith.engine.backend import Part
+from oarsmith.models.cache_form import INT8_GROUPS
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.layout import Layout
 from oarsmith.native.library import load
-from oarsmith.native.lower import lower, refusal
-from oarsmith.native.step import Step
+from oarsmith.native.lower import refusal
 
 try:
     load()
 except BuildError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-PAGE = 16
 # fp32, sums in another order; logits are of size 1 to 30.
 TOLERANCE = 1e-4
-
-
-class Sequences:
-    """Token sequences in a step's cache, with the logits after every token that came."""
-
-    def __init__(
-        self,
-        model: Decoder,
-        precision: str = "fp32",
-        *,
-        threads: int = 2,
-        num_pages: int = 32,
-        prompt: int = 1,
-        page_size: int = PAGE,
-        rounded_cache: bool = False,
-    ) -> None:
-        program, arena = lower(model, precision)
-        self.step = Step(
-            program,
-            arena,
-            threads=threads,
-            num_pages=num_pages,
-            page_size=page_size,
-            num_sequences=8,
-            rounded_cache=rounded_cache,
-        )
-        self.prompt, self.page_size = prompt, page_size
-        self.vocab_size = program.facts.vocab_size
-        self.free = list(range(num_pages))[::-1]
-        self.pages: dict[str, list[int]] = {}
-        self.used: dict[str, int] = {}
-        self.rows: dict[str, int] = {}
-
-    def bring(self, **ids: Sequence[int]) -> dict[str, Tensor]:
-        """One step with these tokens of the sequences."""
-        parts = []
-        for name, own in ids.items():
-            start, pages = self.used.get(name, 0), self.pages.setdefault(name, [])
-            while len(pages) * self.page_size < start + len(own):
-                pages.append(self.free.pop())
-            row = self.rows.setdefault(name, len(self.rows))
-            parts.append(Part(list(own), start, row, pages, self.prompt))
-            self.used[name] = start + len(own)
-        count = sum(len(own) for own in ids.values())
-        self.step.run(parts)
-        out = torch.full((count, self.vocab_size), torch.nan)
-        self.step.logits(range(count), out.data_ptr())
-        return dict(zip(ids, out.split([len(own) for own in ids.values()]), strict=True))
 
 
 def row_model(row: str, folder: Path) -> tuple[Bench, Decoder]:
@@ -187,7 +136,7 @@ def test_a_cache_in_8_bits(row: str, tmp_path: Path) -> None:
     """What the decoder computes over keys and values rounded alike; a half of a step may fall either way."""
     bench, model = row_model(row, tmp_path)
     ids = bench.document(45, 1)
-    cache, sequences = model.new_cache(1, 45, rounded=True), Sequences(model, prompt=len(ids), rounded_cache=True)
+    cache, sequences = model.new_cache(1, 45, form=INT8_GROUPS), Sequences(model, prompt=len(ids), form=INT8_GROUPS)
     expected, found = [], []
     for start, stop in ((0, 21), (21, 38), *((at, at + 1) for at in range(38, 45))):
         layout = cache.extend([stop - start], [0], [len(ids)])
@@ -207,8 +156,8 @@ def test_many_queries_at_once(window: int | None, tmp_path: Path) -> None:
     bench = Bench("mistral", replace(ROWS["mistral"], config=config), tmp_path)
     model, ids = bench.model(), bench.document(400, 2)
     expected = model(torch.tensor([ids]))[0]
-    for precision, rounded, most in (("fp32", False, 1e-5), ("bf16", False, 0.03), ("bf16", True, 0.04)):
-        sequences = Sequences(model, precision, page_size=64, rounded_cache=rounded)
+    for precision, form, most in (("fp32", None, 1e-5), ("bf16", None, 0.03), ("bf16", INT8_GROUPS, 0.04)):
+        sequences = Sequences(model, precision, page_size=64, form=form)
         parts = [sequences.bring(a=ids[start:stop])["a"] for start, stop in ((0, 130), (130, 133), (133, 399))]
         found = torch.cat([*parts, sequences.bring(a=ids[399:])["a"]])
         assert float((found - expected).norm() / expected.norm()) < most

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -112,18 +112,28 @@ def check_copies(names: NameMap, file_names: Mapping[str, str], source: TensorSo
 
 
 @torch.no_grad()
-def fill(model: Decoder, names: NameMap, source: TensorSource, device: torch.device | None = None) -> None:
+def fill(
+    model: Decoder,
+    names: NameMap,
+    source: TensorSource,
+    device: torch.device | None = None,
+    *,
+    later: Container[str] = (),
+) -> None:
     """Bring every tensor of the source to its place; each parameter the family names must be filled exactly.
 
     A parameter on the meta device gets its memory (on ``device``) only when its turn comes, and a linear map may change
     its weight as soon as it is there (`Linear.weight_filled`), or take the codes of a quantized file instead
     (`Linear.take_codes`): a weight that is kept in fewer bits is never held beside others that wait for the same.
+    ``later``: parameters that stay as they are.
     """
     file_names, where = match_names(names, source), device or torch.device("cpu")
     places: dict[str, list[Place]] = {}
     for place in names.places:
         places.setdefault(place.parameter, []).append(place)
     for path, group in places.items():
+        if path in later:
+            continue
         owner, _, name = path.rpartition(".")
         module = model.get_submodule(owner)
         if name == "weight" and isinstance(module, Linear) and module.wants_codes:

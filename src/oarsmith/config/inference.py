@@ -61,10 +61,11 @@ class CacheKeys(JobConfig):
         "at most half of the memory that is free.",
     )
 
-    cache_dtype: Literal["auto", "int8"] = Field(
+    cache_dtype: Literal["auto", "int8", "fp8"] = Field(
         "auto",
         description="int8: keep keys and values in 8 bits, in groups of 32 with a scale each: near half the memory, so "
-        "twice as many texts at once. auto: in the type they are computed in.",
+        "twice as many texts at once. fp8: in E4M3. auto: as a quantized checkpoint says (kv_cache_scheme), else in "
+        "the type they are computed in. A checkpoint's own scales are used where it has some of this kind.",
     )
 
 

@@ -57,7 +57,8 @@ class Engine:
             half of the memory that is free. Where requests need more, the last of them are computed again later.
         cache_bytes: memory of the cache, in place of ``num_pages``.
         cache_dtype: ``int8``: keep keys and values in 8 bits, in groups of 32 with a scale each: near half the memory
-            of bf16. ``auto``: in the type they are computed in.
+            of bf16. ``fp8``: in E4M3. ``auto``: as a quantized checkpoint says, else in the type they are computed in.
+            A checkpoint's own scales are used where it has some of this kind.
         block_size: tokens of a page.
         max_step_tokens: most tokens computed at once: longer prompts come in pieces, between which others go on. Not
             given: 512 on a CPU, 2,048 on a GPU, and no fewer than two for every answer.

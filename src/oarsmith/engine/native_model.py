@@ -13,6 +13,7 @@ from oarsmith.compiling import BuildError
 from oarsmith.engine.native_backend import NativeBackend
 from oarsmith.errors import ConfigError
 from oarsmith.model_path import resolve
+from oarsmith.models.cache_form import CacheForm
 from oarsmith.models.facts import ModelFacts
 from oarsmith.native.arena import Arena
 from oarsmith.native.library import level, load
@@ -22,6 +23,7 @@ from oarsmith.native.store import PackedStore
 
 if TYPE_CHECKING:
     from oarsmith.models.decoder import Decoder
+    from oarsmith.native.stored import WeightFiles
 
 Compute = Literal["auto", "native", "torch"]
 WEIGHTS = ("int8", "int4")
@@ -41,8 +43,8 @@ class NativeModel:
     def facts(self) -> ModelFacts:
         return self.program.facts
 
-    def backend(self, num_sequences: int, num_pages: int, page_size: int, *, rounded_cache: bool) -> NativeBackend:
-        """What computes steps, with a cache of this size; ``rounded_cache``: it is kept in 8 bits."""
+    def backend(self, num_sequences: int, num_pages: int, page_size: int, *, form: CacheForm | None) -> NativeBackend:
+        """What computes steps, with a cache of this size; ``form``: it is kept in 8 bits."""
         step = Step(
             self.program,
             self.arena,
@@ -50,7 +52,7 @@ class NativeModel:
             num_pages=num_pages,
             page_size=page_size,
             num_sequences=num_sequences,
-            rounded_cache=rounded_cache,
+            form=form,
         )
         return NativeBackend(step)
 
@@ -97,8 +99,9 @@ def open_native(
     """The model of a path, from packed weights where they have been kept; else they are packed, and kept.
 
     Args:
-        precision: of its weights: ``auto`` (what the files hold), ``fp32``, ``bf16``, ``fp16``, ``int8``, ``int4``.
-        make_decoder: loads the decoder that they are packed from.
+        precision: of its weights: ``auto`` (what the files hold, also where these are codes), ``fp32``, ``bf16``,
+            ``fp16``, ``int8``, ``int4``.
+        make_decoder: loads the decoder that they are packed from, unless the files hold codes.
 
     Returns:
         The model, or what keeps it from being served so.
@@ -110,15 +113,32 @@ def open_native(
     if kept is not None and (found := store.read(kept)) is not None:
         _log.info("weights from %s", kept)
         return NativeModel(*found, threads)
-    from oarsmith.native.lower import lower, refusal
+    from oarsmith.checkpoint.deferred import deferred_decoder, has_codes
 
-    decoder = make_decoder()
-    if (reason := refusal(decoder.spec)) is not None:
-        return reason
-    program, arena = lower(decoder, _precision_of(decoder, precision), threads=threads)
+    if precision == "auto" and where.adapter is None and has_codes(where.base):
+        with deferred_decoder(where.base) as (decoder, files):
+            packed = _pack(decoder, precision, threads, where.base, files)
+    else:
+        packed = _pack(make_decoder(), precision, threads, where.base)
+    if isinstance(packed, str):
+        return packed
+    program, arena = packed
     if kept is not None and store.write(kept, program, arena):
         _log.info("weights packed, and kept in %s", kept)
     return NativeModel(program, arena, threads)
+
+
+def _pack(
+    decoder: Decoder, precision: str, threads: int, base: Path, files: WeightFiles | None = None
+) -> tuple[Program, Arena] | str:
+    from oarsmith.checkpoint.quantized.cache_scales import read_cache_form
+    from oarsmith.native.lower import lower, refusal
+
+    reason = refusal(decoder.spec)
+    if reason is not None:
+        return reason
+    own_form = read_cache_form(base, len(decoder.spec.layers))
+    return lower(decoder, _precision_of(decoder, precision), threads=threads, files=files, own_form=own_form)
 
 
 def _precision_of(decoder: Decoder, precision: str) -> str:

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from oarsmith.errors import ConfigError
+from oarsmith.models.cache_form import CacheForm
 
 if TYPE_CHECKING:
     from oarsmith.models.decoder import Decoder
 
 
 NGRAM = "ngram"
-CacheDtype = Literal["auto", "int8"]
+CacheDtype = Literal["auto", "int8", "fp8"]
+_CODES: dict[str, Literal["int", "e4m3"]] = {"int8": "int", "fp8": "e4m3"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +41,11 @@ class Sizes:
             return self.max_step_tokens
         return max(2048 if gpu else 512, 2 * self.batch_size * self.tokens_each)
 
-    @property
-    def rounded_cache(self) -> bool:
-        """Whether keys and values are kept in 8 bits."""
-        return self.cache_dtype == "int8"
+    def cache_form(self, own: CacheForm | None) -> CacheForm | None:
+        """How keys and values are kept in 8 bits, if they are. ``own``: how the checkpoint wants them to be."""
+        if self.cache_dtype == "auto" or (own is not None and own.code == _CODES[self.cache_dtype]):
+            return own
+        return CacheForm(code=_CODES[self.cache_dtype])
 
     def pages(self, max_positions: int, page_bytes: int, free: int) -> int:
         """How many pages the cache has: as is said, else for as many sequences that fill the context, but no more than
@@ -66,10 +69,9 @@ class Sizes:
         return max(min(self.batch_size * -(-max_positions // self.block_size), free // 2 // page_bytes), 1)
 
     def __post_init__(self) -> None:
-        if self.cache_dtype not in ("auto", "int8"):
-            raise ConfigError(
-                f"cache_dtype cannot be {self.cache_dtype!r}", where="cache_dtype", fix="use auto or int8"
-            )
+        if self.cache_dtype not in ("auto", *_CODES):
+            what = f"cache_dtype cannot be {self.cache_dtype!r}"
+            raise ConfigError(what, where="cache_dtype", fix="use auto, int8 or fp8")
         if self.num_pages is not None and self.cache_bytes is not None:
             what = "num_pages and cache_bytes both say how large the cache is"
             raise ConfigError(what, where="cache_bytes", fix="give one of them")

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 def native_runner(native: NativeModel, sizes: Sizes, speculation: Speculation) -> Runner:
     """A runner of the compiled step."""
-    page = native.program.page_bytes(sizes.block_size, rounded=sizes.rounded_cache)
+    form = sizes.cache_form(native.program.own_form)
+    page = native.program.page_bytes(sizes.block_size, form=form)
     num_pages = sizes.pages(native.facts.max_positions, page, free_memory())
-    backend = native.backend(sizes.batch_size, num_pages, sizes.block_size, rounded_cache=sizes.rounded_cache)
+    backend = native.backend(sizes.batch_size, num_pages, sizes.block_size, form=form)
     return make_runner(backend, native.facts.rules, num_pages, sizes, ngram_drafter(speculation))
 
 

@@ -21,6 +21,7 @@ from oarsmith.engine.native_model import (
 from oarsmith.engine.options import NGRAM, Speculation
 from oarsmith.errors import ConfigError, ModelError
 from oarsmith.model_path import resolve
+from oarsmith.models.cache_form import CacheForm
 from oarsmith.models.facts import ModelFacts
 from oarsmith.text import Tokenizer, load_tokenizer
 
@@ -53,12 +54,14 @@ class ModelOptions:
 class Served:
     """A model that is open, for the compiled step or as a decoder; the other one can still be made of a path.
 
-    ``how``: what computes its steps and, where that is PyTorch, why.
+    ``how``: what computes its steps and, where that is PyTorch, why. ``cache_form``: how its checkpoint wants keys and
+    values to be kept, if it says so.
     """
 
     facts: ModelFacts
     native: NativeModel | None = None
     how: str = "PyTorch, on the decoder that was given"
+    cache_form: CacheForm | None = None
     make: Callable[[], Decoder] = field(repr=False, kw_only=True)
 
     @cached_property
@@ -93,8 +96,10 @@ def serve(model: str | Path | Decoder, options: ModelOptions, page_size: int) ->
         return merge_adapter(adapted, keep=False) if mergeable(adapted) else adapted
 
     def rounded() -> Decoder:
-        from oarsmith.engine.build import load_decoder
+        from oarsmith.engine.build import load_decoder, load_stored
 
+        if options.weights is None and (stored := load_stored(model, options.dtype, options.device, options.adapter)):
+            return stored
         decoder = load_decoder(model, options.dtype, options.device, options.adapter, any_base=options.any_base)
         if options.weights is not None:
             from oarsmith.engine.rounding import round_weights
@@ -108,14 +113,17 @@ def serve(model: str | Path | Decoder, options: ModelOptions, page_size: int) ->
         if isinstance(found, NativeModel):
             how = describe(found)
             _log.info("steps computed by the %s", how)
-            return Served(found.facts, found, how, make=rounded)
+            return Served(found.facts, found, how, found.program.own_form, make=rounded)
         if options.compute == "native":
             raise ConfigError(f"the compiled step cannot serve this: {found}", where="compute", fix="use compute auto")
         reason = found
+    from oarsmith.checkpoint.quantized.cache_scales import read_cache_form
+
     how = f"PyTorch ({reason})"
     _log.info("steps computed by %s", how)
     decoder = rounded()
-    return Served(ModelFacts.of(decoder.spec), None, how, make=lambda: decoder)
+    form = read_cache_form(resolve(model).base, len(decoder.spec.layers))
+    return Served(ModelFacts.of(decoder.spec), None, how, form, make=lambda: decoder)
 
 
 def _native(

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+from oarsmith.models.cache_form import CacheForm
 from oarsmith.models.layout import Span
-from oarsmith.models.rounded_slots import rounded_bytes
 from oarsmith.models.spec import DecoderSpec, LayerSpec, named_norms
 from oarsmith.models.spec_parts import GQA, LFA, MLA, AttentionSpec, LayerNormSpec, LinearSpec, MoE, NormSpec, QKNorm
 
@@ -59,16 +59,16 @@ def num_active_parameters(spec: DecoderSpec) -> int:
 
 
 def cache_bytes(
-    spec: DecoderSpec, num_tokens: int, *, itemsize: int, num_sequences: int = 1, rounded: bool = False
+    spec: DecoderSpec, num_tokens: int, *, itemsize: int, num_sequences: int = 1, form: CacheForm | None = None
 ) -> int:
     """Bytes of a key/value cache with room for ``num_tokens`` in all sequences together, ``itemsize`` a number.
 
-    ``rounded``: keys and values in 8 bits (``rounded_slots.py``).
+    ``form``: of keys and values in 8 bits.
     """
     per_token = per_sequence = 0
 
     def size(dim: int) -> int:
-        return rounded_bytes(dim) if rounded else itemsize * dim
+        return itemsize * dim if form is None else form.num_bytes(dim)
 
     for layer in spec.layers:
         match layer.attention:

@@ -17,6 +17,7 @@ from oarsmith import kernels
 from oarsmith.errors import ModelError
 from oarsmith.models import front, visibility
 from oarsmith.models.block import Block
+from oarsmith.models.cache_form import CacheForm
 from oarsmith.models.embedding import Embedding
 from oarsmith.models.head import Head
 from oarsmith.models.layout import Cache, KVCache, Layout
@@ -176,14 +177,14 @@ class Decoder(nn.Module):
         return self.logits(hidden_TD).unflatten(0, (rows, length))
 
     def new_cache(
-        self, num_sequences: int, block_size: int, num_pages: int | None = None, *, rounded: bool = False
+        self, num_sequences: int, block_size: int, num_pages: int | None = None, *, form: CacheForm | None = None
     ) -> KVCache:
         """An empty key/value cache that fits this decoder.
 
         Args:
             block_size: tokens of a page.
             num_pages: their number, none of them in the table yet; not given: each sequence has one page of its own.
-            rounded: keep keys and values in 8 bits.
+            form: keep keys and values in 8 bits, in this way.
         """
         cache = KVCache(
             [block.attention.cache_shape for block in self.blocks()],
@@ -192,7 +193,7 @@ class Decoder(nn.Module):
             block_size=block_size,
             dtype=self.embedding.weight.dtype,
             device=self.device,
-            rounded=rounded,
+            form=form,
         )
         if num_pages is None:
             cache.pages = [[number] for number in range(num_sequences)]

@@ -13,7 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from oarsmith.models.rounded_slots import RoundedSlots
+from oarsmith.models.cache_form import CacheForm
+from oarsmith.models.rounded_slots import RoundedSlots, rounded_slots
 
 
 @dataclass(frozen=True)
@@ -215,8 +216,8 @@ class KVCache:
     """What attention keeps of ``num_sequences`` sequences: keys and values in pages of ``block_size`` tokens.
 
     Which pages hold which sequence is decided outside: ``pages`` is the table. A page may stand in several sequences
-    as long as none of them writes to it. ``rounded``: keys and values are kept in 8 bits; the call's own are read
-    rounded too.
+    as long as none of them writes to it. ``form``: how keys and values are kept in 8 bits, if they are; the call's own
+    are read rounded too.
 
     Attributes:
         pages: the pages of each sequence, in the order of its tokens; -1 for those that no token sees any more.
@@ -233,7 +234,7 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        rounded: bool = False,
+        form: CacheForm | None = None,
     ) -> None:
         self.block_size = block_size
         self.pages: list[list[int]] = [[] for _ in range(num_sequences)]
@@ -247,8 +248,11 @@ class KVCache:
 
         self._slots: list[list[Tensor]] = []
         self._rounded: list[list[RoundedSlots]] = []
-        if rounded:
-            self._rounded = [[RoundedSlots(size, slot, device) for slot in shape.slots] for shape in shapes]
+        if form is not None:
+            self._rounded = [
+                [rounded_slots(form, layer, place, size, slot, device) for place, slot in enumerate(shape.slots)]
+                for layer, shape in enumerate(shapes)
+            ]
         else:
             self._slots = [[empty(size, *slot) for slot in shape.slots] for shape in shapes]
         self._states = [None if shape.state is None else empty(num_sequences, *shape.state) for shape in shapes]

@@ -14,6 +14,7 @@ _TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes
 _SIGNATURES = {
     "native_block_bytes": "l il",
     "native_pack": "- iipplllpi",
+    "native_pack_codes": "- ipppplllpi",
     "native_struct_sizes": "- p",
     "native_step_new": "p p",
     "native_step_free": "- p",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from torch.nn import functional
@@ -9,6 +10,7 @@ from torch.nn import functional
 from oarsmith.errors import ModelError
 from oarsmith.models.attention import Attention
 from oarsmith.models.block import Block
+from oarsmith.models.cache_form import CacheForm
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.facts import ModelFacts
 from oarsmith.models.lfa import FilteredAttention
@@ -34,8 +36,11 @@ from oarsmith.native.lower_filtered import filtered_attention
 from oarsmith.native.lower_latent import latent_attention, latent_cache
 from oarsmith.native.lowering import Bend, Lowering, Source, Target, rounded
 from oarsmith.native.program import Matrix, Operation, Program
+from oarsmith.native.stored import WeightFiles
 
 Part = Callable[[Source, Target], None]
+
+_log = logging.getLogger(__name__)
 
 
 def refusal(spec: DecoderSpec) -> str | None:
@@ -54,12 +59,22 @@ def refusal(spec: DecoderSpec) -> str | None:
     return None if rewritten is None else f"the rewritten map {rewritten}"
 
 
-def lower(model: Decoder, precision: str, *, threads: int = 1) -> tuple[Program, Arena]:
+def lower(
+    model: Decoder,
+    precision: str,
+    *,
+    threads: int = 1,
+    files: WeightFiles | None = None,
+    own_form: CacheForm | None = None,
+) -> tuple[Program, Arena]:
     """The program of a decoder, and its weights packed.
 
     Args:
         precision: of the weights, one of program.FORMATS. With ``int4`` the output matrix is int8.
         threads: that pack weights.
+        files: where those weights are read that are on the meta device. What is stored there as codes keeps its
+            numbers, in the format that holds them; the rest gets ``precision``.
+        own_form: how the checkpoint wants keys and values to be kept.
 
     Raises:
         ModelError: the step has no operation for a part.
@@ -67,7 +82,7 @@ def lower(model: Decoder, precision: str, *, threads: int = 1) -> tuple[Program,
     spec = model.spec
     if (reason := refusal(spec)) is not None:
         raise ModelError(f"the native step does not know {reason}", fix="run the model on PyTorch")
-    low = Lowering(spec, precision, "int8" if precision == "int4" else precision, threads)
+    low = Lowering(spec, precision, "int8" if precision == "int4" else precision, threads, files)
     table = _embed(low, model)
     for index, block in enumerate(model.layers):
         assert isinstance(block, Block)
@@ -75,6 +90,8 @@ def lower(model: Decoder, precision: str, *, threads: int = 1) -> tuple[Program,
     body, low.ops = tuple(low.ops), []
     head_input, logits = low.buffer("head", spec.hidden_size), low.buffer("logits", spec.vocab_size)
     _head(low, model, head_input, logits, table)
+    if files is not None:
+        _log.info("weights as they are stored: %s", _summary(low))
     arena = low.weights.pack()
     program = Program(
         facts=ModelFacts.of(spec),
@@ -89,8 +106,15 @@ def lower(model: Decoder, precision: str, *, threads: int = 1) -> tuple[Program,
         states=tuple(low.states),
         stored="fp32" if precision in ("fp32", "fp16") else "bf16",
         arena_bytes=arena.size,
+        own_form=own_form,
     )
     return program, arena
+
+
+def _summary(low: Lowering) -> str:
+    kept = [f"{count} in {format}" for format, count in low.codes.items()]
+    decoded = [f"{count} in {low.format} ({reason})" for reason, count in low.decoded.items()]
+    return ", ".join([*kept, *decoded]) or "none of the step's"
 
 
 def _cache_dims(spec: AttentionSpec) -> tuple[int, int, int]:
@@ -104,7 +128,7 @@ def _cache_dims(spec: AttentionSpec) -> tuple[int, int, int]:
 def _embed(low: Lowering, model: Decoder) -> Matrix:
     """Token ids to the stream. Returns the table."""
     spec, embedding = low.spec.embedding, model.embedding
-    table = low.weights.matrix(embedding.weight, low.head_format)
+    (table,) = low.matrices(embedding.weight, low.head_format)
     # Rounded as the decoder rounds it: in bf16 that is part of the model.
     scale = 1.0 if spec.scale is None else rounded(spec.scale, embedding.weight.dtype)
     target = low.stream if spec.projection is None else low.buffer("embedding", spec.size)
@@ -189,9 +213,7 @@ def _head(low: Lowering, model: Decoder, source: int, logits: int, table: Matrix
     matrix = table
     if not spec.tied or spec.normalized:
         weight = embedding.weight if head.weight is None else head.weight
-        matrix = low.weights.matrix(
-            (lambda: functional.normalize(weight)) if spec.normalized else weight, low.head_format
-        )
+        (matrix,) = low.matrices(weight, low.head_format, change=functional.normalize if spec.normalized else None)
     cap: Bend = {} if spec.softcap is None else {"activation": "cap", "limit": spec.softcap}
     low.ops.append(
         Operation(kind="linear", source=source, target=logits, norm=norm, matrix=matrix, scale=spec.scale, **cap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -43,7 +44,7 @@ def attention(low: Lowering, module: AttentionModule, layer: int, source: Source
         sinks=None if module.sinks is None else low.weights.vector(module.sinks),
     )
     low.ops.append(Operation(kind="attend", source=qkv, target=mixed, attention=operation))
-    low.add_linear(Source(mixed), module.out, target, weight=pad_columns(module.out.weight, spec.head_dim))
+    low.add_linear(Source(mixed), module.out, target, change=pad_columns(spec.head_dim))
 
 
 def padded_dim(dim: int) -> int:
@@ -66,10 +67,15 @@ def padded_rows(rows: Tensor, dim: int) -> Tensor:
     return functional.pad(rows.view(-1, dim), (0, padded_dim(dim) - dim), value=-1).flatten()
 
 
-def pad_columns(weight: Tensor, dim: int) -> Tensor:
-    """The output map [D, H K] for padded heads."""
-    missing = padded_dim(dim) - dim
-    return functional.pad(weight.detach().unflatten(1, (-1, dim)), (0, missing)).flatten(1) if missing else weight
+def pad_columns(dim: int, wanted: int | None = None) -> Callable[[Tensor], Tensor] | None:
+    """What makes of an output map [D, H K] one for padded heads; None: they need no padding.
+
+    ``wanted``: how wide the heads become; not given: as `padded_dim` has it.
+    """
+    missing = (padded_dim(dim) if wanted is None else wanted) - dim
+    if not missing:
+        return None
+    return lambda weight: functional.pad(weight.detach().unflatten(1, (-1, dim)), (0, missing)).flatten(1)
 
 
 def turns(low: Lowering, position: Position | None, offset: int) -> tuple[Turn, ...]:

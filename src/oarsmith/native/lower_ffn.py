@@ -83,7 +83,7 @@ def _mixture(low: Lowering, module: MixtureOfExperts, source: Source, target: Ta
 def _experts(low: Lowering, module: MixtureOfExperts, router: Router) -> Experts:
     spec, weights, experts = module.spec, low.weights, module.experts
     width, groups = spec.experts.down.in_features, spec.router.groups
-    rows, count = gate_up_rows(width), spec.router.num_experts
+    rows = gate_up_rows(width)
     how = bend(spec.experts.activation)
     return Experts(
         top_k=spec.router.top_k,
@@ -91,8 +91,8 @@ def _experts(low: Lowering, module: MixtureOfExperts, router: Router) -> Experts
         normalize=spec.router.normalize,
         scale=spec.router.scale,
         hidden=low.buffer("hidden", width),
-        gate_up=tuple(weights.matrix(experts.gate_up.weight[i], low.format, rows) for i in range(count)),
-        down=tuple(weights.matrix(experts.down.weight[i], low.format) for i in range(count)),
+        gate_up=low.matrices(experts.gate_up.weight, low.format, rows),
+        down=low.matrices(experts.down.weight, low.format),
         activation=how["activation"],
         alpha=how.get("alpha", 0.0),
         limit=how.get("limit", 0.0),

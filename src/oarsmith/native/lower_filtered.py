@@ -37,7 +37,7 @@ def filtered_attention(low: Lowering, module: FilteredAttention, layer: int, sou
         turns=turns(low, spec.position, 0),
     )
     low.ops.append(Operation(kind="attend", source=qkv, target=mixed, attention=operation))
-    low.add_linear(Source(mixed), module.out, target, weight=pad_columns(module.out.weight, spec.head_dim))
+    low.add_linear(Source(mixed), module.out, target, change=pad_columns(spec.head_dim))
 
 
 def _convolve(low: Lowering, tap: Tap, source: int, target: int) -> None:

@@ -1,4 +1,7 @@
-"""Attention over latents as operations. Shapes: H heads, N nope dim, R rope dim, V value dim, L latent dim."""
+"""Attention over latents as operations.
+
+Shapes: H heads, N nope dim, R rope dim, V value dim, L latent dim, K nope and value dim.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from torch.nn import functional
 
 from oarsmith.models.mla import LatentAttention
 from oarsmith.models.spec_parts import MLA
-from oarsmith.native.lower_attention import padded_dim, turns
+from oarsmith.native.lower_attention import pad_columns, padded_dim, turns
 from oarsmith.native.lowering import Lowering, Source, Target
 from oarsmith.native.program import Attention, Operation
 
@@ -32,7 +35,8 @@ def latent_attention(low: Lowering, module: LatentAttention, layer: int, source:
         low.linear(Source(down, low.norm(module.q_norm)), module.q_up, queries)
     else:
         low.linear(source, module.q_up, queries)
-    keys, values = module.kv_up.weight.detach().unflatten(0, (heads, -1)).split((spec.nope_dim, spec.v_dim), 1)
+    up_HKL = low.floats(module.kv_up.weight).detach().unflatten(0, (heads, -1))
+    keys, values = up_HKL.split((spec.nope_dim, spec.v_dim), 1)
     _heads(low, [_to_latent(spec, k_NL) for k_NL in keys], queries, qkv, spec.nope_dim + spec.rope_dim, key)
     low.linear(source, module.kv_down, qkv, rows=_key_rows(spec), target_offset=heads * key)
     operation = Attention(
@@ -50,9 +54,7 @@ def latent_attention(low: Lowering, module: LatentAttention, layer: int, source:
     low.ops.append(Operation(kind="attend", source=qkv, target=mixed, attention=operation))
     missing = latent - spec.latent_dim
     _heads(low, [functional.pad(v_VL, (0, missing)) for v_VL in values], mixed, out, latent, value)
-    weight = module.out.weight.detach().unflatten(1, (heads, -1))
-    weight = functional.pad(weight, (0, value - spec.v_dim)).flatten(1)
-    low.add_linear(Source(out), module.out, target, weight=weight)
+    low.add_linear(Source(out), module.out, target, change=pad_columns(spec.v_dim, value))
 
 
 def latent_cache(spec: MLA) -> tuple[int, int, int]:
@@ -90,7 +92,8 @@ def _heads(low: Lowering, weights: list[Tensor], source: int, target: int, sourc
             kind="heads",
             source=source,
             target=target,
-            matrices=tuple(low.weights.matrix(weight, format) for weight in weights),
+            # At once: each is made of the map's weight, which may still have to be read.
+            matrices=tuple(low.weights.packed(weight, format) for weight in weights),
             source_step=source_step,
             target_step=target_step,
         )

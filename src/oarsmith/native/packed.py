@@ -13,6 +13,7 @@ from typing import Any
 
 from oarsmith.atomic import atomic_file
 from oarsmith.errors import CheckpointError
+from oarsmith.models.cache_form import CacheForm
 from oarsmith.models.caching import CacheRules
 from oarsmith.models.facts import ModelFacts
 from oarsmith.models.spec import PrefixLM, ResetAfter
@@ -36,6 +37,7 @@ _CLASSES = {
         parts.Rotation,
         parts.Program,
         ModelFacts,
+        CacheForm,
         CacheRules,
         PrefixLM,
         ResetAfter,

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from oarsmith.models.cache_form import CacheForm
 from oarsmith.models.facts import ModelFacts
 
-FORMATS = ("fp32", "bf16", "int8", "int4", "fp16")
+FORMATS = ("fp32", "bf16", "int8", "int4", "fp16", "e4m3")
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu", "sigmoid", "cap")
 KINDS = ("embed", "norm", "linear", "attend", "heads", "join", "experts")
 INTO = ("store", "add", "gated")
@@ -163,6 +164,7 @@ class Program:
         cache: kv heads, key dim and value dim of each layer. ``states``: widths of what is kept of a sequence besides.
         stored: how keys and values are kept, "fp32" or "bf16".
         arena_bytes: how much memory its weights take.
+        own_form: how the checkpoint wants keys and values to be kept, if it says so.
     """
 
     facts: ModelFacts
@@ -177,10 +179,13 @@ class Program:
     states: tuple[int, ...] = ()
     stored: Literal["fp32", "bf16"]
     arena_bytes: int
+    own_form: CacheForm | None = None
 
-    def page_bytes(self, page_size: int, *, rounded: bool = False) -> int:
-        """Memory of a page of the cache; ``rounded``: in 8 bits, as cpp/rounded.h has them."""
-        if not rounded:
+    def page_bytes(self, page_size: int, *, form: CacheForm | None = None) -> int:
+        """Memory of a page of the cache; ``form``: in 8 bits, as cpp/rounded.h and cpp/fixed.h have them."""
+        if form is not None and not form.in_groups:
+            return page_size * sum(heads * (key + value) for heads, key, value in self.cache)
+        if form is None:
             numbers = sum(heads * (key + value) for heads, key, value in self.cache)
             return numbers * page_size * (4 if self.stored == "fp32" else 2)
         each = ((heads, -(-key // 32), -(-value // 32), value) for heads, key, value in self.cache)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import repeat
 
 from oarsmith.errors import OarsmithError
+from oarsmith.models.cache_form import CacheForm
 from oarsmith.models.spec import PrefixLM
 from oarsmith.native.arena import Arena
 from oarsmith.native.bindings import bindings
@@ -29,7 +30,7 @@ class Step:
         threads: that work on a step together.
         num_sequences: rows of the cache; parts name theirs.
         page_size: tokens of a page, a multiple of 16.
-        rounded_cache: keep keys and values in 8 bits.
+        form: keep keys and values in 8 bits, in this way.
 
     Raises:
         OarsmithError: there is not enough memory.
@@ -45,7 +46,7 @@ class Step:
         num_pages: int,
         page_size: int,
         num_sequences: int,
-        rounded_cache: bool = False,
+        form: CacheForm | None = None,
     ) -> None:
         assert page_size % 16 == 0, page_size
         self.program = program
@@ -72,7 +73,8 @@ class Step:
             num_layers=len(program.cache),
             cache_dims=structs.cache_dims,
             stored=_STORED[program.stored],
-            rounded=rounded_cache,
+            cache_form=_form_code(form),
+            cache_scales=_scales(program, form),
             num_pages=num_pages,
             page_size=page_size,
             num_states=len(program.states),
@@ -138,6 +140,25 @@ class Step:
         """Let a row of the cache go on from where another is; pages are the caller's affair."""
         self._visibility.copy(source, target)
         self._library.native_step_copy_states(self._handle, source, target)
+
+
+def _form_code(form: CacheForm | None) -> int:
+    """As cpp/cache.h numbers them."""
+    if form is None:
+        return 0
+    return 1 if form.in_groups else 2 if form.code == "int" else 3
+
+
+def _scales(program: Program, form: CacheForm | None) -> ctypes.Array[ctypes.c_float] | None:
+    """Layer by layer those of each head's keys, then of its values."""
+    if form is None or form.scales is None:
+        return None
+    found: list[float] = []
+    for (heads, _, _), (keys, values) in zip(program.cache, form.scales, strict=True):
+        for own in (keys, values):
+            assert len(own) in (1, heads), (len(own), heads)
+            found += own if len(own) == heads else own * heads
+    return (ctypes.c_float * len(found))(*found)
 
 
 def _address(values: array[int]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch.nn import functional
 from oarsmith.native.arena import Arena, Plan
 from oarsmith.native.bindings import bindings
 from oarsmith.native.program import FORMATS, Matrix, Vector
+from oarsmith.native.stored import Coded
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -31,6 +33,8 @@ class Weights:
         self._threads = threads
         self._plan = Plan()
         self._matrices: list[_Packing] = []
+        # What was packed at once, so that nothing need be kept of what it was packed from.
+        self._ready: list[tuple[Matrix, Arena]] = []
         self._vectors: list[tuple[Vector, Tensor]] = []
 
     def matrix(self, weight: Tensor | Callable[[], Tensor], format: str, rows: Tensor | None = None) -> Matrix:
@@ -40,11 +44,41 @@ class Weights:
         """
         make = weight if callable(weight) else lambda: weight
         shape = (weight if isinstance(weight, Tensor) else weight()).shape
-        count = shape[0] if rows is None else len(rows)
-        block = self._library.native_block_bytes(FORMATS.index(format), shape[1])
-        matrix = Matrix(format, count, shape[1], self._plan.take(-(-count // 32) * 2 * block))
-        self._matrices.append(_Packing(matrix, make, None if rows is None else rows.to(torch.int64).contiguous()))
+        matrix, _ = self._place(format, shape[0] if rows is None else len(rows), shape[1])
+        self._matrices.append(_Packing(matrix, make, _indices(rows)))
         return matrix
+
+    def packed(self, weight: Tensor, format: str, rows: Tensor | None = None) -> Matrix:
+        """The same, packed at once."""
+        matrix, size = self._place(format, len(weight) if rows is None else len(rows), weight.shape[1])
+        own = Arena(size)
+        self._pack(_Packing(matrix, lambda: weight, _indices(rows)), own.address)
+        self._ready.append((matrix, own))
+        return matrix
+
+    def coded(self, weight: Coded, rows: Tensor | None = None) -> Matrix:
+        """The same for a weight in codes."""
+        height, columns = weight.codes_OI.shape
+        matrix, size = self._place(weight.format, height if rows is None else len(rows), columns)
+        own, index = Arena(size), _indices(rows)
+        self._library.native_pack_codes(
+            FORMATS.index(weight.format),
+            weight.codes_OI.data_ptr(),
+            weight.scale_OG.data_ptr(),
+            None if weight.low_OG is None else weight.low_OG.data_ptr(),
+            None if index is None else index.data_ptr(),
+            matrix.rows,
+            columns,
+            weight.group,
+            own.address,
+            self._threads,
+        )
+        self._ready.append((matrix, own))
+        return matrix
+
+    def _place(self, format: str, rows: int, columns: int) -> tuple[Matrix, int]:
+        size = -(-rows // 32) * 2 * int(self._library.native_block_bytes(FORMATS.index(format), columns))
+        return Matrix(format, rows, columns, self._plan.take(size)), size
 
     def vector(self, values: Tensor) -> Vector:
         """A place for numbers in fp32."""
@@ -64,13 +98,16 @@ class Weights:
         """An arena with all of them."""
         arena = Arena(self._plan.size)
         for packing in self._matrices:
-            self._pack(packing, arena)
+            self._pack(packing, arena.address + packing.matrix.offset)
+        while self._ready:
+            matrix, own = self._ready.pop()
+            ctypes.memmove(arena.address + matrix.offset, own.address, own.size)
         for vector, values in self._vectors:
             target = torch.frombuffer(arena.memory, dtype=torch.float32, count=vector.size, offset=vector.offset)
             target.copy_(values.detach().float().flatten())
         return arena
 
-    def _pack(self, packing: _Packing, arena: Arena) -> None:
+    def _pack(self, packing: _Packing, address: int) -> None:
         weight, matrix, rows = packing.weight().detach().to("cpu").contiguous(), packing.matrix, packing.rows
         if weight.dtype not in _TYPES:
             weight = weight.float()
@@ -82,6 +119,10 @@ class Weights:
             matrix.rows,
             matrix.columns,
             weight.stride(0),
-            arena.address + matrix.offset,
+            address,
             self._threads,
         )
+
+
+def _indices(rows: Tensor | None) -> Tensor | None:
+    return None if rows is None else rows.to(torch.int64).contiguous()

@@ -105,6 +105,11 @@ class CodedSource(Replaced):
     def scale_name(self, name: str) -> str:
         """The file's tensor of scales, for messages."""
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether anything is quantized."""
+        return bool(self._virtual)
+
     def coded(self, name: str) -> CodedWeight | None:
         if name not in self._virtual:
             return None

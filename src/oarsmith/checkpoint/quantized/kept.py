@@ -12,6 +12,24 @@ from oarsmith.checkpoint.tensors import TensorSource
 from oarsmith.kernels.coded import CodedWeight
 from oarsmith.models.names import ExpertRows, Place, Rows, whole
 
+Parts = list[tuple[int, CodedWeight]]
+"""The parts of a weight, each with the row that it begins at."""
+
+
+def stored_parts(places: Sequence[Place], file_names: Mapping[str, str], source: TensorSource) -> list[Parts] | None:
+    """What the files hold of a parameter's weight, or of each expert's in their order.
+
+    None: a tensor is stored in floats, in another order, or transposed.
+    """
+    experts: dict[int, Parts] = {}
+    for place in places:
+        where = _rows(place)
+        found = None if where is None else source.coded(file_names[place.file])
+        if where is None or found is None:
+            return None
+        experts.setdefault(where[0], []).append((where[1], found))
+    return [experts[expert] for expert in sorted(experts)]
+
 
 def stored_codes(
     places: Sequence[Place], file_names: Mapping[str, str], source: TensorSource, device: torch.device
@@ -20,16 +38,10 @@ def stored_codes(
 
     None: a tensor is stored in floats or in another code than the rest, or transposed.
     """
-    experts: dict[int, list[tuple[int, CodedWeight]]] = {}
-    first: CodedWeight | None = None
-    for place in places:
-        where = _rows(place)
-        found = None if where is None else source.coded(file_names[place.file])
-        if where is None or found is None or (first is not None and _kind(found) != _kind(first)):
-            return None
-        first = found
-        experts.setdefault(where[0], []).append((where[1], found))
-    return [_joined(experts[expert], device) for expert in sorted(experts)]
+    experts = stored_parts(places, file_names, source)
+    if experts is None or len({_kind(weight) for parts in experts for _, weight in parts}) > 1:
+        return None
+    return [_joined(parts, device) for parts in experts]
 
 
 def _rows(place: Place) -> tuple[int, int] | None:

@@ -3,35 +3,45 @@
 // Keys lie in groups of 16 positions, interleaved so that a line of 64 bytes is one entry (or a pair of bf16 entries)
 // of all 16: a query's product with 16 keys is then the same loop as a matrix product. Values lie position by position
 // in fp32; in bf16 two positions are interleaved entry by entry, so that sums over positions take two at a time.
-// In 8 bits they lie otherwise (rounded.h), and are brought into this form when they are read.
+// In 8 bits they lie otherwise (rounded.h, fixed.h), and are brought into this form when they are read.
 #pragma once
 #include <cstdint>
 #include <cstring>
 #include <new>
 #include <vector>
 
+#include "fixed.h"
 #include "memory.h"
-#include "rounded.h"
+
+// Kept as they are read; in 8 bits with scales that come with them; or with scales of heads that are known before.
+enum class CacheForm : int32_t { EXACT, GROUPS, FIXED_INT, FIXED_E4M3 };
 
 struct CacheLayer {
   int64_t kv_heads, key_dim, value_dim;
   int64_t offset, key_bytes, head_bytes;  // within a page
+  std::vector<float> key_scales, value_scales;  // of each head, where they are known before
 };
 
 class Cache {
  public:
   // dims: kv heads, key dim and value dim of each layer; dims are multiples of 16, as is the page size in positions.
-  // `rounded`: to 8 bits.
-  Cache(Stored stored, bool rounded, int64_t layers, const int64_t* dims, int64_t pages, int64_t page_size)
-      : stored(stored), page_size(page_size), rounded_(rounded) {
+  // scales: layer by layer those of each head's keys, then of its values; null: all are 1.
+  Cache(Stored stored, CacheForm form, int64_t layers, const int64_t* dims, const float* scales, int64_t pages,
+        int64_t page_size)
+      : stored(stored), page_size(page_size), form_(form) {
     for (int64_t i = 0; i < layers; ++i) {
       const int64_t heads = dims[3 * i], key_dim = dims[3 * i + 1], value_dim = dims[3 * i + 2];
-      const int64_t key_bytes =
-          rounded ? RoundedKeys::bytes(key_dim, page_size) : page_size * key_dim * stored_bytes(stored);
-      const int64_t value_bytes =
-          rounded ? RoundedValues::bytes(value_dim, page_size) : page_size * value_dim * stored_bytes(stored);
+      const int64_t each = form == CacheForm::EXACT ? stored_bytes(stored) : 1;
+      const bool groups = form == CacheForm::GROUPS;
+      const int64_t key_bytes = groups ? RoundedKeys::bytes(key_dim, page_size) : page_size * key_dim * each;
+      const int64_t value_bytes = groups ? RoundedValues::bytes(value_dim, page_size) : page_size * value_dim * each;
       const int64_t head_bytes = key_bytes + value_bytes;
-      layers_.push_back({heads, key_dim, value_dim, page_bytes_, key_bytes, head_bytes});
+      std::vector<float> own[2];
+      for (std::vector<float>& some : own) {
+        some.assign(heads, 1.0f);
+        if (scales != nullptr) some.assign(scales, scales + heads), scales += heads;
+      }
+      layers_.push_back({heads, key_dim, value_dim, page_bytes_, key_bytes, head_bytes, own[0], own[1]});
       page_bytes_ += heads * head_bytes;
     }
     memory_ = Memory(pages * page_bytes_);
@@ -45,18 +55,18 @@ class Cache {
   const uint8_t* keys(const CacheLayer& layer, int64_t page, int64_t head, int64_t first, int64_t count,
                       std::vector<uint8_t>& room) const {
     uint8_t* start = head_start(layer, page, head);
-    if (!rounded_) return start + first * layer.key_dim * stored_bytes(S);
+    if (form_ == CacheForm::EXACT) return start + first * layer.key_dim * stored_bytes(S);
     room.resize(std::max<size_t>(room.size(), page_size * layer.key_dim * stored_bytes(S)));
-    RoundedKeys(start, layer.key_dim, page_size).get<S>(first, count, room.data());
+    with_keys(layer, start, head, [&](const auto& keys) { keys.template get<S>(first, count, room.data()); });
     return room.data();
   }
   template <Stored S>
   const uint8_t* values(const CacheLayer& layer, int64_t page, int64_t head, int64_t first, int64_t count,
                         std::vector<uint8_t>& room) const {
     uint8_t* start = head_start(layer, page, head) + layer.key_bytes;
-    if (!rounded_) return start + first * layer.value_dim * stored_bytes(S);
+    if (form_ == CacheForm::EXACT) return start + first * layer.value_dim * stored_bytes(S);
     room.resize(std::max<size_t>(room.size(), page_size * layer.value_dim * stored_bytes(S)));
-    RoundedValues(start, layer.value_dim, page_size).get<S>(first, count, room.data());
+    with_values(layer, start, head, [&](const auto& values) { values.template get<S>(first, count, room.data()); });
     return room.data();
   }
 
@@ -70,9 +80,9 @@ class Cache {
            bool last) const {
     const int64_t group = position / 16 * 16 * layer.key_dim, place = position % 16;
     uint8_t *keys = head_start(layer, page, head), *values = keys + layer.key_bytes;
-    if (rounded_) {
-      RoundedKeys(keys, layer.key_dim, page_size).put(position, key);
-      RoundedValues(values, layer.value_dim, page_size).put(position, value, last);
+    if (form_ != CacheForm::EXACT) {
+      with_keys(layer, keys, head, [&](const auto& own) { own.put(position, key); });
+      with_values(layer, values, head, [&](const auto& own) { own.put(position, value, last); });
       return;
     }
     if (stored == Stored::F32) {
@@ -107,7 +117,23 @@ class Cache {
     return memory_.data() + page * page_bytes_ + layer.offset + head * layer.head_bytes;
   }
 
-  const bool rounded_;
+  // f of a head's keys or values in 8 bits.
+  template <class F>
+  void with_keys(const CacheLayer& layer, uint8_t* start, int64_t head, F&& f) const {
+    const int64_t dim = layer.key_dim;
+    if (form_ == CacheForm::GROUPS) return f(RoundedKeys(start, dim, page_size));
+    if (form_ == CacheForm::FIXED_INT) return f(FixedKeys<Code::INT>{start, dim, layer.key_scales[head]});
+    f(FixedKeys<Code::E4M3>{start, dim, layer.key_scales[head]});
+  }
+  template <class F>
+  void with_values(const CacheLayer& layer, uint8_t* start, int64_t head, F&& f) const {
+    const int64_t dim = layer.value_dim;
+    if (form_ == CacheForm::GROUPS) return f(RoundedValues(start, dim, page_size));
+    if (form_ == CacheForm::FIXED_INT) return f(FixedValues<Code::INT>{start, dim, layer.value_scales[head]});
+    f(FixedValues<Code::E4M3>{start, dim, layer.value_scales[head]});
+  }
+
+  const CacheForm form_;
   std::vector<CacheLayer> layers_;
   int64_t page_bytes_ = 0;
   Memory memory_;

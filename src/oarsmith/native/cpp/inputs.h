@@ -53,7 +53,7 @@ inline void Inputs::begin(Format format, int64_t columns, int64_t rows) {
   format_ = format;
   columns_ = columns;
   for_tiles_ = rows >= FEWEST_ROWS_FOR_TILES[format] && tiles_allowed();
-  if (for_tiles_ || (format == BF16 && DOTS_OF_HALVES))
+  if (for_tiles_ || ((format == BF16 || format == E4M3) && DOTS_OF_HALVES))
     form_ = Form::HALVES;
   else
     form_ = (format == INT8 || format == INT4) && DOTS_OF_BYTES ? Form::BYTES : Form::FLOATS;

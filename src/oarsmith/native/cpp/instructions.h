@@ -24,7 +24,7 @@ static constexpr bool DOTS_OF_BYTES = false;
 
 // From how many rows on the products of tiles are faster, by format (F32 and F16 have none), and how many they
 // take at a time.
-static constexpr int64_t FEWEST_ROWS_FOR_TILES[5] = {INT64_MAX, 2, 13, 13, INT64_MAX}, ROWS_OF_TILES = 32;
+static constexpr int64_t FEWEST_ROWS_FOR_TILES[6] = {INT64_MAX, 2, 13, 13, INT64_MAX, 4}, ROWS_OF_TILES = 32;
 
 // How many rows at most have their sums in registers.
 static constexpr int MOST_ROWS_IN_REGISTERS = 12;

@@ -1,6 +1,6 @@
 // What Python sees of matrices: their size, packing, rows, and the product alone, for tests and for measuring.
 #include "multiply.h"
-#include "pack.h"
+#include "pack_codes.h"
 
 extern "C" {
 
@@ -13,6 +13,13 @@ void native_pack(int32_t format, int32_t source_type, const void* source, const 
                  int64_t columns, int64_t source_row_stride, uint8_t* out, int32_t threads) {
   const Source from{static_cast<Number>(source_type), source, row_index, rows, columns, source_row_stride};
   pack(static_cast<Format>(format), from, out, threads);
+}
+
+// Row r of the matrix is row row_index[r] of the codes, or one of zeros where that is -1; null: row r. See Codes.
+void native_pack_codes(int32_t format, const uint8_t* codes, const float* scales, const float* lows,
+                       const int64_t* row_index, int64_t rows, int64_t columns, int64_t group, uint8_t* out,
+                       int32_t threads) {
+  pack_codes(static_cast<Format>(format), {codes, scales, lows, row_index, rows, columns, group}, out, threads);
 }
 
 void native_unpack_row(int32_t format, const uint8_t* blocks, int64_t rows, int64_t columns, int64_t row, float* out) {

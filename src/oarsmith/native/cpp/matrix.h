@@ -7,16 +7,25 @@
 //   INT8   a line is 4 columns: r0c0 r0c1 r0c2 r0c3 r1c0 ...; a byte b stands for (b - 128) * scale
 //   INT4   a line is 8 columns: as INT8 with column c in the low and c + 4 in the high half of a byte, each of which
 //          stands for b * scale + low; with a negative scale, low is the highest
+//   E4M3   a line is 4 columns: r0c0 r0c2 r0c1 r0c3 r1c0 ..., so that a mask and a shift leave pairs; a byte is a sign,
+//          4 bits of exponent (bias 7; 0: no leading one) and 3 of fraction, times the scale
 //
-// The integers have groups of 32 columns, with an fp16 scale (INT4: and an fp16 low) a row. INT8 has the scales of two
-// groups in a line before these groups' 8 lines each; INT4 has scales and lows in a line before a group's 4 lines.
+// The last three have groups of 32 columns, with an fp16 scale (INT4: and an fp16 low) a row. INT8 and E4M3 have the
+// scales of two groups in a line before these groups' 8 lines each; INT4 has scales and lows in a line before a group's
+// 4 lines. E4M3's scales are kept E4M3_SCALES times as large: those of weights of size 1 are beyond fp16's full digits.
 // Rows are padded to a multiple of 32 (a pair of blocks) with zeros, and columns to one of 32, where inputs are zero.
 #pragma once
 #include "vec.h"
 
-enum Format : int32_t { F32, BF16, INT8, INT4, F16 };
+enum Format : int32_t { F32, BF16, INT8, INT4, F16, E4M3 };
 
 static constexpr int64_t BLOCK = 16, PAIR = 32, GROUP = 32, LINE = 64;
+
+static constexpr float E4M3_SCALES = 256.0f;
+
+// Whether weights have scales, and whether they are bytes with scales.
+constexpr bool is_scaled(Format format) { return format == INT8 || format == INT4 || format == E4M3; }
+constexpr bool is_bytes(Format format) { return format == INT8 || format == E4M3; }
 
 static inline int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
 
@@ -26,7 +35,8 @@ static inline int64_t block_bytes(Format format, int64_t columns) {
     case F32: return groups * GROUP * LINE;
     case BF16:
     case F16: return groups * GROUP / 2 * LINE;
-    case INT8: return (groups + 1) / 2 * LINE + groups * 8 * LINE;
+    case INT8:
+    case E4M3: return (groups + 1) / 2 * LINE + groups * 8 * LINE;
     case INT4: return groups * 5 * LINE;
   }
   return 0;
@@ -48,7 +58,7 @@ struct Matrix {
 static constexpr int64_t AHEAD = 8192;
 static ALWAYS_INLINE void fetch_ahead(const uint8_t* line) { __builtin_prefetch(line + AHEAD); }
 
-// Where a group of a block begins: its 16 scales, and its lines.
+// Where a group of a block begins: its 16 scales, and its lines. E4M3 is as INT8.
 static ALWAYS_INLINE int64_t int8_scales(int64_t group) { return group / 2 * 17 * LINE + group % 2 * 32; }
 static ALWAYS_INLINE int64_t int8_lines(int64_t group) { return group / 2 * 17 * LINE + LINE + group % 2 * 8 * LINE; }
 static ALWAYS_INLINE int64_t int4_scales(int64_t group) { return group * 5 * LINE; }

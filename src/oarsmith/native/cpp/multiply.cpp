@@ -49,6 +49,7 @@ void multiply_pairs(const Matrix& matrix, const Inputs& inputs, int64_t rows, in
     case BF16: return multiply_format<BF16>(matrix, inputs, rows, first_pair, last_pair, out);
     case F16: return multiply_format<F16>(matrix, inputs, rows, first_pair, last_pair, out);
     case INT8: return multiply_format<INT8>(matrix, inputs, rows, first_pair, last_pair, out);
+    case E4M3: return multiply_format<E4M3>(matrix, inputs, rows, first_pair, last_pair, out);
     case INT4: return multiply_format<INT4>(matrix, inputs, rows, first_pair, last_pair, out);
   }
 }

@@ -4,6 +4,7 @@
 #include <thread>
 #include <vector>
 
+#include "e4m3.h"
 #include "matrix.h"
 
 enum Number : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
@@ -46,12 +47,43 @@ static inline uint16_t round_int8(const float* w, uint8_t* bytes) {
   return half;
 }
 
+// A group's numbers as row r of its lines.
+static inline void place_int8(const uint8_t* bytes, int r, uint8_t* lines) {
+  for (int i = 0; i < 8; ++i) std::memcpy(lines + i * LINE + 4 * r, bytes + 4 * i, 4);
+}
+static inline void place_int4(const uint8_t* bytes, int r, uint8_t* lines) {
+  for (int i = 0; i < 4; ++i) {
+    uint32_t four[2];
+    std::memcpy(four, bytes + 8 * i, 8);
+    four[0] |= four[1] << 4;
+    std::memcpy(lines + i * LINE + 4 * r, four, 4);
+  }
+}
+static inline void place_e4m3(const uint8_t* bytes, int r, uint8_t* lines) {
+  for (int i = 0; i < 8; ++i, bytes += 4) {
+    const uint8_t four[4] = {bytes[0], bytes[2], bytes[1], bytes[3]};
+    std::memcpy(lines + i * LINE + 4 * r, four, 4);
+  }
+}
+
 // Writes row r of a group.
 static inline void pack_int8(const float* w, int r, uint8_t* scales, uint8_t* lines) {
   uint8_t bytes[GROUP];
   const uint16_t half = round_int8(w, bytes);
   std::memcpy(scales + 2 * r, &half, 2);
-  for (int i = 0; i < 8; ++i) std::memcpy(lines + i * LINE + 4 * r, bytes + 4 * i, 4);
+  place_int8(bytes, r, lines);
+}
+
+static inline void pack_e4m3(const float* w, int r, uint8_t* scales, uint8_t* lines) {
+  const vec16 a = load16(w), b = load16(w + 16);
+  const float top = largest16(a, b);
+  const uint16_t half = to_fp16(top < INFINITY ? top / E4M3_MOST * E4M3_SCALES : NAN);
+  const float scale = from_fp16(half) / E4M3_SCALES, inverse = scale > 0 ? 1.0f / scale : 0.0f;
+  uint8_t bytes[GROUP];
+  store_bytes16(bytes, to_e4m3(a * inverse));
+  store_bytes16(bytes + 16, to_e4m3(b * inverse));
+  std::memcpy(scales + 2 * r, &half, 2);
+  place_e4m3(bytes, r, lines);
 }
 
 // How many steps lie between the ends of a group such that all numbers are whole steps: so it is with weights that had 4
@@ -103,12 +135,7 @@ static inline void pack_int4(const float* w, int r, uint8_t* scales, uint8_t* lo
   store_bytes16(bytes + 16, whole(b));
   std::memcpy(scales + 2 * r, &range.scale, 2);
   std::memcpy(lows + 2 * r, &range.low, 2);
-  for (int i = 0; i < 4; ++i) {
-    uint32_t four[2];
-    std::memcpy(four, bytes + 8 * i, 8);
-    four[0] |= four[1] << 4;
-    std::memcpy(lines + i * LINE + 4 * r, four, 4);
-  }
+  place_int4(bytes, r, lines);
 }
 
 // Row r of a block, from its `wide` numbers with padding.
@@ -131,6 +158,8 @@ static inline void pack_row(Format format, const float* w, int64_t wide, int r, 
     for (int64_t g = 0; g < wide / GROUP; ++g) {
       if (format == INT8)
         pack_int8(w + g * GROUP, r, block + int8_scales(g), block + int8_lines(g));
+      else if (format == E4M3)
+        pack_e4m3(w + g * GROUP, r, block + int8_scales(g), block + int8_lines(g));
       else
         pack_int4(w + g * GROUP, r, block + int4_scales(g), block + int4_lows(g), block + int4_lines(g));
     }
@@ -188,6 +217,10 @@ static inline void unpack_row(const Matrix& matrix, int64_t row, float* out) {
     } else if (matrix.format == INT8) {
       const int q = block[int8_lines(g) + in / 4 * LINE + 4 * r + in % 4] - 128;
       out[c] = static_cast<float>(q) * half(block + int8_scales(g));
+    } else if (matrix.format == E4M3) {
+      static constexpr int PLACES[4] = {0, 2, 1, 3};
+      const uint8_t code = block[int8_lines(g) + in / 4 * LINE + 4 * r + PLACES[in % 4]];
+      out[c] = from_e4m3(code) * (half(block + int8_scales(g)) / E4M3_SCALES);
     } else {
       const int q = block[int4_lines(g) + in / 8 * LINE + 4 * r + in % 4] >> (in / 4 % 2 * 4) & 15;
       out[c] = static_cast<float>(q) * half(block + int4_scales(g)) + half(block + int4_lows(g));

@@ -12,6 +12,8 @@ static ALWAYS_INLINE vec16 column(const ivec16& line, int c) {
     return bits16<float>(line);
   else if constexpr (FORMAT == BF16)
     return bits16<float>(by_part<ivec16>([c](auto u) { return c ? u & ~0xffff : u << 16; }, line));
+  else if constexpr (FORMAT == E4M3)
+    return from_e4m3<false>(by_part<ivec16>([c](auto u) { return (u >> (c % 2 * 16 + c / 2 * 8)) & 255; }, line));
   else if constexpr (FORMAT == INT8)
     return convert16<float>(by_part<ivec16>([c](auto u) { return ((u >> (8 * c)) & 255) - 128; }, line));
   else
@@ -63,9 +65,9 @@ struct Registers {
     }
   }
 
-  // fp32 inputs with weights of 8 or 4 bits, where there are no products of bytes.
+  // fp32 inputs with weights of 8 or 4 bits, where there are no products of bytes, or of halves.
   ALWAYS_INLINE void add_scaled_floats(int64_t g) {
-    constexpr int COLUMNS = FORMAT == INT8 ? 4 : 8, LINES = 32 / COLUMNS;
+    constexpr int COLUMNS = is_bytes(FORMAT) ? 4 : 8, LINES = 32 / COLUMNS;
     const uint8_t* x = inputs + g * R * 128;
     for (int b = 0; b < B; ++b) {
       const vec16 scale = scales(b, g), low = lows(b, g);
@@ -90,6 +92,28 @@ struct Registers {
         const int32_t pair = input<int32_t>(x + r * 64);
         for (int b = 0; b < B; ++b) sums[r][b] = dot_halves(sums[r][b], lines[b], pair);
       }
+    }
+  }
+
+  // bf16 inputs with weights of E4M3: these are bf16 too, before they are scaled.
+  ALWAYS_INLINE void add_scaled_halves(int64_t g) {
+    const uint8_t* x = inputs + g * R * 64;
+    vec16 own[R][B];
+    for (int r = 0; r < R; ++r)
+      for (int b = 0; b < B; ++b) own[r][b] = zero16();
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i, x += 8) {
+      ivec16 pairs[B][2];
+      for (int b = 0; b < B; ++b) decoded(load_line(lines_of(b, g) + i * LINE), pairs[b]);
+      for (int r = 0; r < R; ++r) {
+        const int32_t first = input<int32_t>(x + r * 64), second = input<int32_t>(x + r * 64 + 4);
+        for (int b = 0; b < B; ++b)
+          own[r][b] = dot_halves(dot_halves(own[r][b], pairs[b][0], first), pairs[b][1], second);
+      }
+    }
+    for (int b = 0; b < B; ++b) {
+      const vec16 scale = scales(b, g);
+      for (int r = 0; r < R; ++r) sums[r][b] = fma16(own[r][b], scale, sums[r][b]);
     }
   }
 
@@ -119,12 +143,12 @@ struct Registers {
   }
 
   ALWAYS_INLINE void fetch_group_ahead(int64_t g) const {
-    constexpr int64_t LINES = FORMAT == F32 ? 32 : FORMAT == BF16 || FORMAT == F16 ? 16 : FORMAT == INT8 ? 8 : 5;
+    constexpr int64_t LINES = FORMAT == F32 ? 32 : FORMAT == BF16 || FORMAT == F16 ? 16 : is_bytes(FORMAT) ? 8 : 5;
     for (int b = 0; b < B; ++b) {
-      const uint8_t* first = FORMAT == INT8 ? lines_of(b, g) : blocks[b] + g * LINES * LINE;
+      const uint8_t* first = is_bytes(FORMAT) ? lines_of(b, g) : blocks[b] + g * LINES * LINE;
 #pragma GCC unroll 32
       for (int64_t i = 0; i < LINES; ++i) fetch_ahead(first + i * LINE);
-      if (FORMAT == INT8) fetch_ahead(blocks[b] + int8_scales(g));
+      if (is_bytes(FORMAT)) fetch_ahead(blocks[b] + int8_scales(g));
     }
   }
 
@@ -135,13 +159,15 @@ struct Registers {
     for (int64_t g = 0; g < groups; ++g) {
       for (int64_t i = 0; i < later.lines_a_group; ++i, line += LINE) __builtin_prefetch(line, 0, 2);
       // Many rows of floats take so long that the CPU fetches enough by itself, and asking for it costs them 15 %.
-      if constexpr (R <= 4 || FORMAT == INT8 || FORMAT == INT4)
+      if constexpr (R <= 4 || is_scaled(FORMAT))
         if (later.lines_a_group == 0) fetch_group_ahead(g);
       if constexpr (FORMAT == BF16 && DOTS_OF_HALVES)
         add_halves(g);
       else if constexpr (FORMAT == F32 || FORMAT == BF16 || FORMAT == F16)
         add_floats(g);
-      else if constexpr (DOTS_OF_BYTES)
+      else if constexpr (FORMAT == E4M3 && DOTS_OF_HALVES)
+        add_scaled_halves(g);
+      else if constexpr (FORMAT != E4M3 && DOTS_OF_BYTES)
         add_bytes(g);
       else
         add_scaled_floats(g);
@@ -150,7 +176,7 @@ struct Registers {
 
  private:
   ALWAYS_INLINE const uint8_t* lines_of(int b, int64_t g) const {
-    return blocks[b] + (FORMAT == INT8 ? int8_lines(g) : int4_lines(g));
+    return blocks[b] + (is_bytes(FORMAT) ? int8_lines(g) : int4_lines(g));
   }
   // The i-th four columns of the eight of a group.
   static ALWAYS_INLINE ivec16 bytes(const uint8_t* lines, int i) {
@@ -158,8 +184,18 @@ struct Registers {
     const ivec16 both = load_line(lines + i / 2 * LINE);
     return by_part<ivec16>([i](auto x) { return (i % 2 ? x >> 4 : x) & 0x0f0f0f0f; }, both);
   }
+  static ALWAYS_INLINE void decoded(const ivec16& line, ivec16* pairs) {
+#ifdef HAS_AVX512
+    __m512i found[2];
+    pairs_of_e4m3((__m512i)line.parts[0], found);
+    for (int half = 0; half < 2; ++half) pairs[half].parts[0] = (ivec16::Part)found[half];
+#else
+    (void)line, (void)pairs;  // never used: DOTS_OF_HALVES is false
+#endif
+  }
   ALWAYS_INLINE vec16 scales(int b, int64_t g) const {
-    return load_halves(blocks[b] + (FORMAT == INT8 ? int8_scales(g) : int4_scales(g)));
+    const vec16 kept = load_halves(blocks[b] + (is_bytes(FORMAT) ? int8_scales(g) : int4_scales(g)));
+    return FORMAT == E4M3 ? kept * (1.0f / E4M3_SCALES) : kept;
   }
   ALWAYS_INLINE vec16 lows(int b, int64_t g) const {
     return FORMAT == INT4 ? load_halves(blocks[b] + int4_lows(g)) : zero16();
@@ -170,7 +206,7 @@ struct Registers {
 // have room for one block only.
 constexpr int blocks_at_once(Format format, int rows) {
 #ifdef HAS_AVX512
-  return (format == INT8 || format == INT4) && rows > 4 ? 1 : 2;
+  return is_scaled(format) && rows > 4 ? 1 : 2;
 #else
   (void)format;
   return rows == 1 ? 2 : 1;

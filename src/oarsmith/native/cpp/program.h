@@ -75,7 +75,8 @@ struct StepSpec {
   int64_t num_layers;
   const int64_t* cache_dims;  // [layers, 3]: kv heads, key dim, value dim
   Stored stored;
-  int32_t rounded;            // whether the cache keeps them in 8 bits
+  CacheForm cache_form;
+  const float* cache_scales;  // see Cache
   int64_t num_pages, page_size;
   int64_t num_states, num_slots;
   const int64_t* state_widths;

@@ -10,18 +10,9 @@ enum class Stored : int32_t { F32 = 0, BF16 = 1 };
 
 constexpr int64_t stored_bytes(Stored stored) { return stored == Stored::F32 ? 4 : 2; }
 
-// The four columns of a line times their scales, in fp32 or as pairs in bf16, at out, out + stride, ...
+// Four columns in fp32, or as pairs in bf16, at out, out + stride, ...
 template <Stored S>
-static ALWAYS_INLINE void unround_line(const uint8_t* line, const vec16* scales, int64_t scale_step, uint8_t* out,
-                                       int64_t stride) {
-  const ivec16 bytes = load16(reinterpret_cast<const int32_t*>(line));
-  vec16 columns[4];
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const ivec16 one = by_part<ivec16>([c](auto u) { return (u >> (8 * c)) & 255; }, bytes);
-    const vec16 scale = scales[c * scale_step];
-    columns[c] = fma16(convert16<float>(one), scale, scale * -128.0f);  // 128 is 0, exactly
-  }
+static ALWAYS_INLINE void store_columns(const vec16* columns, uint8_t* out, int64_t stride) {
   if constexpr (S == Stored::F32) {
     for (int c = 0; c < 4; ++c) store16(reinterpret_cast<float*>(out + c * stride), columns[c]);
   } else {
@@ -33,6 +24,21 @@ static ALWAYS_INLINE void unround_line(const uint8_t* line, const vec16* scales,
               by_part<Sixteen<uint32_t>>([](auto a, auto b) { return (a >> 16) | (b & 0xffff0000u); },
                                          half_up(columns[c]), half_up(columns[c + 1])));
   }
+}
+
+// The four columns of a line times their scales.
+template <Stored S>
+static ALWAYS_INLINE void unround_line(const uint8_t* line, const vec16* scales, int64_t scale_step, uint8_t* out,
+                                       int64_t stride) {
+  const ivec16 bytes = load16(reinterpret_cast<const int32_t*>(line));
+  vec16 columns[4];
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const ivec16 one = by_part<ivec16>([c](auto u) { return (u >> (8 * c)) & 255; }, bytes);
+    const vec16 scale = scales[c * scale_step];
+    columns[c] = fma16(convert16<float>(one), scale, scale * -128.0f);  // 128 is 0, exactly
+  }
+  store_columns<S>(columns, out, stride);
 }
 
 // 32 entries, with zeros behind the last.

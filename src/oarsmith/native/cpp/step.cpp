@@ -8,7 +8,8 @@ Step::Step(const StepSpec& spec)
       head_(spec.head, spec.head + spec.num_head),
       rotation_specs_(spec.rotations, spec.rotations + spec.num_rotations),
       state_widths_(spec.state_widths, spec.state_widths + spec.num_states),
-      cache_(spec.stored, spec.rounded != 0, spec.num_layers, spec.cache_dims, spec.num_pages, spec.page_size),
+      cache_(spec.stored, spec.cache_form, spec.num_layers, spec.cache_dims, spec.cache_scales, spec.num_pages,
+             spec.page_size),
       members_(spec.threads),
       team_(static_cast<int>(spec.threads)) {
   int64_t bytes = 0, widest = 0;
@@ -41,7 +42,9 @@ Step::Step(const StepSpec& spec)
     for (const Operation& op : *list) {
       if (op.kind == Kind::LINEAR) need(op.matrix);
       if (op.kind == Kind::HEADS) inputs_for(op.matrices[0], true);
-      if (op.kind == Kind::EXPERTS) need(op.experts->gate_up[0]), need(op.experts->down[0]);
+      // Experts of a quantized checkpoint may have formats of their own.
+      for (int64_t i = 0; op.kind == Kind::EXPERTS && i < op.experts->count; ++i)
+        need(op.experts->gate_up[i]), need(op.experts->down[i]);
     }
 }
 

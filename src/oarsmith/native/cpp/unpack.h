@@ -1,5 +1,6 @@
 // Blocks of 8 or 4 bits as blocks of bf16, for the products of tiles.
 #pragma once
+#include "e4m3.h"
 #include "instructions.h"
 
 #ifdef HAS_TILES
@@ -20,13 +21,15 @@ template <Format FORMAT>
 class Unpacking {
  public:
   ALWAYS_INLINE void begin(const uint8_t* block, int64_t group, uint8_t* out) {
-    lines_ = block + (FORMAT == INT8 ? int8_lines(group) : int4_lines(group));
+    lines_ = block + (is_bytes(FORMAT) ? int8_lines(group) : int4_lines(group));
     out_ = out;
     const auto load = [&](int64_t place) {
       return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(block + place)));
     };
     const __m512 larger = _mm512_set1_ps(1.0f + 0.72f / 256);
-    if constexpr (FORMAT == INT8) {
+    if constexpr (FORMAT == E4M3) {
+      factor_ = _mm512_mul_ps(load(int8_scales(group)), _mm512_mul_ps(larger, _mm512_set1_ps(1.0f / E4M3_SCALES)));
+    } else if constexpr (FORMAT == INT8) {
       // With 15 bits of the factor, both are exact and 128 is 0.
       const __m512i fifteen = _mm512_set1_epi32(-512);
       const __m512 scale = (__m512)_mm512_and_si512((__m512i)_mm512_mul_ps(load(int8_scales(group)), larger), fifteen);
@@ -40,7 +43,7 @@ class Unpacking {
 
   ALWAYS_INLINE void quarter(int i) const {
     if (i == 0) fetch_ahead(lines_ - LINE);  // scales
-    if constexpr (FORMAT == INT8) {
+    if constexpr (is_bytes(FORMAT)) {
       fetch_ahead(lines_ + 2 * i * LINE);
       fetch_ahead(lines_ + (2 * i + 1) * LINE);
       four_columns(line(2 * i), 2 * i);
@@ -67,7 +70,19 @@ class Unpacking {
     const __m512i number = _mm512_mask_shuffle_epi8(one, 0x1111111111111111ull << PLACE, bytes, place);
     return _mm512_fmadd_ps((__m512)number, factor_, offset_);
   }
+  // E4M3 is bf16 already, and only scaled.
+  ALWAYS_INLINE __m512i scaled(__m512i pairs) const {
+    const __m512i second = _mm512_and_si512(pairs, _mm512_set1_epi32(-65536));
+    return pairs_of(_mm512_mul_ps((__m512)_mm512_slli_epi32(pairs, 16), factor_), _mm512_mul_ps((__m512)second, factor_));
+  }
   ALWAYS_INLINE void four_columns(__m512i bytes, int i) const {
+    if constexpr (FORMAT == E4M3) {
+      __m512i pairs[2];
+      pairs_of_e4m3(bytes, pairs);
+      _mm512_store_si512(out_ + 2 * i * LINE, scaled(pairs[0]));
+      _mm512_store_si512(out_ + (2 * i + 1) * LINE, scaled(pairs[1]));
+      return;
+    }
     _mm512_store_si512(out_ + 2 * i * LINE, pairs_of(weights(bytes, 0), weights(bytes, 1)));
     _mm512_store_si512(out_ + (2 * i + 1) * LINE, pairs_of(weights(bytes, 2), weights(bytes, 3)));
   }
