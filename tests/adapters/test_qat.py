@@ -77,5 +77,5 @@ def test_gradients_pass_straight_through(tmp_path: Path) -> None:
 def test_what_cannot_be_merged_is_refused() -> None:
     with pytest.raises(ConfigError, match="cannot be merged"):
         load_config(SftConfig, None, ["model", "data", "--adapter_type", "bottleneck", "--qat", "w8a8"])
-    with pytest.raises(ConfigError, match="without an adapter|no effect"):
+    with pytest.raises(ConfigError, match="no effect"):
         load_config(SftConfig, None, ["model", "data", "--qat", "w8a8"])

@@ -88,7 +88,7 @@ class AlgorithmKeys(JobConfig):
     search_scale_max: Float = Field(5.0, gt=0, description="piecewise: largest factor.")
     shift: Bool = Field(
         False,
-        description="Centre the channels of activations first (Outlier Suppression+); needs norms and maps with biases.",
+        description="Centre the channels of activations first (Outlier Suppression+); needs biases in norms and maps.",
     )
     auto_clip: Bool = Field(False, description="awq: also search how far each group is clipped.")
     act_order: Bool = Field(True, description="gptq: columns with large inputs first.")

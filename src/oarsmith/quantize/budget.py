@@ -43,7 +43,7 @@ def choose_bits(costs: Sequence[LayerCosts], budget: float) -> list[int]:
     queue: list[tuple[float, int, int]] = []
 
     def offer(index: int) -> None:
-        """The best next step of a layer: what it saves for each bit it takes; not the next one where a later is better."""
+        """The best step of a layer by what it saves for each bit: not the next where a later is better."""
         own, here = costs[index], options[index][at[index]]
         steps = [
             ((own.kl[here] - own.kl[bits]) / ((bits - here) * own.numel), step)

@@ -119,7 +119,8 @@ def fake_of(keys: QatKeys) -> FakeMap | None:
     """What ``qat`` asks for: the maps as `scheme_of` gives them, with scales in bf16."""
     if keys.qat == "none":
         return None
-    config = QuantizeConfig(model_name_or_path="", output_dir="", scheme=keys.qat, group_size=keys.qat_group_size)
+    values = {"model_name_or_path": "", "output_dir": "", "scheme": keys.qat, "group_size": keys.qat_group_size}
+    config = QuantizeConfig.model_validate(values)
     return FakeMap(scheme=_map_scheme(config, keys.qat, "bf16"))
 
 

@@ -79,7 +79,7 @@ class Hessian:
         self.num_tokens = total
 
     def beside(self, others: Sequence[Hessian], num_tokens: int) -> Hessian:
-        """As if ``num_tokens`` more tokens had been seen, like those of all the others together. Without cross terms."""
+        """As if ``num_tokens`` more had been seen, like those of all the others together. Without cross terms."""
         pool = sum(other.num_tokens for other in others)
         mixed = Hessian(len(self._lower_II))
         mixed.num_tokens = self.num_tokens + num_tokens

@@ -66,7 +66,7 @@ def inputs_of(spec: LayerSpec) -> tuple[Input, ...]:
             own = NormSource(attention_norm) if not isinstance(spec.attention, LFA) else None
             return Input((*attention_maps, *ffn_maps), own, others), *within, *within_ffn
         case Parallel():
-            first, second = _norm(None, attention_norm, spec.attention), NormSource(ffn_norm)
+            first, second = _norm(None, attention_norm, spec.attention), _norm(None, ffn_norm, None)
         case Sequential(attention=attention_rule, ffn=ffn_rule):
             first = _norm(attention_rule, attention_norm, spec.attention)
             second = _norm(ffn_rule, ffn_norm, None)
@@ -181,8 +181,7 @@ def divide(block: Block, one: Input, factor_I: Tensor) -> None:
         case None:
             raise AssertionError(f"{one.maps[0]} has no source")
     for path in one.maps:
-        weight = linear(block, path).weight
-        weight *= factor_I[..., None, :] if factor_I.dim() > 1 else factor_I
+        linear(block, path).weight.mul_(factor_I[..., None, :] if factor_I.dim() > 1 else factor_I)
     for path in one.others:
         other_weight(block, path).mul_(factor_I)
 
@@ -193,9 +192,9 @@ def _divide_norm(norm: nn.Module, factor_D: Tensor) -> None:
             offset = 1.0 if norm.spec.unit_offset else 0.0
             norm.weight.copy_((norm.weight + offset) / factor_D - offset)
         case LayerNorm(weight=nn.Parameter() as weight):
-            weight /= factor_D
+            weight.div_(factor_D)
             if norm.bias is not None:
-                norm.bias /= factor_D
+                norm.bias.div_(factor_D)
         case _:
             raise AssertionError(f"{norm} has no weight")
 
@@ -219,7 +218,7 @@ def shift(block: Block, one: Input, shift_I: Tensor) -> None:
         case NormSource(norm=norm):
             bias = block.get_submodule(norm).bias
             assert isinstance(bias, nn.Parameter), norm
-            bias -= shift_I
+            bias.sub_(shift_I)
         case RowSource(map=path, rows_I=rows_I):
             source_bias = linear(block, path).bias
             assert source_bias is not None, path
@@ -229,7 +228,7 @@ def shift(block: Block, one: Input, shift_I: Tensor) -> None:
     for path in one.maps:
         module = linear(block, path)
         assert module.bias is not None, path
-        module.bias += module.weight @ shift_I
+        module.bias.add_(module.weight @ shift_I)
 
 
 def takes_shift(block: Block, one: Input) -> bool:

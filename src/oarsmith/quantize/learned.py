@@ -5,7 +5,7 @@ Shapes: O out, I in features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def learn_layer(
     pieces: Mapping[str, list[Piece]],
     scheme: Scheme,
     settings: AutoRound,
-    batches: list[Batch],
+    batches: Sequence[Batch],
     own: Stream,
     targets: Stream,
 ) -> dict[Run, Rounded]:

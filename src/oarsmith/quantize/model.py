@@ -51,7 +51,7 @@ class Recipe:
     rounding: Rounding
     act_method: Method = "abs_max"
     cache_method: Method = "abs_max"
-    preparation: Preparation = Preparation()
+    preparation: Preparation = field(default_factory=Preparation)
     rotate: int | None = None
     batch_tokens: int = 2048
     folder: Path | None = None

@@ -6,7 +6,7 @@ Shapes: T tokens, I in features, E experts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -52,8 +52,8 @@ class Preparation:
     everywhere: bool = False
     shift: bool = False
     alpha: float = 0.5
-    piecewise: Piecewise = Piecewise()
-    awq: AWQ = AWQ()
+    piecewise: Piecewise = field(default_factory=Piecewise)
+    awq: AWQ = field(default_factory=AWQ)
 
     @property
     def nothing(self) -> bool:

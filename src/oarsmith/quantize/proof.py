@@ -84,7 +84,7 @@ def compare(original: Walked, other: Walked, windows: Sequence[Sequence[int]]) -
     with original.head() as reference, other.head() as own:
         start = 0
         for window in windows:
-            targets_T = torch.tensor(list(window[1:]) + [0])
+            targets_T = torch.tensor([*window[1:], 0])
             for at in range(0, len(window), _PLACES):
                 stop = min(at + _PLACES, len(window))
                 p_NV = reference(start + at, start + stop).log_softmax(-1)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from oarsmith.checkpoint.quantized.stored import read_scheme
 from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
+from oarsmith.models.rounding import Activations
 from oarsmith.quantize.activations import round_activations
 from oarsmith.quantize.pieces import pieces_of
 from oarsmith.quantize.proof import Rounding
@@ -30,11 +33,14 @@ def rounding_of(directory: Path) -> Rounding:
             # The pieces of a map read the same input.
             stem = pieces[0].stem
             if (how := stored.activations.get(stem)) is not None:
-                scale = stored.input_scales.get(stem)
-                taps[path] = lambda x_TI, counts, how=how, scale=scale: round_activations(x_TI, how, scale)
+                taps[path] = _rounding(how, stored.input_scales.get(stem))
             module = stem.rpartition(".")[0]
             if stored.cache is not None and module in stored.key_scales:
                 keys = rounded_keys(stored.cache, (stored.key_scales[module], stored.value_scales[module]))
         return taps, keys
 
     return rounding
+
+
+def _rounding(how: Activations, scale: Tensor | None) -> Tap:
+    return lambda x_TI, counts: round_activations(x_TI, how, scale)

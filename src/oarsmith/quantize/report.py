@@ -83,7 +83,7 @@ class Report:
             )
         found.append(
             f"size {self.file_bytes / 1e6:,.1f} MB of {self.original_bytes / 1e6:,.1f} "
-            f"({self.file_bytes / max(1, self.original_bytes):.0%}); {self.seconds:,.1f} s, peak {self.peak_mb:,.0f} MiB"
+            f"({self.file_bytes / max(1, self.original_bytes):.0%}); {self.seconds:,.1f} s, {self.peak_mb:,.0f} MiB"
         )
         if self.speed is not None and self.original_speed is not None:
             ratio = self.speed / self.original_speed

@@ -5,7 +5,7 @@ Shapes: O out features, I in features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -32,11 +32,11 @@ class Rounding:
     """
 
     method: Method = "gptaq"
-    search: Search | None = Search()
+    search: Search | None = field(default_factory=Search)
     weighted: bool = True
     clip: AWQ | None = None
-    gptq: GPTQ = GPTQ()
-    autoround: AutoRound = AutoRound()
+    gptq: GPTQ = field(default_factory=GPTQ)
+    autoround: AutoRound = field(default_factory=AutoRound)
 
     @property
     def needs_inputs(self) -> bool:

@@ -29,7 +29,7 @@ Keys = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """From a layer's number and its keys and values [T, G, K] to those that are used."""
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """The last tap of a run has been told."""
 
 
@@ -125,7 +125,7 @@ def run_block(
         with _products(exact=exact), _tapped(block, taps or {}, enough=enough):
             try:
                 output_TD = block(stream.states[number], layout, batch.tables, None)
-            except _Enough:
+            except _EnoughError:
                 continue
         if into is not None:
             into.states[number].copy_(output_TD)
@@ -147,7 +147,7 @@ def _tapped(block: nn.Module, taps: Mapping[str, Tap], *, enough: bool) -> Itera
             new_TI = tap(x_TI, counts)
             left.discard(path)
             if enough and not left:
-                raise _Enough
+                raise _EnoughError
             return None if new_TI is None else (new_TI, *args[1:])
 
         handles.append(block.get_submodule(path).register_forward_pre_hook(told))
