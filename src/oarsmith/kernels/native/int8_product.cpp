@@ -10,8 +10,7 @@
 #ifdef HAS_TILES
 
 struct Int8Product {
-  const bf16* x;
-  int64_t rows;
+  Rows x;
   Right<int8_t> weight;
   const float *scale, *bias;
   int64_t block;  // of the rotation
@@ -29,40 +28,30 @@ class Int8Task {
     size_ = product.weight.steps() * STEP, thin_size_ = product.update.steps() * STEP;
     const int64_t halves = product.update.rank() ? product.update.first.steps() * STEP : 0;
     const int64_t row = divided_up(inputs, LINE) * LINE, wide = product.forward ? 0 : stripes * STRIPE * columns * 4;
-    uint8_t* at = memory.of(stripes * (size_ + thin_size_ + STRIPE * 4) + halves + 5 * row + wide + 2 * sizeof(Sums));
+    uint8_t* at = memory.of(stripes * (size_ + thin_size_ + STRIPE * 4) + halves + 4 * row + wide + 2 * sizeof(Sums));
     const auto take = [&](int64_t bytes) { return std::exchange(at, at + bytes); };
     low_ = reinterpret_cast<Sums*>(take(2 * sizeof(Sums)));
     lefts_ = take(stripes * size_), thins_ = take(stripes * thin_size_), halves_ = take(halves);
-    row_8_ = reinterpret_cast<int8_t*>(take(row)), row_ = reinterpret_cast<float*>(take(4 * row));
+    row_ = reinterpret_cast<float*>(take(4 * row));
     scales_ = reinterpret_cast<float*>(take(stripes * STRIPE * 4)), wide_ = reinterpret_cast<float*>(take(wide));
-    std::memset(row_8_, 0, row);
   }
   int64_t panels() const { return product_.weight.panels(); }
   int64_t steps() const { return product_.weight.steps(); }
-  const void* source(int64_t s) const { return product_.x + s * STRIPE * product_.weight.inputs; }
-  int64_t source_bytes(int64_t s) const { return 2 * rows(s) * product_.weight.inputs; }
-  const uint8_t* left(int64_t s) const { return lefts_ + (s - first_) * size_; }
+  Left left(int64_t s) const { return {lefts_ + (s - first_) * size_, steps() * LINE, LINE}; }
   const uint8_t* right(int64_t p) const { return product_.packed + p * size_; }
 
   void prepare(int64_t s) const {
-    const int64_t inputs = product_.weight.inputs, norm = product_.forward ? product_.block : 1;
-    for (int64_t r = 0; r < STRIPE; ++r) {
-      float& scale = scales_[(s - first_) * STRIPE + r];
-      if (r < rows(s)) {
-        const float* columns = product_.forward ? nullptr : product_.scale;
-        scale = quantize_row(product_.x + (s * STRIPE + r) * inputs, columns, row_8_, row_, inputs, norm);
-      } else {
-        std::memset(row_8_, 0, inputs), scale = 0.0f;
-      }
-      uint8_t* to = lefts_ + (s - first_) * size_ + r * LINE;
-      for (int64_t k = 0; k < steps(); ++k, to += STEP) _mm512_store_si512(to, _mm512_load_si512(row_8_ + k * LINE));
-    }
-    if (product_.update.rank()) {
-      pack_stripe(static_cast<const uint8_t*>(source(s)), 2 * inputs, rows(s), 2 * inputs, halves_);
-      memory_changed();
-      product_.update.multiply_first(halves_, s * STRIPE, rows(s), thins_ + (s - first_) * thin_size_);
-    }
+    const int64_t inputs = product_.weight.inputs, rows = product_.x.count(s), row = steps() * LINE;
+    const float* columns = product_.forward ? nullptr : product_.scale;
+    int8_t* values = reinterpret_cast<int8_t*>(lefts_ + (s - first_) * size_);
+    float* scales = scales_ + (s - first_) * STRIPE;
+    std::memset(values, 0, size_), std::memset(scales, 0, STRIPE * sizeof(float));
+    for (int64_t r = 0; r < rows; ++r)
+      scales[r] = quantize_row(product_.x.x + (s * STRIPE + r) * inputs, columns, values + r * row, row_, inputs,
+                               product_.forward ? product_.block : 1);
     memory_changed();
+    if (product_.update.rank() == 0) return;
+    product_.update.multiply_first(product_.x.left(s, halves_), s * STRIPE, rows, thins_ + (s - first_) * thin_size_);
   }
   void complete(int64_t s, int64_t p, Sums& sums, int64_t number) const {
     sums.store();
@@ -73,7 +62,7 @@ class Int8Task {
   }
   void finish(const float* sums, int64_t number, int64_t s, int64_t p, int64_t r) const {
     const int64_t row = s * STRIPE + r, column = 32 * p, columns = product_.weight.columns;
-    if (row >= product_.rows) return;
+    if (row >= product_.x.rows) return;
     const float scale = scales_[row - first_ * STRIPE] * (product_.forward ? 1.0f : rotation_norm(product_.block));
     const __mmask32 inside = static_cast<__mmask32>(first_bytes(columns - column));
     __m512 y[2];
@@ -93,7 +82,6 @@ class Int8Task {
   }
 
  private:
-  int64_t rows(int64_t s) const { return std::min(STRIPE, product_.rows - s * STRIPE); }
   // The factor of the rotation is in `scale` and in the update's second matrix already.
   void rotate(float* wide, bf16* out) const {
     butterflies(wide, product_.weight.columns, product_.block);
@@ -103,7 +91,6 @@ class Int8Task {
   const Int8Product& product_;
   int64_t first_, size_, thin_size_;
   uint8_t *lefts_, *thins_, *halves_;
-  int8_t* row_8_;
   float *row_, *scales_, *wide_;
   Sums* low_;
 };
@@ -123,7 +110,7 @@ static void rotate_rows(const bf16* x, int64_t rows, int64_t dim, int64_t block,
 static void multiply(const Int8Product& product, const bf16* second, bf16* rotated) {
   const int64_t panels = product.weight.panels(), size = product.weight.steps() * STEP, rank = product.update.rank();
   const int64_t wide = product.forward ? 0 : STRIPE * product.weight.columns * 4;
-  const Cut cut(product.rows, size + wide, size);
+  const Cut cut(product.x.rows, size + wide, size);
 #pragma omp parallel
   {
     if (!product.forward && rank) {
@@ -155,7 +142,7 @@ extern "C" void int8_product_bf16(const bf16* x, const int8_t* w, const float* s
   Update update{{a, inputs, rank, of_rows}, {b, rank, columns, of_rows}, thin, packed + weight.bytes()};
   bf16* rotated = reinterpret_cast<bf16*>(update.packed + (rank ? update.first.bytes() + update.second.bytes() : 0));
   if (!of_rows) update.second.data = rotated;
-  multiply({x, rows, weight, scale, bias, block, of_rows, out, update, packed}, b, rotated);
+  multiply({{x, rows, inputs}, weight, scale, bias, block, of_rows, out, update, packed}, b, rotated);
 }
 
 #else

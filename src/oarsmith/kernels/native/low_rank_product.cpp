@@ -12,8 +12,7 @@ extern "C" int tile_products_available() {
 #ifdef HAS_TILES
 
 struct Product {
-  const bf16* x;
-  int64_t rows;
+  Rows x;
   Right<bf16> weight;
   const float* bias;
   bf16* out;
@@ -24,24 +23,21 @@ struct Product {
 // What `multiply_block` asks for.
 class Task {
  public:
-  Task(const Product& product, uint8_t* memory, int64_t first, int64_t last)
+  Task(const Product& product, Memory& memory, int64_t first, int64_t last)
       : product_(product),
         first_(first),
         size_(product.weight.steps() * STEP),
         thin_size_(product.update.steps() * STEP),
-        lefts_(memory),
-        thins_(memory + (last - first) * size_) {}
+        packed_(memory.of((last - first) * (size_ + thin_size_ + static_cast<int64_t>(sizeof(Left))))),
+        thins_(packed_ + (last - first) * size_),
+        lefts_(reinterpret_cast<Left*>(thins_ + (last - first) * thin_size_)) {}
   int64_t panels() const { return product_.weight.panels(); }
   int64_t steps() const { return product_.weight.steps(); }
-  const void* source(int64_t s) const { return product_.x + s * STRIPE * product_.weight.inputs; }
-  int64_t source_bytes(int64_t s) const { return 2 * rows(s) * product_.weight.inputs; }
-  uint8_t* left(int64_t s) const { return lefts_ + (s - first_) * size_; }
+  Left left(int64_t s) const { return lefts_[s - first_]; }
   const uint8_t* right(int64_t p) const { return product_.packed + p * size_; }
   void prepare(int64_t s) const {
-    const int64_t bytes = 2 * product_.weight.inputs;
-    pack_stripe(static_cast<const uint8_t*>(source(s)), bytes, rows(s), bytes, left(s));
-    memory_changed();
-    product_.update.multiply_first(left(s), s * STRIPE, rows(s), thin(s));
+    const Left& left = lefts_[s - first_] = product_.x.left(s, packed_ + (s - first_) * size_);
+    product_.update.multiply_first(left, s * STRIPE, product_.x.count(s), thin(s));
   }
   void complete(int64_t s, int64_t p, Sums& sums, int64_t) const {
     product_.update.add_second(thin(s), p);
@@ -49,7 +45,7 @@ class Task {
   }
   void finish(const float* sums, int64_t, int64_t s, int64_t p, int64_t r) const {
     const int64_t row = s * STRIPE + r, column = 32 * p, columns = product_.weight.columns;
-    if (row >= product_.rows) return;
+    if (row >= product_.x.rows) return;
     __m512 low = _mm512_load_ps(sums), high = _mm512_load_ps(sums + 16);
     const __mmask32 inside = static_cast<__mmask32>(first_bytes(columns - column));
     if (product_.bias) {
@@ -61,17 +57,16 @@ class Task {
   }
 
  private:
-  int64_t rows(int64_t s) const { return std::min(STRIPE, product_.rows - s * STRIPE); }
   uint8_t* thin(int64_t s) const { return thins_ + (s - first_) * thin_size_; }
   const Product& product_;
   int64_t first_, size_, thin_size_;
-  uint8_t *lefts_, *thins_;
+  uint8_t *packed_, *thins_;
+  Left* lefts_;
 };
 
 static void multiply(const Product& product) {
   const int64_t panels = product.weight.panels(), size = product.weight.steps() * STEP;
-  const int64_t thin_size = product.update.steps() * STEP;
-  const Cut cut(product.rows, size, size);
+  const Cut cut(product.x.rows, size, size);
 #pragma omp parallel
   {
 #pragma omp for schedule(static) nowait
@@ -83,8 +78,7 @@ static void multiply(const Product& product) {
 #pragma omp for schedule(dynamic)
     for (int64_t b = 0; b < cut.blocks; ++b) {
       const int64_t first = cut.first(b), last = cut.first(b + 1);
-      const Task task(product, memory.of((last - first) * (size + thin_size)), first, last);
-      multiply_block<false>(task, first, last, cut.group);
+      multiply_block<false>(Task(product, memory, first, last), first, last, cut.group);
     }
   }
 }
@@ -98,7 +92,7 @@ extern "C" void low_rank_product_bf16(const bf16* x, const bf16* w, const bf16* 
   packed += -reinterpret_cast<uintptr_t>(packed) % LINE;
   const Right<bf16> weight{w, inputs, columns, side_by_side};
   const Update update{{a, inputs, rank, side_by_side}, {b, rank, columns, side_by_side}, thin, packed + weight.bytes()};
-  multiply({x, rows, weight, bias, out, update, packed});
+  multiply({{x, rows, inputs}, weight, bias, out, update, packed});
 }
 
 #else

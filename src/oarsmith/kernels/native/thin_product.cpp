@@ -47,7 +47,8 @@ struct ThinProduct {
         for (int64_t s = 0; s < stripes(); ++s) {
           Sums& of = sums[(p - from) * stripes() + s];
           first > 0 ? of.load() : zero_tiles();
-          add_steps<false>(lefts + (s * steps() + first) * STEP, packed + (p - from) * CHUNK_STEPS * STEP, some, [] {});
+          add_steps<false>({lefts + (s * steps() + first) * STEP, LINE, STEP}, 0, some,
+                           packed + (p - from) * CHUNK_STEPS * STEP, [] {});
           of.store();
         }
     }

@@ -9,6 +9,10 @@
 
 static const int64_t LINE = 64, TILE = 16 * LINE, STEP = 2 * TILE, STRIPE = 32;
 
+// The lower halves of two registers of 32 numbers of 16 bits, by turns.
+alignas(64) static const uint16_t INTERLEAVED[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+
 static inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The bits of a line's bytes that are among `bytes`.
@@ -43,39 +47,33 @@ static void pack_panel_of_rows(const uint8_t* w, int64_t row, int64_t columns, i
 
 // Columns that lie in memory as such, of bf16: w[rows, columns] with `row` numbers between rows, at most 32 columns.
 static void pack_panel(const bf16* w, int64_t row, int64_t rows, int64_t columns, uint8_t* out) {
-  for (int64_t at = 0; at < rows; at += 32)
-    for (int64_t half = 0; half < 2; ++half)
-      for (int64_t p = 0; p < 16; ++p, out += LINE) {
-        const int64_t left = columns - 16 * half, r = at + 2 * p;
-        const __mmask16 inside = left >= 16 ? 0xffff : left <= 0 ? 0 : (1 << left) - 1;
-        const bf16* from = w + r * row + 16 * half;
-        const __m256i low = _mm256_maskz_loadu_epi16(r < rows ? inside : 0, from);
-        const __m256i high = _mm256_maskz_loadu_epi16(r + 1 < rows ? inside : 0, from + row);
-        const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-        _mm512_store_si512(out, pairs);
-      }
+  const __m512i count = _mm512_load_si512(INTERLEAVED), other = _mm512_add_epi16(count, _mm512_set1_epi16(16));
+  const __mmask32 inside = static_cast<__mmask32>(first_bytes(columns));
+  for (int64_t r = 0; r < divided_up(rows, 32) * 32; r += 2, out += LINE) {
+    if (r > 0 && r % 32 == 0) out += TILE;
+    const __m512i low = _mm512_maskz_loadu_epi16(r < rows ? inside : 0, w + r * row);
+    const __m512i high = _mm512_maskz_loadu_epi16(r + 1 < rows ? inside : 0, w + (r + 1) * row);
+    _mm512_store_si512(out, _mm512_permutex2var_epi16(low, count, high));
+    _mm512_store_si512(out + TILE, _mm512_permutex2var_epi16(low, other, high));
+  }
 }
 
-// The same of int8.
+// The same of int8. Halves of registers are the columns of the two tiles.
 static void pack_panel(const int8_t* w, int64_t row, int64_t rows, int64_t columns, uint8_t* out) {
-  for (int64_t at = 0; at < rows; at += 64)
-    for (int64_t half = 0; half < 2; ++half)
-      for (int64_t q = 0; q < 16; ++q, out += LINE) {
-        const int64_t left = columns - 16 * half;
-        const __mmask16 inside = left >= 16 ? 0xffff : left <= 0 ? 0 : (1 << left) - 1;
-        __m128i x[4];
-        for (int64_t i = 0; i < 4; ++i) {
-          const int64_t r = at + 4 * q + i;
-          x[i] = _mm_maskz_loadu_epi8(r < rows ? inside : 0, w + r * row + 16 * half);
-        }
-        const __m128i low = _mm_unpacklo_epi8(x[0], x[1]), high = _mm_unpackhi_epi8(x[0], x[1]);
-        const __m128i low_2 = _mm_unpacklo_epi8(x[2], x[3]), high_2 = _mm_unpackhi_epi8(x[2], x[3]);
-        __m128i* to = reinterpret_cast<__m128i*>(out);
-        _mm_store_si128(to, _mm_unpacklo_epi16(low, low_2));
-        _mm_store_si128(to + 1, _mm_unpackhi_epi16(low, low_2));
-        _mm_store_si128(to + 2, _mm_unpacklo_epi16(high, high_2));
-        _mm_store_si128(to + 3, _mm_unpackhi_epi16(high, high_2));
-      }
+  const __mmask32 inside = static_cast<__mmask32>(first_bytes(columns));
+  for (int64_t r = 0; r < divided_up(rows, 64) * 64; r += 4, out += LINE) {
+    if (r > 0 && r % 64 == 0) out += TILE;
+    __m256i x[4];
+    for (int64_t i = 0; i < 4; ++i) x[i] = _mm256_maskz_loadu_epi8(r + i < rows ? inside : 0, w + (r + i) * row);
+    const __m256i low = _mm256_unpacklo_epi8(x[0], x[1]), high = _mm256_unpackhi_epi8(x[0], x[1]);
+    const __m256i low_2 = _mm256_unpacklo_epi8(x[2], x[3]), high_2 = _mm256_unpackhi_epi8(x[2], x[3]);
+    const __m256i quads[4] = {_mm256_unpacklo_epi16(low, low_2), _mm256_unpackhi_epi16(low, low_2),
+                              _mm256_unpacklo_epi16(high, high_2), _mm256_unpackhi_epi16(high, high_2)};
+    for (int64_t i = 0; i < 4; ++i) {
+      _mm_store_si128(reinterpret_cast<__m128i*>(out) + i, _mm256_castsi256_si128(quads[i]));
+      _mm_store_si128(reinterpret_cast<__m128i*>(out + TILE) + i, _mm256_extracti128_si256(quads[i], 1));
+    }
+  }
 }
 
 #endif
