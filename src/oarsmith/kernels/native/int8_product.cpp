@@ -1,6 +1,6 @@
-// x W + (x A) B + b with W in 8 bits, with tiles (AMX): x is quantized row by row, 32-bit sums become bf16 in the tiles'
-// wake, and neither is ever written to memory. Forward, x is rotated before and W's scales are factors of the sums;
-// backward they are factors of x (dy), and the output is rotated (kernels/int8.py).
+// x W + (x A) B + b with W in 8 bits, with tiles (AMX): x is quantized row by row as it is read, and 32-bit sums become
+// bf16 while the next ones are made. Forward, x is rotated before and W's scales are factors of the sums; backward they
+// are factors of x (dy), and the output is rotated (kernels/int8.py).
 #include <utility>
 #include <vector>
 
@@ -131,11 +131,11 @@ static void multiply(const Int8Product& product, const bf16* second, bf16* rotat
   }
 }
 
-// out[rows, columns], thin[rows, rank] as in low_rank_product.cpp; w in 8 bits with `scale`, of columns forward, of inputs
-// backward. `packed` has room for three right operands and, backward, for b once more.
+// out[rows, columns], thin[rows, rank] as in low_rank_product.cpp; w in 8 bits with `scale`, of columns forward, of
+// inputs backward. `packed` has room for three right operands and, backward, for b once more.
 extern "C" void int8_product_bf16(const bf16* x, const int8_t* w, const float* scale, const bf16* a, const bf16* b,
-                                  const float* bias, bf16* out, bf16* thin, uint8_t* packed, int64_t rows, int64_t inputs,
-                                  int64_t columns, int64_t rank, int64_t block, int64_t forward) {
+                                  const float* bias, bf16* out, bf16* thin, uint8_t* packed, int64_t rows,
+                                  int64_t inputs, int64_t columns, int64_t rank, int64_t block, int64_t forward) {
   const bool of_rows = forward != 0;
   packed += -reinterpret_cast<uintptr_t>(packed) % LINE;
   const Right<int8_t> weight{w, inputs, columns, of_rows};
@@ -147,7 +147,7 @@ extern "C" void int8_product_bf16(const bf16* x, const int8_t* w, const float* s
 
 #else
 
-extern "C" void int8_product_bf16(const bf16*, const int8_t*, const float*, const bf16*, const bf16*, const float*, bf16*,
-                                  bf16*, uint8_t*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t) {}
+extern "C" void int8_product_bf16(const bf16*, const int8_t*, const float*, const bf16*, const bf16*, const float*,
+                                  bf16*, bf16*, uint8_t*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t) {}
 
 #endif

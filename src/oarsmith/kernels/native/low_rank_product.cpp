@@ -83,8 +83,8 @@ static void multiply(const Product& product) {
   }
 }
 
-// out[rows, columns] = x[rows, inputs] W + thin B + bias, thin[rows, rank] = x A. The three right operands lie in memory with
-// the numbers of a column (of_rows) or of a row side by side. `packed` has room for them as panels.
+// out[rows, columns] = x[rows, inputs] W + thin B + bias, thin[rows, rank] = x A. The three right operands lie in memory
+// with the numbers of a column (of_rows) or of a row side by side. `packed` has room for them as panels.
 extern "C" void low_rank_product_bf16(const bf16* x, const bf16* w, const bf16* a, const bf16* b, const float* bias,
                                       bf16* out, bf16* thin, uint8_t* packed, int64_t rows, int64_t inputs,
                                       int64_t columns, int64_t rank, int64_t of_rows) {

@@ -1,5 +1,5 @@
-// out = a^T x for a thin a, with tiles (AMX): the gradients of a low-rank adapter's two matrices. One pass over x, which
-// is all it costs; PyTorch's product took 3 to 5 times as long (2,048 rows, 16 to 48 columns of a).
+// out = a^T x for a thin a, with tiles (AMX): the gradients of a low-rank adapter's two matrices, in one pass over x.
+// With 2,048 rows and 16 to 48 columns of a, PyTorch's product took 1.1 to 1.5 times as long on a busy machine.
 #include "tile_products.h"
 
 #ifdef HAS_TILES
@@ -72,7 +72,8 @@ extern "C" void thin_product_bf16(const bf16* a, const bf16* x, float* out, uint
 #pragma omp for schedule(static)
     for (int64_t s = 0; s < product.stripes(); ++s) product.pack_left(s);
     static thread_local Memory memory;
-    uint8_t* own = memory.of(GROUP_PANELS * (product.stripes() * static_cast<int64_t>(sizeof(Sums)) + CHUNK_STEPS * STEP));
+    const int64_t sums = product.stripes() * static_cast<int64_t>(sizeof(Sums));
+    uint8_t* own = memory.of(GROUP_PANELS * (sums + CHUNK_STEPS * STEP));
     const Tiles tiles;
 #pragma omp for schedule(dynamic)
     for (int64_t g = 0; g < groups; ++g) product.multiply(panels * g / groups, panels * (g + 1) / groups, own);

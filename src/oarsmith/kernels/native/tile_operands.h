@@ -1,7 +1,7 @@
-// Operands of matrix products as tiles (AMX) take them, for products too large for a cache. A step is 64 bytes along the
-// summed dimension: 32 bf16 or 64 int8. The left one comes in stripes of 32 rows, the right one in panels of 32 columns;
-// a stripe or panel is a run of steps, each of two tiles of 16 rows of 64 bytes. A row of a right tile has, of each of 16
-// columns, four bytes along the summed dimension. What lies beyond a matrix is zeros.
+// Operands of matrix products as tiles (AMX) take them, for products too large for a cache. A step is 64 bytes along
+// the summed dimension: 32 bf16 or 64 int8. The left one comes in stripes of 32 rows, the right one in panels of 32
+// columns; a stripe or panel is a run of steps, each of two tiles of 16 rows of 64 bytes. A row of a right tile has, of
+// each of 16 columns, four bytes along the summed dimension. What lies beyond a matrix is zeros.
 #pragma once
 #include "bf16_packs.h"
 
@@ -25,8 +25,8 @@ static void pack_stripe(const uint8_t* x, int64_t row, int64_t rows, int64_t byt
   for (int64_t r = 0; r < STRIPE; ++r, out += LINE) {
     uint8_t* to = out;
     for (int64_t at = 0; at < bytes; at += LINE, to += STEP) {
-      __m512i line = r < rows ? _mm512_maskz_loadu_epi8(first_bytes(bytes - at), x + r * row + at) : _mm512_setzero_si512();
-      _mm512_store_si512(to, line);
+      const __mmask64 inside = r < rows ? first_bytes(bytes - at) : 0;
+      _mm512_store_si512(to, _mm512_maskz_loadu_epi8(inside, x + r * row + at));
     }
   }
 }

@@ -2,8 +2,8 @@
 // low-rank update, (x A) B, whose sums join those of x W before anything is rounded or stored.
 //
 // W is packed anew in each call: of a product with 2,048 rows that is some 5 % of the time, and no second copy of the
-// weights stays in memory. Rows go by in blocks that fit a core's L2, columns in groups of panels: of a stripe's outputs, a
-// group's lie side by side, because rows written 64 bytes at a time are a page each (1.2 times the time of all).
+// weights stays in memory. Rows go by in blocks that fit a core's L2, columns in groups of panels: of a stripe's
+// outputs, a group's lie side by side, for lines that lie in a page each are written slowly.
 #pragma once
 #include <cstdlib>
 #include <memory>
@@ -66,8 +66,8 @@ struct Rows {
   }
 };
 
-// Adds products of a stripe and a panel to the tiles 0 to 3: whole numbers of int8, fp32 of bf16. Twice in each step comes
-// between(), other work that vectors do meanwhile.
+// Adds products of a stripe and a panel to the tiles 0 to 3: whole numbers of int8, fp32 of bf16. Twice in each step
+// comes between(), other work that vectors do meanwhile.
 template <bool WHOLE, class Between>
 static inline __attribute__((always_inline)) void add_steps(const Left& left, int64_t from, int64_t until,
                                                             const uint8_t* panel, Between&& between) {
@@ -119,11 +119,10 @@ struct Right {
   int64_t panels() const { return divided_up(columns, 32); }
   int64_t bytes() const { return panels() * steps() * STEP; }
   void pack(int64_t panel, uint8_t* packed) const {
-    const int64_t some = columns - 32 * panel, size = sizeof(T);
+    const int64_t some = columns - 32 * panel, bytes = inputs * static_cast<int64_t>(sizeof(T));
     uint8_t* out = packed + panel * steps() * STEP;
     if (of_rows)
-      pack_panel_of_rows(reinterpret_cast<const uint8_t*>(data + 32 * panel * inputs), size * inputs, some, size * inputs,
-                         out);
+      pack_panel_of_rows(reinterpret_cast<const uint8_t*>(data + 32 * panel * inputs), bytes, some, bytes, out);
     else
       pack_panel(data + 32 * panel, columns, inputs, some, out);
   }
@@ -180,8 +179,8 @@ struct Cut {
 };
 
 // Multiplies a block of stripes with all panels. A stripe is made by prepare(s), just before its first products, and is
-// left(s) then; complete(s, panel, sums, number) may add to the tiles and stores them; finish(sums, number, s, panel, row)
-// takes 32 sums of the ones before, while the next ones are made.
+// left(s) then; complete(s, panel, sums, number) may add to the tiles and stores them; finish(sums, number, s, panel,
+// row) takes 32 sums of the ones before, while the next ones are made.
 template <bool WHOLE, class Task>
 static inline void multiply_block(const Task& task, int64_t first_stripe, int64_t last_stripe, int64_t group) {
   Sums sums[2];
