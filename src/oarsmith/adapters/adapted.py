@@ -71,7 +71,8 @@ class Adapted(nn.Module):
             blocks.append(b)
         sizes = (segment.size for segment in self.spec.segments)
         filled = [rows[0].new_zeros(size, 0) if b is None else b for size, b in zip(sizes, blocks, strict=True)]
-        return torch.cat(rows).to(dtype), torch.block_diag(*filled).to(dtype)
+        a_RI, b_OR = (rows[0], filled[0]) if len(filled) == 1 else (torch.cat(rows), torch.block_diag(*filled))
+        return a_RI.to(dtype).contiguous(), b_OR.to(dtype).contiguous()
 
     @torch.no_grad()
     def begin(

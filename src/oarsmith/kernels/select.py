@@ -52,6 +52,12 @@ _DOCUMENT_ATTENTION = {
     "document_attention": "ppppp" + "plplllllf",
     "document_attention_backward": "ppppppppp" + "plplllllf",
 }
+# In bf16 only, and only with AMX.
+_TILE_PRODUCTS = {
+    "low_rank_product": "pppppppp" + "lllll",
+    "int8_product": "ppppppppp" + "llllll",
+    "thin_product": "pppp" + "lll",
+}
 
 
 class Library:
@@ -59,6 +65,7 @@ class Library:
 
     Attributes:
         has_document_attention: whether this CPU has what that kernel is made of.
+        has_tile_products: the same of the products with tiles.
     """
 
     def __init__(self, handle: ctypes.CDLL) -> None:
@@ -72,7 +79,8 @@ class Library:
         self._functions["round_columns", "f32"] = self._bind(handle, "round_columns_f32", "pppppppppllff")
         self._functions["sum_of_squares", "bf16"] = self._bind(handle, "sum_of_squares_bf16", "plp")
         self.has_document_attention = bool(handle["document_attention_available"]())
-        for name, signature in _DOCUMENT_ATTENTION.items():
+        self.has_tile_products = bool(handle["tile_products_available"]())
+        for name, signature in (_DOCUMENT_ATTENTION | _TILE_PRODUCTS).items():
             self._functions[name, "bf16"] = self._bind(handle, f"{name}_bf16", signature)
 
     @staticmethod

@@ -1,6 +1,6 @@
 """What a form of a frozen weight is, and the plain one.
 
-Shapes: T tokens, I in features, O out features.
+Shapes: T tokens, I in features, O out features, R rank.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from typing import Protocol
 
 from torch import Tensor
 from torch.nn import functional
+
+from oarsmith.kernels.low_rank import low_rank_backward, low_rank_forward
 
 Parts = tuple[Tensor, ...]
 
@@ -38,6 +40,14 @@ class WeightForm(Protocol):
     def backward(self, dy_TO: Tensor, parts: Parts, in_features: int) -> Tensor:
         """dy W of contiguous dy, in its dtype, outside of autograd."""
 
+    def low_rank_forward(
+        self, x_TI: Tensor, parts: Parts, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x W^T + b + (x A^T) B^T and x A^T, in x's dtype, outside of autograd; x, A and B are contiguous."""
+
+    def low_rank_backward(self, dy_TO: Tensor, parts: Parts, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
+        """dy W + (dy B) A and dy B, in the same way."""
+
 
 class Dense:
     """As it is."""
@@ -58,6 +68,14 @@ class Dense:
 
     def backward(self, dy_TO: Tensor, parts: Parts, in_features: int) -> Tensor:
         return dy_TO @ parts[0]
+
+    def low_rank_forward(
+        self, x_TI: Tensor, parts: Parts, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return low_rank_forward(x_TI, parts[0], bias_O, a_RI, b_OR)
+
+    def low_rank_backward(self, dy_TO: Tensor, parts: Parts, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
+        return low_rank_backward(dy_TO, parts[0], a_RI, b_OR)
 
 
 DENSE: WeightForm = Dense()

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from oarsmith.adapters.forms.form import Parts, WeightForm
 from oarsmith.kernels.int8 import Int8Weight, int8_backward, int8_forward, quantize_weight, rotate, rotation_size
+from oarsmith.kernels.low_rank import low_rank_backward, low_rank_forward
 
 
 class Int8Rows:
@@ -27,6 +28,14 @@ class Int8Rows:
 
     def backward(self, dy_TO: Tensor, parts: Parts, in_features: int) -> Tensor:
         return int8_backward(dy_TO, Int8Weight(*parts))
+
+    def low_rank_forward(
+        self, x_TI: Tensor, parts: Parts, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return low_rank_forward(x_TI, Int8Weight(*parts), bias_O, a_RI, b_OR)
+
+    def low_rank_backward(self, dy_TO: Tensor, parts: Parts, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
+        return low_rank_backward(dy_TO, Int8Weight(*parts), a_RI, b_OR)
 
 
 INT8_ROWS: WeightForm = Int8Rows()

@@ -36,6 +36,16 @@ class _Coded(ABC):
     def backward(self, dy_TO: Tensor, parts: Parts, in_features: int) -> Tensor:
         return coded_backward(dy_TO, self.coded(parts, in_features))
 
+    def low_rank_forward(
+        self, x_TI: Tensor, parts: Parts, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        xa_TR = x_TI @ a_RI.t()
+        return self.forward(x_TI, parts, bias_O).addmm_(xa_TR, b_OR.t()), xa_TR
+
+    def low_rank_backward(self, dy_TO: Tensor, parts: Parts, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
+        dxa_TR = dy_TO @ b_OR
+        return self.backward(dy_TO, parts, a_RI.shape[1]).addmm_(dxa_TR, a_RI), dxa_TR
+
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks(_Coded):

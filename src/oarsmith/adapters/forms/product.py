@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from oarsmith.adapters.forms.form import DENSE, Parts, WeightForm
+from oarsmith.kernels.low_rank import thin_product
 from oarsmith.kernels.remake import recipe_of
 
 
@@ -56,9 +57,7 @@ class _LowRankProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, form: WeightForm, *parts: Tensor
     ) -> Tensor:
         flat, recipe = x.reshape(-1, x.shape[-1]).contiguous(), recipe_of(x)
-        xa = flat @ a.t()
-        y = form.forward(flat, parts, bias)
-        y.addmm_(xa, b.t())
+        y, xa = form.low_rank_forward(flat, parts, bias, a, b)
         ctx.save_for_backward(xa, a, b, *parts, *recipe.inputs)
         ctx.make, ctx.num_parts, ctx.has_bias, ctx.form = recipe.make, len(parts), bias is not None, form
         return y.unflatten(0, x.shape[:-1])
@@ -69,13 +68,15 @@ class _LowRankProduct(torch.autograd.Function):
         parts, inputs = tuple(rest[: ctx.num_parts]), rest[ctx.num_parts :]
         x = ctx.make(*inputs).reshape(-1, a.shape[1])
         flat = dy.reshape(-1, dy.shape[-1]).contiguous()
-        dxa = flat @ b
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = ctx.form.backward(flat, parts, a.shape[1]).addmm_(dxa, a).unflatten(0, dy.shape[:-1])
+            dx, dxa = ctx.form.low_rank_backward(flat, parts, a, b)
+            dx = dx.unflatten(0, dy.shape[:-1])
+        else:
+            dxa = flat @ b
         d_bias = flat.sum(0) if ctx.has_bias and ctx.needs_input_grad[1] else None
         # A plain weight that trains beside its adapter.
         d_parts: list[Tensor | None] = [None] * ctx.num_parts
         if ctx.form is DENSE and ctx.needs_input_grad[5]:
             d_parts[0] = flat.t() @ x
-        return dx, d_bias, dxa.t() @ x, flat.t() @ xa, None, *d_parts
+        return dx, d_bias, thin_product(dxa, x), thin_product(xa, flat).t(), None, *d_parts
