@@ -129,11 +129,14 @@ def piecewise_factors(
 ) -> Tensor:
     """Factors [I] that lose least where inputs (per tensor) and weights (per row) are rounded to int8.
 
-    Channels are cut into pieces by size; piece by piece, from the smallest channels up, SmoothQuant's factors with the
-    best exponent or one plain factor are chosen, with those of earlier pieces in place. Never worse than no factors.
+    Channels are cut into pieces by size. SmoothQuant's factors with the best exponent, or one plain factor, are chosen
+    for all of them, and then piece by piece, from the largest channels down, with what others have in place. (PaddleSlim
+    goes from the smallest up and starts with no factors: its outliers then hide what the first pieces are worth.) Never
+    worse than one exponent, or than no factors.
 
     Args:
         x_TI: a sample of inputs; some hundred tokens do.
+        most_I: the largest |x| of each channel, of all inputs.
         tie: what makes channels agree that can only have one factor.
 
     Raises:
@@ -148,7 +151,9 @@ def piecewise_factors(
 
     def loss(factor_I: Tensor) -> float:
         tied_I = factor_I if tie is None else tie(factor_I)
-        rounded_TO = _int8(x_TI / tied_I) @ _int8_rows(weight_OI * tied_I).T
+        # The scale that calibration would find, which a sample without its largest tokens would not.
+        largest = (most_I / tied_I).amax()
+        rounded_TO = _int8(x_TI / tied_I, largest) @ _int8_rows(weight_OI * tied_I).T
         return float((rounded_TO - target_TO).square().mean())
 
     candidates = [smooth_factors(most_I, [weight_OI], alpha) for alpha in _range(settings.alpha, settings.alpha_step)]
@@ -163,11 +168,11 @@ def piecewise_factors(
 
 
 def _search(piece_I: Tensor, candidates: Sequence[Tensor], loss: Callable[[Tensor], float]) -> tuple[Tensor, float]:
-    factor_I = torch.ones_like(candidates[0])
-    least = loss(factor_I)
-    for piece in range(int(piece_I.max()) + 1):
-        found = [torch.where(piece_I == piece, candidate_I, factor_I) for candidate_I in candidates]
-        losses = [loss(one) for one in found]
+    """The best candidate for all channels, and then for each piece on top of it."""
+    factor_I, least = torch.ones_like(candidates[0]), loss(torch.ones_like(candidates[0]))
+    for piece in (None, *reversed(range(int(piece_I.max()) + 1))):
+        found = [one_I if piece is None else torch.where(piece_I == piece, one_I, factor_I) for one_I in candidates]
+        losses = [loss(one_I) for one_I in found]
         number = min(range(len(losses)), key=losses.__getitem__)
         if losses[number] < least:
             factor_I, least = found[number], losses[number]
@@ -193,9 +198,9 @@ def _range(bounds: tuple[float, float], step: float) -> list[float]:
     return [bounds[0] + step * number for number in range(int((bounds[1] - bounds[0]) / step + 1e-6) + 1)]
 
 
-def _int8(x_TI: Tensor) -> Tensor:
-    scale = x_TI.abs().amax().clamp_min(1e-12) / _STEPS
-    return (x_TI / scale).round_().mul_(scale)
+def _int8(x_TI: Tensor, largest: Tensor) -> Tensor:
+    scale = largest.clamp_min(1e-12) / _STEPS
+    return (x_TI / scale).round_().clamp_(-_STEPS, _STEPS).mul_(scale)
 
 
 def _int8_rows(weight_OI: Tensor) -> Tensor:
