@@ -130,7 +130,7 @@ def piecewise_factors(
     """Factors [I] that lose least where inputs (per tensor) and weights (per row) are rounded to int8.
 
     Channels are cut into pieces by size. SmoothQuant's factors with the best exponent, or one plain factor, are chosen
-    for all of them, and then piece by piece, from the largest channels down, with what others have in place. (PaddleSlim
+    for all of them, then piece by piece, from the largest channels down, with what others have in place. (PaddleSlim
     goes from the smallest up and starts with no factors: its outliers then hide what the first pieces are worth.) Never
     worse than one exponent, or than no factors.
 
