@@ -66,7 +66,7 @@ def test_pact_learns_where_to_cut() -> None:
     x = torch.cat([randn(5000), torch.tensor([20.0])])
     pact = Pact()
     optimizer = torch.optim.SGD(pact.parameters(), lr=0.5)
-    first = float((pact(x) - x)[:-1].square().mean())
+    first = (pact(x) - x)[:-1].square().mean().item()
     for _ in range(200):
         optimizer.zero_grad()
         # The loss of the others, and a pull on the limit as PACT's regularization has.

@@ -32,8 +32,8 @@ class AWQ:
         with_weights: whether factors that take the weights' size into account are tried too (the authors'
             ``duo_scaling``).
         rows: of each weight, spread evenly, that are looked at; None: all. An error is a sum over rows, and for one
-            factor a channel some of them say the same as all: on SmolLM2-135M 128 chose what 512 did in three maps of four,
-            and lost 0.2 % more in the fourth.
+            factor a channel some of them say the same as all: on SmolLM2-135M 128 chose what 512 did in three maps of
+            four, and lost 0.2 % more in the fourth.
         clip_points: thresholds that are tried for each group.
         most_clipped: by which share of a group's largest weight at most.
     """
