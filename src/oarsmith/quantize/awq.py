@@ -32,14 +32,15 @@ class AWQ:
         with_weights: whether factors that take the weights' size into account are tried too (the authors'
             ``duo_scaling``).
         rows: of each weight, spread evenly, that are looked at; None: all. An error is a sum over rows, and for one
-            factor a channel some hundred of them say the same as all.
+            factor a channel some of them say the same as all: on SmolLM2-135M 128 chose what 512 did in three maps of
+            four, and lost 0.2 % more in the fourth.
         clip_points: thresholds that are tried for each group.
         most_clipped: by which share of a group's largest weight at most.
     """
 
     points: int = 20
     with_weights: bool = True
-    rows: int | None = 512
+    rows: int | None = 256
     clip_points: int = 20
     most_clipped: float = 0.5
 

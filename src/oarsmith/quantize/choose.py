@@ -195,6 +195,7 @@ def _preparation(config: QuantizeConfig) -> Preparation:
         alpha=config.smooth_alpha,
         piecewise=Piecewise(
             pieces=config.smooth_k_piece,
+            per_token=config.act_quant == "dynamic",
             search_pieces=config.smooth_search_piece,
             alpha=(config.search_alpha_min, config.search_alpha_max),
             scale=(config.search_scale_min, config.search_scale_max),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from oarsmith.errors import DataError
 from oarsmith.quantize.checks import check_finite, check_weight
+from oarsmith.quantize.products import products
 
 _SMALLEST = 1e-5
 _STEPS = 127
@@ -106,12 +107,14 @@ class Piecewise:
 
     Attributes:
         pieces: groups of channels.
+        per_token: inputs have a scale for each token; else one for all.
         search_pieces: try 1 to ``pieces`` groups, and keep the best.
         alpha: lowest and highest exponent, tried in steps of ``alpha_step``.
         scale: lowest and highest plain factor, tried in steps of ``scale_step``.
     """
 
     pieces: int = 3
+    per_token: bool = False
     search_pieces: bool = False
     alpha: tuple[float, float] = (0.2, 0.8)
     alpha_step: float = 0.05
@@ -127,13 +130,16 @@ def piecewise_factors(
     settings: Piecewise | None = None,
     tie: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Factors [I] that lose least where inputs (per tensor) and weights (per row) are rounded to int8.
+    """Factors [I] that lose least where inputs and weights (per row) are rounded to int8.
 
-    Channels are cut into pieces by size; piece by piece, from the smallest channels up, SmoothQuant's factors with the
-    best exponent or one plain factor are chosen, with those of earlier pieces in place. Never worse than no factors.
+    Channels are cut into pieces by size. SmoothQuant's factors with the best exponent, or one plain factor, are chosen
+    for all of them, then piece by piece, from the largest channels down, with what others have in place. (PaddleSlim
+    goes from the smallest up and starts with no factors: its outliers then hide what the first pieces are worth.) Never
+    worse than one exponent, or than no factors.
 
     Args:
         x_TI: a sample of inputs; some hundred tokens do.
+        most_I: the largest |x| of each channel, of all inputs.
         tie: what makes channels agree that can only have one factor.
 
     Raises:
@@ -148,7 +154,14 @@ def piecewise_factors(
 
     def loss(factor_I: Tensor) -> float:
         tied_I = factor_I if tie is None else tie(factor_I)
-        rounded_TO = _int8(x_TI / tied_I) @ _int8_rows(weight_OI * tied_I).T
+        own_TI = x_TI / tied_I
+        # Of a static scheme the scale that calibration would find, which a sample without its largest tokens would not.
+        largest = own_TI.abs().amax(1, keepdim=True) if settings.per_token else (most_I / tied_I).amax()
+        x_steps, weight_steps = _steps_of(largest), _steps_of((weight_OI * tied_I).abs().amax(1))
+        numbers_TI = (own_TI / x_steps).round_().clamp_(-_STEPS, _STEPS)
+        numbers_OI = (weight_OI * tied_I).div_(weight_steps[:, None]).round_()
+        with products(exact=False):
+            rounded_TO = (numbers_TI @ numbers_OI.T).mul_(x_steps).mul_(weight_steps)
         return float((rounded_TO - target_TO).square().mean())
 
     candidates = [smooth_factors(most_I, [weight_OI], alpha) for alpha in _range(settings.alpha, settings.alpha_step)]
@@ -163,11 +176,11 @@ def piecewise_factors(
 
 
 def _search(piece_I: Tensor, candidates: Sequence[Tensor], loss: Callable[[Tensor], float]) -> tuple[Tensor, float]:
-    factor_I = torch.ones_like(candidates[0])
-    least = loss(factor_I)
-    for piece in range(int(piece_I.max()) + 1):
-        found = [torch.where(piece_I == piece, candidate_I, factor_I) for candidate_I in candidates]
-        losses = [loss(one) for one in found]
+    """The best candidate for all channels, and then for each piece on top of it."""
+    factor_I, least = torch.ones_like(candidates[0]), loss(torch.ones_like(candidates[0]))
+    for piece in (None, *reversed(range(int(piece_I.max()) + 1))):
+        found = [one_I if piece is None else torch.where(piece_I == piece, one_I, factor_I) for one_I in candidates]
+        losses = [loss(one_I) for one_I in found]
         number = min(range(len(losses)), key=losses.__getitem__)
         if losses[number] < least:
             factor_I, least = found[number], losses[number]
@@ -193,11 +206,6 @@ def _range(bounds: tuple[float, float], step: float) -> list[float]:
     return [bounds[0] + step * number for number in range(int((bounds[1] - bounds[0]) / step + 1e-6) + 1)]
 
 
-def _int8(x_TI: Tensor) -> Tensor:
-    scale = x_TI.abs().amax().clamp_min(1e-12) / _STEPS
-    return (x_TI / scale).round_().mul_(scale)
-
-
-def _int8_rows(weight_OI: Tensor) -> Tensor:
-    scale_O1 = weight_OI.abs().amax(1, keepdim=True).clamp_min(1e-12) / _STEPS
-    return (weight_OI / scale_O1).round_().mul_(scale_O1)
+def _steps_of(largest: Tensor) -> Tensor:
+    """Scales that put these on the largest number."""
+    return largest.clamp_min(1e-12) / _STEPS

@@ -20,6 +20,7 @@ from oarsmith.models.decoder import Decoder
 from oarsmith.models.layout import Layout
 from oarsmith.models.position import PositionTables, position_tables
 from oarsmith.models.spec import DecoderSpec
+from oarsmith.quantize.products import products
 
 Tap = Callable[[Tensor, Sequence[int]], Tensor | None]
 """Told what goes into a map: rows [T, I] and, of stacked maps, how many of them go through each. What it returns, if
@@ -122,7 +123,7 @@ def run_block(
     assert not (enough and into is not None)
     for number, batch in enumerate(batches):
         layout = batch.layout if keys is None else replace(batch.layout, front=keys)
-        with _products(exact=exact), _tapped(block, taps or {}, enough=enough):
+        with products(exact=exact), _tapped(block, taps or {}, enough=enough):
             try:
                 output_TD = block(stream.states[number], layout, batch.tables, None)
             except _EnoughError:
@@ -156,14 +157,3 @@ def _tapped(block: nn.Module, taps: Mapping[str, Tap], *, enough: bool) -> Itera
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _products(*, exact: bool) -> Iterator[None]:
-    """Calibration is an average over thousands of tokens: from bf16 factors it is as good, and 4 times as fast."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest" if exact else "medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
