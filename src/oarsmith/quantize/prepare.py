@@ -35,7 +35,7 @@ from oarsmith.quantize.smooth import Extremes, Piecewise, piecewise_factors, smo
 from oarsmith.quantize.walk import Batch, Stream, Tap, run_block
 
 # Tokens on which the piecewise search computes outputs.
-_SAMPLE = 512
+_SAMPLE = 256
 
 
 @dataclass(frozen=True, kw_only=True)

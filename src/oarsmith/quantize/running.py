@@ -52,12 +52,15 @@ class Running:
         return any(path in self._observers or (path == _OUT and self._cache is not None) for path in paths)
 
     def watching(self, path: str, also: Tap) -> Tap:
-        """Looks at the inputs of a map, for itself and for another."""
-        observer = self._observers.get(path)
+        """Looks at the inputs of a map, for itself and for another, which gets them rounded where no scale must be
+        found first: weights are then chosen for what they will meet."""
+        observer, how = self._observers.get(path), self._how.get(path)
 
         def told(x_TI: Tensor, counts: Sequence[int]) -> Tensor | None:
             if observer is not None:
                 observer.add(x_TI)
+            elif how is not None:
+                x_TI = round_activations(x_TI, how)
             return also(x_TI, counts)
 
         return told

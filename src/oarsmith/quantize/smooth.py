@@ -22,6 +22,7 @@ from oarsmith.quantize.products import products
 
 _SMALLEST = 1e-5
 _STEPS = 127
+_ROWS = 384
 _EMA = 0.98
 
 
@@ -147,9 +148,12 @@ def piecewise_factors(
     """
     settings = Piecewise() if settings is None else settings
     check_finite(x_TI, "a sample of inputs")
-    weight_OI = torch.cat([weight.float() for weight in weights])
-    check_weight(weight_OI)
-    x_TI, most_I = x_TI.float(), most_I.float()
+    most_I = most_I.float()
+    candidates = [smooth_factors(most_I, weights, alpha) for alpha in _range(settings.alpha, settings.alpha_step)]
+    candidates += [torch.full_like(most_I, scale) for scale in _range(settings.scale, settings.scale_step)]
+    # Outputs are a sum over rows, of which some hundred say the same as all.
+    weight_OI = torch.cat([weight[:: max(1, len(weight) // _ROWS)].float() for weight in weights])
+    x_TI = x_TI.float()
     target_TO = x_TI @ weight_OI.T
 
     def loss(factor_I: Tensor) -> float:
@@ -164,8 +168,6 @@ def piecewise_factors(
             rounded_TO = (numbers_TI @ numbers_OI.T).mul_(x_steps).mul_(weight_steps)
         return float((rounded_TO - target_TO).square().mean())
 
-    candidates = [smooth_factors(most_I, [weight_OI], alpha) for alpha in _range(settings.alpha, settings.alpha_step)]
-    candidates += [torch.full_like(most_I, scale) for scale in _range(settings.scale, settings.scale_step)]
     best_I = torch.ones_like(most_I)
     least = loss(best_I)
     for pieces in range(1, settings.pieces + 1) if settings.search_pieces else [settings.pieces]:
