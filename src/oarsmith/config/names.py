@@ -109,6 +109,9 @@ ALIASES: dict[str, str] = {
     "allowed_origins": "cors_origins",
     "max_num_seqs": "batch_size",
     "cachekv_int8_type": "cache_dtype",
+    "ptq_step": "calibration_samples",
+    "calibration_dataset": "calibration",
+    "ignore": "skip_list_names",
     "draft_model": "speculative",
     "draft_model_name_or_path": "speculative",
     "assistant_model": "speculative",
@@ -123,7 +126,11 @@ ALIASES: dict[str, str] = {
 
 # Names that mean our key only in jobs without a key of that very name: PaddleNLP's predictor calls the longest
 # answer max_length, which in training is the longest row.
-ALIASES_WHERE_FREE: dict[str, str] = {"max_length": "max_new_tokens", "adapter": "adapters"}
+ALIASES_WHERE_FREE: dict[str, str] = {
+    "max_length": "max_new_tokens",
+    "adapter": "adapters",
+    "quant_type": "scheme",
+}
 
 # (key, other name of a value) -> our value. Only exact renames; what is another thing stays an error.
 VALUE_NAMES: dict[tuple[str, str], str] = {
@@ -165,6 +172,15 @@ VALUE_NAMES: dict[tuple[str, str], str] = {
     ("weights", "a16w8"): "int8",
     ("weights", "a16w4"): "int4",
     ("weights", ""): "none",
+    ("scheme", "a8w8"): "w8a8",
+    ("scheme", "a8w8c8"): "w8a8c8",
+    ("scheme", "a8w8_fp8"): "fp8",
+    ("scheme", "weight_only_int8"): "w8a16",
+    ("scheme", "weight_only_int4"): "w4a16",
+    ("scheme", "wint8"): "w8a16",
+    ("scheme", "wint4"): "w4a16",
+    ("smooth", "true"): "smoothquant",
+    ("smooth", "false"): "none",
     ("cache_dtype", "dynamic"): "int8",
     ("cache_dtype", "none"): "auto",
     ("cache_dtype", ""): "auto",

@@ -104,6 +104,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "model_prefix": "a name inside Paddle's static graph files",
     "normalizer_type": "only with normalize_score_during_training; see regularization for scores around 0",
     "momentum": "only with normalize_score_during_training; see regularization for scores around 0",
+    "do_ptq": "quantizing always does; see the key algorithm",
     "wandb_api_key": "Weights & Biases reads its key from the environment or 'wandb login'; see report_to",
 }
 

@@ -59,12 +59,12 @@ class AlgorithmKeys(JobConfig):
         "auto",
         description="How weights are rounded. rtn: to the nearest. gptq: what a column loses is made up by those after "
         "it. gptaq: also for what earlier layers lost. awq: channels that matter are scaled up first. hqq: zeros "
-        "fitted without data. autoround: learned up or down. auto: gptaq below 8 bits, rtn for 8.",
+        "fitted without data. autoround: learned up or down. auto: gptaq below 8 bits and for fp8, rtn for int8.",
     )
     scale_search: Literal["auto", "range", "mse", "weighted"] = Field(
         "auto",
         description="Scales of groups: from their range, or searched for the least error, plain (mse) or weighted by "
-        "the inputs. auto: weighted where weights have less than 8 bits and there is calibration, else range.",
+        "the inputs. auto: weighted where there is calibration and weights are not int8, else range.",
     )
     rotate: Bool = Field(
         False,
@@ -76,8 +76,10 @@ class AlgorithmKeys(JobConfig):
         description="Move outliers from activations into weights: SmoothQuant's factors, or factors searched piece by "
         "piece for the least error (PaddleNLP). auto: piecewise for int8 activations where there is calibration.",
     )
-    smooth_all_linears: Bool = Field(
-        False, description="Smooth also behind attention and the activation; else only what reads a norm."
+    smooth_all_linears: Bool | None = Field(
+        None,
+        description="Smooth also behind attention and the activation, not only what reads a norm. Not given: true for "
+        "piecewise.",
     )
     smooth_alpha: Float = Field(0.5, ge=0, le=1, description="SmoothQuant: how much is moved.")
     smooth_k_piece: Int = Field(3, ge=1, description="piecewise: pieces, of channels with like activations.")
@@ -155,7 +157,7 @@ class QuantizeConfig(ModelKeys, SchemeKeys, AlgorithmKeys, CalibrationKeys, Proo
 
     @property
     def chosen_algorithm(self) -> str:
-        """The algorithm, also where it is auto: 8 bits lose too little for more than rounding."""
+        """The algorithm, also where it is auto: 256 steps lose too little for more than rounding, E4M3 does not."""
         if self.algorithm != "auto":
             return self.algorithm
-        return "rtn" if self.scheme[:2] in ("w8", "fp") or self.calibration is None else "gptaq"
+        return "rtn" if self.scheme.startswith("w8") or self.calibration is None else "gptaq"

@@ -38,6 +38,10 @@ _RSLORA_PLUS: dict[str, object] = {"rslora": True, "lora_plus_scale": 4.0, "lora
 # PEFT's words for how the matrices start -> the switch that says the same.
 _STARTS = {"pissa": "pissa", "olora": "olora", "lora_ga": "loraga"}
 
+# PaddleNLP's quantization: what its switches choose. ``do_ptq`` names its plain way, which do_gptq and do_awq change.
+_ALGORITHMS: dict[str, dict[bool, object]] = {"do_gptq": {True: "gptq"}, "do_awq": {True: "awq"}}
+_PIECEWISE: dict[str, object] = {"smooth": "piecewise"}
+
 # Among the switches, those with a word of their own.
 WITH_WORD = frozenset({"init_lora_weights"})
 
@@ -54,8 +58,10 @@ SWITCHES = frozenset(
         "rslora_plus",
         "use_cpu",
         "use_long_sequence_strategies",
+        "smooth_piecewise_search",
         *_ADAPTERS,
         *_LOAD_IN,
+        *_ALGORITHMS,
     }
 )
 
@@ -83,6 +89,9 @@ def resolve_switches(given: dict[str, Entry], keys: Collection[str]) -> dict[str
         _resolve(result, "adapter_type", {switch: {True: name} for switch, name in _ADAPTERS.items()})
     if "weight_quantize_algo" in keys:
         _resolve(result, "weight_quantize_algo", _LOAD_IN)
+    if "scheme" in keys:
+        _take_piecewise(result)
+        _resolve(result, "algorithm", _ALGORITHMS)
     if "device" in keys:
         _resolve(result, "device", {"no_cuda": {True: "cpu"}, "use_cpu": {True: "cpu"}})
     return result
@@ -114,6 +123,14 @@ def _resolve(given: dict[str, Entry], key: str, meaning: dict[str, dict[bool, ob
         names = " and ".join(f"'{entry.name}'" for entry in deciding)
         raise ConfigError(f"{names} contradict each other", where=deciding[0].where, fix=f"give only {key}")
     given[key] = deciding[0]
+
+
+def _take_piecewise(given: dict[str, Entry]) -> None:
+    """``smooth_piecewise_search`` says how, where ``smooth`` says that (PaddleNLP's files have both)."""
+    own, how = given.get("smooth"), given.get("smooth_piecewise_search")
+    if own is not None and how is not None and str(own.value).lower() in TRUE_WORDS:
+        del given["smooth"]
+    _spread(given, "smooth_piecewise_search", _PIECEWISE)
 
 
 def _spread(given: dict[str, Entry], switch: str, values: Mapping[str, object]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -91,26 +91,30 @@ def quantize(config: QuantizeConfig, source: Path, output: Path, tokenizer: Toke
                 where="calibration",
                 fix="give a text that is like what it will read: --calibration FILE",
             )
-        begin = time.perf_counter()
         if config.budget is None:
             made = _make(config, source, output, tokenizer, console, plan, (calibration, windows))
         else:
             made = _within(config, source, output, tokenizer, console, plan, (calibration, windows))
-        pieces, comparison = made
     return Report(
         scheme=config.scheme,
         algorithm=config.chosen_algorithm,
         layout=plan.layout_name,
-        pieces=tuple(pieces),
-        comparison=comparison,
+        pieces=tuple(made.pieces),
+        comparison=made.comparison,
         file_bytes=_weights(output),
         original_bytes=_weights(source),
-        seconds=time.perf_counter() - begin,
+        seconds=made.seconds,
         peak_mb=peak_memory_mb(),
     )
 
 
-Made = tuple[list[PieceReport], Comparison | None]
+@dataclass(frozen=True)
+class Made:
+    """A model that was written. ``seconds``: without the comparison, and of a search without what was thrown away."""
+
+    pieces: list[PieceReport]
+    comparison: Comparison | None
+    seconds: float
 
 
 def _make(
@@ -131,13 +135,15 @@ def _make(
             found.append(prove(source, directory, windows, console))
             _require(found[0], config, console)
 
+    begin = time.perf_counter()
     with open_output(plan, output, check) as writer:
         pieces = write_parts(plan, writer, calibration, console)
+        seconds = time.perf_counter() - begin
         tokenizer.save(writer.folder)
         if (source / GENERATION_CONFIG).is_file():
             text = (source / GENERATION_CONFIG).read_text(encoding="utf-8")
             atomic_write_text(writer.folder / GENERATION_CONFIG, text)
-    return pieces, found[0] if found else None
+    return Made(pieces, found[0] if found else None, seconds)
 
 
 def _within(
@@ -154,7 +160,7 @@ def _within(
     target = float(config.budget.removeprefix("kl="))
     bits = BITS if plan.layout_name.startswith("gptq") else tuple(count for count in BITS if count != 3)
     num_layers = len(plan.subject.spec.layers)
-    with RowProgress(console, 0, num_layers, "measuring layers") as progress:
+    with RowProgress(console, 0, num_layers, "measuring", unit="layers") as progress:
         costs = measure_costs(
             plan.subject, plan.contents.scheme, texts[0], bits, lambda done: progress.add(sum(map(len, texts[0])))
         )
@@ -185,7 +191,7 @@ class OverBudgetError(ModelError):
 
 def prove(source: Path, directory: Path, windows: Sequence[Sequence[int]], console: Console) -> Comparison:
     """The written model beside its original, both read from their files."""
-    with RowProgress(console, 0, 2, "comparing") as progress:
+    with RowProgress(console, 0, 2, "comparing", unit="models") as progress:
         num_tokens = sum(map(len, windows))
         original = Walked(source, windows)
         progress.add(num_tokens)

@@ -111,7 +111,7 @@ def write_parts(plan: Plan, writer: LayoutWriter, calibration: Documents, consol
     """Quantize and write a model part by part."""
     reports: list[PieceReport] = []
     num_tokens = sum(map(len, calibration))
-    with RowProgress(console, 0, len(plan.subject.spec.layers), "layers") as progress:
+    with RowProgress(console, 0, len(plan.subject.spec.layers), "quantizing", unit="layers") as progress:
         for part in quantize_parts(plan.subject, plan.recipe, calibration):
             write_part(plan, writer, part)
             for results in part.pieces.values():

@@ -18,13 +18,21 @@ class RowProgress:
 
     Args:
         what: is done with them.
+        unit: what they are called.
         quiet: no bar in any case.
     """
 
     def __init__(
-        self, console: Console, first: int, total: int, what: str = "answering", *, quiet: bool = False
+        self,
+        console: Console,
+        first: int,
+        total: int,
+        what: str = "answering",
+        *,
+        unit: str = "rows",
+        quiet: bool = False,
     ) -> None:
-        self._console = console
+        self._console, self._unit = console, unit
         self._first, self._done, self._total = first, first, total
         self._num_tokens = 0
         self._begin = self._said = time.perf_counter()
@@ -54,7 +62,7 @@ class RowProgress:
             self._said = now
             left = (now - self._begin) / (self._done - self._first) * (self._total - self._done)
             self._console.print(
-                f"{self._done:,} of {self._total:,} rows, {self._speed(now):,.1f} tokens/s, "
+                f"{self._done:,} of {self._total:,} {self._unit}, {self._speed(now):,.1f} tokens/s, "
                 f"about {show_duration(left)} left",
                 soft_wrap=True,
             )

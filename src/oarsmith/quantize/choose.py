@@ -161,8 +161,8 @@ def _rounding(config: QuantizeConfig) -> Rounding:
     method = _METHODS[algorithm]
     kind = config.scale_search
     if kind == "auto":
-        few = SCHEMES[config.scheme][0] < 8
-        kind = "range" if not few else "weighted" if config.calibration is not None else "range"
+        whole = SCHEMES[config.scheme][:2] == (8, "int")
+        kind = "range" if whole or config.calibration is None else "weighted"
     search = None if kind == "range" else Search()
     own = GPTQ(
         damping=config.damp_percent,
@@ -190,7 +190,7 @@ def _preparation(config: QuantizeConfig) -> Preparation:
         factors = config.smooth
     return Preparation(
         factors=factors,
-        everywhere=config.smooth_all_linears or factors == "awq",
+        everywhere=factors in ("awq", "piecewise") if config.smooth_all_linears is None else config.smooth_all_linears,
         shift=config.shift,
         alpha=config.smooth_alpha,
         piecewise=Piecewise(
