@@ -130,6 +130,7 @@ ALIASES_WHERE_FREE: dict[str, str] = {
     "max_length": "max_new_tokens",
     "adapter": "adapters",
     "quant_type": "scheme",
+    "overwrite_output_dir": "overwrite",
 }
 
 # (key, other name of a value) -> our value. Only exact renames; what is another thing stays an error.

@@ -30,7 +30,7 @@ class SchemeKeys(JobConfig):
     symmetric: Bool | None = Field(
         None,
         description="Integers without zeros. Not given: true for 8 bits; below that false, which keeps more of a small "
-        "model (and is what --layout gptq, awq and compressed-tensors all hold).",
+        "model.",
     )
     skip_list_names: Words = Field(
         (), description="Maps that stay as they are: parts of their names in the files, separated by commas."
@@ -153,7 +153,7 @@ class QuantizeConfig(ModelKeys, SchemeKeys, AlgorithmKeys, CalibrationKeys, Proo
         "DeepSeek's. gguf: llama.cpp. paddle: PaddleNLP's, with weight_scales.json. auto: compressed-tensors; gptq for "
         "3 bits; gguf where output_dir ends in .gguf.",
     )
-    overwrite_output_dir: Bool = Field(False, description="Replace output_dir if it exists.")
+    overwrite: Bool = Field(False, description="Replace output_dir if it exists.")
 
     @property
     def chosen_algorithm(self) -> str:

@@ -128,7 +128,8 @@ def _resolve(given: dict[str, Entry], key: str, meaning: dict[str, dict[bool, ob
 def _take_piecewise(given: dict[str, Entry]) -> None:
     """``smooth_piecewise_search`` says how, where ``smooth`` says that (PaddleNLP's files have both)."""
     own, how = given.get("smooth"), given.get("smooth_piecewise_search")
-    if own is not None and how is not None and str(own.value).lower() in TRUE_WORDS:
+    # A plain true has become the name of the plain way by now.
+    if own is not None and how is not None and own.value == "smoothquant" and _as_bool(how):
         del given["smooth"]
     _spread(given, "smooth_piecewise_search", _PIECEWISE)
 
@@ -158,6 +159,8 @@ def _same_as(value: object) -> frozenset[str]:
     """How a file can spell a value."""
     if value is True:
         return TRUE_WORDS
+    if isinstance(value, str):
+        return frozenset({value})
     assert isinstance(value, float), value
     return frozenset({f"{value:g}", str(value)})
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
-from oarsmith.atomic import atomic_write_bytes, atomic_write_text
+from oarsmith.atomic import atomic_write_bytes, atomic_write_text, temporary_directory
 from oarsmith.checkpoint.hf import GENERATION_CONFIG
 from oarsmith.config.quantize import QuantizeConfig
 from oarsmith.config.resolved import Resolved
@@ -47,9 +47,9 @@ def run(resolved: Resolved[QuantizeConfig]) -> int:
         raise CheckpointError("this is an adapter on a base model", where=config.model_name_or_path, fix=fix)
     gguf = layout_name(config) == GGUF
     if gguf:
-        _check_file(output, overwrite=config.overwrite_output_dir)
+        _check_file(output, overwrite=config.overwrite)
     else:
-        check_destination(output, config.overwrite_output_dir, inputs=[where.base])
+        check_destination(output, config.overwrite, inputs=[where.base])
     tokenizer = make_tokenizer(config)
     with runtime(config):
         report = quantize(config, where.base, output, tokenizer, console)
@@ -70,7 +70,7 @@ def _check_file(output: Path, *, overwrite: bool) -> None:
     if output.suffix != ".gguf":
         raise CheckpointError("a GGUF model is a file", where=str(output), fix="give it a name that ends in .gguf")
     if output.is_dir() or (output.exists() and not overwrite):
-        fix = "choose another, or add --overwrite_output_dir"
+        fix = "choose another, or add --overwrite"
         raise CheckpointError("the destination exists", where=str(output), fix=fix)
 
 
@@ -81,9 +81,11 @@ def quantize(config: QuantizeConfig, source: Path, output: Path, tokenizer: Toke
         OarsmithError: a part of the model that scheme or layout have no place for, text that cannot be read, a model
             that differs more than ``kl_budget`` or ``budget``.
     """
-    with TemporaryDirectory(dir=output.absolute().parent, prefix=".tmp-calibration-") as folder:
-        on_disk = Path(folder) if config.calibration_on_disk else None
-        plan = make_plan(config, source, on_disk)
+    with ExitStack() as stack:
+        folder = None
+        if config.calibration_on_disk:
+            folder = stack.enter_context(temporary_directory(output.with_name(f"{output.name}-calibration")))
+        plan = make_plan(config, source, folder)
         calibration, windows = read_texts(config, tokenizer, plan.subject.spec.max_positions)
         if (plan.recipe.calibrates or config.budget is not None) and not calibration:
             raise ConfigError(

@@ -84,8 +84,6 @@ class RowProgress:
         self._bar.stop()
         now = time.perf_counter()
         if self._done > self._first:
-            self._console.print(
-                f"{self._num_tokens:,} tokens in {show_duration(now - self._begin)} ({self._speed(now):,.1f} tokens/s)",
-                style="dim",
-                soft_wrap=True,
-            )
+            done = f"{self._num_tokens:,} tokens" if self._num_tokens else f"{self._done:,} {self._unit}"
+            speed = f" ({self._speed(now):,.1f} tokens/s)" if self._num_tokens else ""
+            self._console.print(f"{done} in {show_duration(now - self._begin)}{speed}", style="dim", soft_wrap=True)

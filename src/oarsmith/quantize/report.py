@@ -81,6 +81,12 @@ class Report:
                 f"on {own.num_tokens:,} held-out tokens: KL {own.kl:.4f} nats, perplexity {own.perplexity:.3f} "
                 f"(original {own.original:.3f}), same likeliest token {own.top1:.1%}"
             )
+        else:
+            found.append("note: not compared with the original; give a text for that: --proof_text FILE")
+        if self.algorithm == "rtn" and any(piece.bits < 8 for piece in self.pieces):
+            found.append(
+                "note: rounded to nearest; a calibration text (--calibration FILE) keeps much more of the model"
+            )
         found.append(
             f"size {self.file_bytes / 1e6:,.1f} MB of {self.original_bytes / 1e6:,.1f} "
             f"({self.file_bytes / max(1, self.original_bytes):.0%}); {self.seconds:,.1f} s, {self.peak_mb:,.0f} MiB"
