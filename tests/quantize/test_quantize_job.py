@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import oarsmith
 from oarsmith import cli
 from oarsmith.checkpoint.config_file import read_config
+from oarsmith.kernels.coded import NF4
+from oarsmith.kernels.encode import encode_blocks
 from tiny import write_tiny_model
 
 TEXT = "The boat is old, but it still floats, and the river at dawn is quiet. Five small fish swim under it. "
@@ -61,7 +64,7 @@ def test_every_scheme_writes_a_model_that_loads(tmp_path: Path, scheme: str) -> 
 
 ALGORITHMS = {
     "rtn": (),
-    "gptq": ("--act_order", "false"),
+    "gptq": ("--act_order", "false", "--static_groups", "false"),
     "awq": ("--auto_clip", "true"),
     "hqq": (),
     "autoround": ("--autoround_steps", "3"),
@@ -76,6 +79,15 @@ def test_every_algorithm_in_every_layout_of_4_bits(tmp_path: Path, algorithm: st
     words = ["--algorithm", algorithm, "--layout", layout, "--group_size", "16", *ALGORITHMS[algorithm]]
     assert quantize(model, out, *words, "--calibration", str(text(tmp_path))) == 0
     assert report_of(out)["kl"] < 0.3
+
+
+@pytest.mark.parametrize("scheme", ["w3a16", "w2a16"])
+def test_few_bits(tmp_path: Path, scheme: str) -> None:
+    model, out = write_tiny_model(tmp_path / "model", num_key_value_heads=4, intermediate_size=64), tmp_path / "out"
+    words = ["--scheme", scheme, "--group_size", "16", "--static_groups", "false", "--calibration", str(text(tmp_path))]
+    assert quantize(model, out, *words) == 0
+    assert report_of(out)["layout"] == {"w3a16": "gptq_v2", "w2a16": "compressed-tensors"}[scheme]
+    assert report_of(out)["kl"] < 3
 
 
 def test_bits_within_a_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,6 +106,18 @@ def test_over_budget_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFi
     assert "nothing was written" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
     assert quantize(model, out, *words, "--on_over_budget", "warn") == 0
+
+
+def test_nf4_is_qloras(tmp_path: Path) -> None:
+    model, out = write_tiny_model(tmp_path / "model"), tmp_path / "out"
+    assert quantize(model, out, "--scheme", "nf4", "--group_size", "16", "--proof_text", str(text(tmp_path))) == 0
+    assert report_of(out)["layout"] == "bitsandbytes"
+    weight = oarsmith.load_model(model, dtype="fp32").layers[0].ffn.down.weight
+    codes, absmax_OG = encode_blocks(weight.detach(), NF4, 16)
+    with safe_open(out / "model.safetensors", "pt") as file:
+        name = "model.layers.0.mlp.down_proj.weight"
+        assert torch.equal(file.get_tensor(name), codes.view(-1, 1))
+        assert torch.equal(file.get_tensor(f"{name}.absmax"), absmax_OG.flatten())
 
 
 def test_static_scales_in_paddles_layout(tmp_path: Path) -> None:

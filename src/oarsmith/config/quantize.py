@@ -9,7 +9,7 @@ from pydantic import Field
 from .base import Bool, Float, Int, JobConfig, Patterns, Words
 from .groups import ModelKeys, RuntimeKeys
 
-SchemeName = Literal["w8a16", "w4a16", "w3a16", "w2a16", "w8a8", "w8a8c8", "w4a8", "fp8", "fp8c8", "fp8_block"]
+SchemeName = Literal["w8a16", "w4a16", "w3a16", "w2a16", "w8a8", "w8a8c8", "w4a8", "fp8", "fp8c8", "fp8_block", "nf4"]
 
 
 class SchemeKeys(JobConfig):
@@ -19,7 +19,7 @@ class SchemeKeys(JobConfig):
         "w4a16",
         description="Bits of weights (w), activations (a) and cache (c); 16 is as they are. w4a16: weights in 4 bits, "
         "for memory and speed. w8a8: both in int8. c8: keys and values in 8 bits with scales from calibration. fp8: "
-        "weights and activations in E4M3; fp8_block: in blocks of 128 x 128, as DeepSeek-V3.",
+        "weights and activations in E4M3; fp8_block: in blocks of 128 x 128, as DeepSeek-V3. nf4: QLoRA's 4 bits.",
     )
     group_size: Int | None = Field(
         None,
@@ -94,6 +94,11 @@ class AlgorithmKeys(JobConfig):
     )
     auto_clip: Bool = Field(False, description="awq: also search how far each group is clipped.")
     act_order: Bool = Field(True, description="gptq: columns with large inputs first.")
+    static_groups: Bool = Field(
+        True,
+        description="gptq: scales found on the weights as they were. false: at a group's turn, on what it is by then; "
+        "with act_order columns then go group by group.",
+    )
     damp_percent: Float = Field(0.01, gt=0, lt=1, description="gptq: share of the mean added to the diagonal.")
     gptaq_alpha: Float = Field(0.25, ge=0, le=1, description="gptaq: weight of what earlier layers lost.")
     autoround_steps: Int = Field(200, ge=1, description="autoround: steps for each layer.")
@@ -133,7 +138,7 @@ class ProofKeys(JobConfig):
     )
     budget: str | None = Field(
         None,
-        pattern=r"^kl=[0-9.eE+-]+$",
+        pattern=r"^kl=\d*\.?\d+([eE][+-]?\d+)?$",
         description="kl=X: search the bits of each layer (2, 3, 4, 8) so that the model is as small as KL divergence X "
         "allows.",
     )
@@ -147,11 +152,14 @@ class QuantizeConfig(ModelKeys, SchemeKeys, AlgorithmKeys, CalibrationKeys, Proo
     positional: ClassVar[tuple[str, ...]] = ("model_name_or_path", "output_dir")
 
     output_dir: str = Field(description="Where the quantized model goes: a Hugging Face directory, or a .gguf file.")
-    layout: Literal["auto", "compressed-tensors", "gptq", "awq", "fp8", "gguf", "paddle"] = Field(
-        "auto",
-        description="What the files look like. compressed-tensors: vLLM, transformers. gptq, awq: theirs. fp8: "
-        "DeepSeek's. gguf: llama.cpp. paddle: PaddleNLP's, with weight_scales.json. auto: compressed-tensors; gptq for "
-        "3 bits; gguf where output_dir ends in .gguf.",
+    layout: Literal["auto", "compressed-tensors", "gptq", "gptq_v2", "awq", "fp8", "gguf", "paddle", "bitsandbytes"] = (
+        Field(
+            "auto",
+            description="What the files look like. compressed-tensors: vLLM, transformers. gptq, awq: theirs; "
+            "gptq_v2 stores zeros as they are, which only newer readers know. fp8: "
+            "DeepSeek's. gguf: llama.cpp. paddle: PaddleNLP's, with weight_scales.json. auto: compressed-tensors; "
+            "gptq_v2 for 3 bits; bitsandbytes for nf4; gguf where output_dir ends in .gguf.",
+        )
     )
     overwrite: Bool = Field(False, description="Replace output_dir if it exists.")
 
@@ -160,4 +168,5 @@ class QuantizeConfig(ModelKeys, SchemeKeys, AlgorithmKeys, CalibrationKeys, Proo
         """The algorithm, also where it is auto: 256 steps lose too little for more than rounding, E4M3 does not."""
         if self.algorithm != "auto":
             return self.algorithm
-        return "rtn" if self.scheme.startswith("w8") or self.calibration is None else "gptaq"
+        nearest = self.scheme.startswith(("w8", "nf4")) or self.calibration is None
+        return "rtn" if nearest else "gptaq"

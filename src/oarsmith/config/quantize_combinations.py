@@ -15,6 +15,7 @@ _WEIGHT_ONLY = frozenset({"w8a16", "w4a16", "w3a16", "w2a16"})
 _USED: dict[str, tuple[Callable[[QuantizeConfig], bool], str]] = {
     "damp_percent": (lambda c: c.chosen_algorithm in ("gptq", "gptaq"), "algorithm gptq or gptaq"),
     "act_order": (lambda c: c.chosen_algorithm in ("gptq", "gptaq"), "algorithm gptq or gptaq"),
+    "static_groups": (lambda c: c.chosen_algorithm in ("gptq", "gptaq"), "algorithm gptq or gptaq"),
     "gptaq_alpha": (lambda c: c.chosen_algorithm == "gptaq", "algorithm gptaq"),
     "autoround_steps": (lambda c: c.chosen_algorithm == "autoround", "algorithm autoround"),
     "auto_clip": (lambda c: c.chosen_algorithm in ("awq", "rtn"), "algorithm awq or rtn"),
@@ -54,6 +55,20 @@ QUANTIZE: tuple[Impossible[Any], ...] = (
     ),
     Impossible(
         QuantizeConfig,
+        lambda c: (
+            c.scheme == "nf4" and (c.chosen_algorithm not in ("rtn", "awq") or c.auto_clip or c.budget is not None)
+        ),
+        "nf4 has a table of numbers and a scale for each block, to which weights are rounded as they are",
+        "choose algorithm rtn or awq, without auto_clip and budget",
+    ),
+    Impossible(
+        QuantizeConfig,
+        lambda c: c.scheme == "nf4" and (c.scale_search not in ("auto", "range") or c.symmetric is False),
+        "nf4's scales are the largest magnitudes of its blocks",
+        "leave scale_search and symmetric out",
+    ),
+    Impossible(
+        QuantizeConfig,
         lambda c: c.algorithm == "autoround" and c.scheme.startswith("fp"),
         "autoround learns whole numbers, and {scheme} has none",
         "choose another algorithm",
@@ -69,6 +84,14 @@ QUANTIZE: tuple[Impossible[Any], ...] = (
         lambda c: c.budget is not None and (c.kl_budget is not None or c.scheme.startswith("fp")),
         "budget chooses the bits of integers and is a limit of its own",
         "leave out kl_budget, and choose a scheme of integers",
+    ),
+    Impossible(
+        QuantizeConfig,
+        lambda c: (
+            c.budget is not None and (c.layout in ("gguf", "awq", "fp8", "paddle") or c.output_dir.endswith(".gguf"))
+        ),
+        "this layout has a place for one number of bits only, and budget chooses several",
+        "use compressed-tensors or gptq_v2",
     ),
     Impossible(
         QuantizeConfig,

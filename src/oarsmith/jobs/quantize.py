@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -209,6 +210,9 @@ def prove(source: Path, directory: Path, windows: Sequence[Sequence[int]], conso
 
 
 def _require(found: Comparison, config: QuantizeConfig, console: Console) -> None:
+    if not math.isfinite(found.kl):
+        fix = "check that the original gives numbers (oarsmith eval), or use more bits"
+        raise ModelError("the quantized model gives no numbers; nothing was written", where="proof_text", fix=fix)
     if config.kl_budget is None or found.kl <= config.kl_budget:
         return
     what = f"the quantized model differs by {found.kl:.4f} nats per token, and kl_budget is {config.kl_budget:g}"

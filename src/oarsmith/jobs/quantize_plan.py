@@ -73,7 +73,9 @@ def layout_name(config: QuantizeConfig) -> str:
         return config.layout
     if config.output_dir.endswith(".gguf"):
         return GGUF
-    return "gptq" if config.scheme == "w3a16" else "compressed-tensors"
+    if config.scheme == "nf4":
+        return "bitsandbytes"
+    return "gptq_v2" if config.scheme == "w3a16" else "compressed-tensors"
 
 
 def _require_whole_inputs(contents: Contents) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -78,7 +79,7 @@ def _for_gguf(config: QuantizeConfig) -> QuantizeConfig:
     return config.model_copy(update={"group_size": _GGUF_GROUP, "symmetric": True})
 
 
-SCHEMES: dict[str, tuple[int, Literal["int", "e4m3"], Literal["int", "e4m3"] | None]] = {
+SCHEMES: dict[str, tuple[int, Literal["int", "e4m3", "nf4"], Literal["int", "e4m3"] | None]] = {
     "w8a16": (8, "int", None),
     "w4a16": (4, "int", None),
     "w3a16": (3, "int", None),
@@ -89,6 +90,7 @@ SCHEMES: dict[str, tuple[int, Literal["int", "e4m3"], Literal["int", "e4m3"] | N
     "fp8": (8, "e4m3", "e4m3"),
     "fp8c8": (8, "e4m3", "e4m3"),
     "fp8_block": (8, "e4m3", "e4m3"),
+    "nf4": (4, "nf4", None),
 }
 """Bits and kind of weights, and kind of activations, by the scheme's name."""
 
@@ -101,6 +103,9 @@ def _map_scheme(config: QuantizeConfig, name: str, scales: Scales) -> MapScheme:
         how = Activations(code=activations, static=static, group=_BLOCK if block and not static else None)
     if code == "int":
         return MapScheme(weights=_grid(config, bits, scales), activations=how)
+    if code == "nf4":
+        grid = _grid(config, bits, scales)
+        return MapScheme(weights=replace(grid, code=code, symmetric=True))
     # Static activations go with one scale for the weight: that is what readers multiply in one piece.
     rows = _BLOCK if block else None if static else 1
     grid = Grid(code="e4m3", bits=8, group=_BLOCK if block else None, rows=rows, symmetric=True, scales=scales)
@@ -161,12 +166,13 @@ def _rounding(config: QuantizeConfig) -> Rounding:
     method = _METHODS[algorithm]
     kind = config.scale_search
     if kind == "auto":
-        whole = SCHEMES[config.scheme][:2] == (8, "int")
-        kind = "range" if whole or config.calibration is None else "weighted"
+        plain = SCHEMES[config.scheme][:2] in ((8, "int"), (4, "nf4"))
+        kind = "range" if plain or config.calibration is None else "weighted"
     search = None if kind == "range" else Search()
     own = GPTQ(
         damping=config.damp_percent,
-        order="columns" if config.act_order else "none",
+        order="none" if not config.act_order else "columns" if config.static_groups else "groups",
+        static=config.static_groups,
         search=search,
         alpha=config.gptaq_alpha,
     )

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from oarsmith.kernels.coded import NF4
+
 E4M3_MAX = 448.0
 _TINY = 1e-12
 _CHUNK = 1 << 17
@@ -27,7 +29,9 @@ class Grid:
     """A weight's numbers.
 
     Attributes:
-        bits: 2, 3, 4 or 8; 8 for E4M3.
+        code: whole numbers, E4M3, or QLoRA's 16 quantiles of a normal distribution (`kernels.coded.NF4`), whose numbers
+            are places in that table.
+        bits: 2, 3, 4 or 8; 8 for E4M3, 4 for NF4.
         group: columns that share a scale; None: the whole row.
         rows: rows that share it too (FP8 blocks); None: all of them.
         symmetric: no zeros. The extreme of a group lies on the lowest number, with a scale of its sign (AutoRound's
@@ -35,7 +39,7 @@ class Grid:
         scales: what scales are stored as. Steps have such scales from the start, so that numbers are chosen for them.
     """
 
-    code: Literal["int", "e4m3"] = "int"
+    code: Literal["int", "e4m3", "nf4"] = "int"
     bits: int = 4
     group: int | None = 64
     rows: int | None = 1
@@ -101,6 +105,8 @@ class Quantized:
 
 def decode(numbers: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
     """Numbers to what they stand for, in fp32; scales and zeros of a shape that fits theirs."""
+    if grid.code == "nf4":
+        return torch.tensor(NF4.values)[numbers.int()].mul_(scale)
     wide = numbers.float()
     if grid.code == "int":
         wide -= grid.middle if zero is None else zero
@@ -110,6 +116,9 @@ def decode(numbers: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> T
 def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
     """The nearest numbers; what is not a number becomes the zero."""
     scaled = weight / torch.where(scale.abs() < _TINY, 1.0, scale)
+    if grid.code == "nf4":
+        values = torch.tensor(NF4.values)
+        return torch.bucketize(scaled.nan_to_num_(0.0), (values[:-1] + values[1:]) / 2).to(torch.uint8)
     if grid.code == "e4m3":
         return scaled.nan_to_num_(0.0).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     scaled += grid.middle if zero is None else zero
@@ -119,7 +128,7 @@ def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Te
 def quantize(weight_OI: Tensor, grid: Grid, steps: Steps | None = None) -> Quantized:
     """Round to nearest, on steps of the range of each group unless others are given."""
     steps = range_steps(weight_OI, grid) if steps is None else steps
-    dtype = torch.uint8 if grid.code == "int" else torch.float8_e4m3fn
+    dtype = torch.float8_e4m3fn if grid.code == "e4m3" else torch.uint8
     numbers_OI = torch.empty(weight_OI.shape, dtype=dtype)
     for rows in _row_chunks(weight_OI):
         scale, zero = _of_groups(steps, rows, weight_OI.shape[1], grid)
@@ -153,11 +162,13 @@ def _of_groups(steps: Steps, rows: slice, width: int, grid: Grid) -> tuple[Tenso
 def range_steps(weight_OI: Tensor, grid: Grid, shrink: float | Tensor = 1.0) -> Steps:
     """Steps that cover each group's range, times ``shrink`` (a number, or one for each group [O, G])."""
     groups_OGK = grouped(weight_OI.float(), grid)
-    if grid.symmetric or grid.code == "e4m3":
+    if grid.symmetric or grid.code != "int":
         low, high = groups_OGK.amin(-1), groups_OGK.amax(-1)
         extreme = torch.where(-low >= high, low, high) * shrink
         if grid.code == "e4m3":
             scale_OG = extreme.abs() / E4M3_MAX
+        elif grid.code == "nf4":
+            scale_OG = extreme.abs()
         else:
             scale_OG = extreme.abs() / (grid.middle - 1) if grid.bits == 8 else extreme / -grid.middle
         return stored(Steps(scale_OG=_shared(scale_OG, grid)), grid)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from oarsmith.errors import ConfigError
 from oarsmith.quantize.layouts.awq import Awq
 from oarsmith.quantize.layouts.base import Layout
+from oarsmith.quantize.layouts.bitsandbytes import BitsAndBytes
 from oarsmith.quantize.layouts.compressed import CompressedTensors
 from oarsmith.quantize.layouts.contents import Contents
 from oarsmith.quantize.layouts.fp8 import NativeFp8
@@ -20,6 +21,7 @@ LAYOUTS: Mapping[str, Callable[[Contents], Layout]] = {
     "awq": lambda contents: Awq(),
     "fp8": lambda contents: NativeFp8(),
     "paddle": Paddle,
+    "bitsandbytes": BitsAndBytes,
 }
 """Model directories; GGUF is a file of its own (`oarsmith.quantize.layouts.gguf.open_gguf`)."""
 
