@@ -69,6 +69,25 @@ def peer(options: argparse.Namespace, name: str, out: Path) -> dict[str, float]:
     return found
 
 
+def judged(options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """A model beside the original. In a process of its own: what it holds must not count as the next child's peak."""
+    words = ["--model", str(options.model), "--calibration", "-", "--proof", str(options.proof), "--judge", str(folder)]
+    command = [sys.executable, __file__, *words, "--threads", str(options.threads)]
+    ran = subprocess.run(command, check=True, capture_output=True, text=True, env=environment(options))
+    found: dict[str, float] = json.loads(ran.stdout.strip().splitlines()[-1])
+    return found
+
+
+def judge(options: argparse.Namespace) -> None:
+    """Be that process."""
+    torch.set_num_threads(options.threads)
+    ids = load_tokenizer(options.model).encode(options.proof.read_text(encoding="utf-8"), add_special_tokens=False)
+    windows = [ids[at : at + WINDOW] for at in range(0, NUM_WINDOWS * WINDOW, WINDOW)]
+    original, other = Walked(options.model, windows), Walked(options.judge, windows, rounding_of(options.judge))
+    found = compare(original, other, windows)
+    print(json.dumps({"kl": found.kl, "perplexity": found.perplexity, "top1": found.top1}))
+
+
 def environment(options: argparse.Namespace) -> dict[str, str]:
     """The same threads for everybody, and no hub."""
     return {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
@@ -82,12 +101,12 @@ def main() -> None:
     parser.add_argument("--peer", help="the Python of an environment with llm-compressor")
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--judge", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="also write every number to this file")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    ids = load_tokenizer(options.model).encode(options.proof.read_text(encoding="utf-8"), add_special_tokens=False)
-    windows = [ids[at : at + WINDOW] for at in range(0, NUM_WINDOWS * WINDOW, WINDOW)]
-    original = Walked(options.model, windows)
+    if options.judge is not None:
+        judge(options)
+        return
     rows: list[dict[str, Any]] = []
     print("| case | tool | KL, nats | perplexity | same likeliest token | seconds | peak MiB |\n" + "|---" * 7 + "|")
     for case in options.cases:
@@ -99,14 +118,12 @@ def main() -> None:
             folder = Path(tempfile.mkdtemp())
             try:
                 cost = make(folder / "model")
-                walked = Walked(folder / "model", windows, rounding_of(folder / "model"))
-                found = compare(original, walked, windows)
-                walked.close()
+                found = judged(options, folder / "model")
             finally:
                 shutil.rmtree(folder)
-            rows.append({"case": case, "system": system, "kl": found.kl, "perplexity": found.perplexity, **cost})
+            rows.append({"case": case, "system": system, **found, **cost})
             print(
-                f"| {case} | {system} | {found.kl:.4f} | {found.perplexity:.2f} | {found.top1:.1%} | "
+                f"| {case} | {system} | {found['kl']:.4f} | {found['perplexity']:.2f} | {found['top1']:.1%} | "
                 f"{cost['seconds']:.1f} | {cost['peak_mb']:.0f} |",
                 flush=True,
             )

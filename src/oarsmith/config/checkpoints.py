@@ -32,8 +32,8 @@ class ConvertConfig(JobConfig):
     )
     gguf_type: Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q4_k"] = Field(
         "bf16",
-        description="What matrices are stored as in a GGUF file, rounded to nearest as llama.cpp does; 'oarsmith quantize "
-        "--layout gguf' calibrates Q8_0 and Q4_0.",
+        description="What matrices are stored as in a GGUF file, rounded to nearest as llama.cpp does; 'oarsmith "
+        "quantize --layout gguf' calibrates Q8_0 and Q4_0.",
     )
     with_tokenizer: Bool = Field(
         True, description="Put the tokenizer into a GGUF file; without it llama.cpp computes, but reads no text."
