@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from oarsmith.native.library import load
 from oarsmith.native.lower import lower
 from oarsmith.native.program import Program
 from oarsmith.native.store import PackedStore
-from oarsmith.quantize.grid import Grid, quantize, with_scales
+from oarsmith.quantize.grid import Grid, quantize
 
 try:
     load()
@@ -85,7 +86,7 @@ def _ids_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def tensors_of(name: str, weight: Tensor, grid: Grid) -> dict[str, Tensor]:
     """A weight as compressed-tensors has it."""
-    found = with_scales(quantize(weight.float(), grid), torch.bfloat16)
+    found = quantize(weight.float(), replace(grid, scales="bf16"))
     scale = found.steps.scale_OG.bfloat16().contiguous()
     if grid.code == "e4m3":
         return {name: found.numbers_OI, f"{name}_scale": scale}
