@@ -148,7 +148,7 @@ MISTAKES = {
     "only for tasks": (["x.txt", "--num_fewshot", "2"], "are for tasks"),
     "stride too long": (["x.txt", "--max_length", "8", "--stride", "9"], "stride 9 is longer"),
     "beyond the context": (["rows.jsonl", "--max_length", "999"], "longer than the model's context of 256"),
-    "no such text": (["nothing.txt"], "there is no such file"),
+    "no such text": (["nothing.txt"], "no such file"),
     "no such rows": (["nothing.jsonl"], "nothing.jsonl"),
     "empty": (["empty.txt"], "shorter than two tokens"),
 }
