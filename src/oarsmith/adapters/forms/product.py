@@ -79,4 +79,5 @@ class _LowRankProduct(torch.autograd.Function):
         d_parts: list[Tensor | None] = [None] * ctx.num_parts
         if ctx.form is DENSE and ctx.needs_input_grad[5]:
             d_parts[0] = flat.t() @ x
-        return dx, d_bias, thin_product(dxa, x), thin_product(xa, flat).t(), None, *d_parts
+        # Contiguous: gradients are summed in the order in which they lie, which every step must share.
+        return dx, d_bias, thin_product(dxa, x), thin_product(xa, flat).t().contiguous(), None, *d_parts
