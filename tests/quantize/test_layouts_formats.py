@@ -25,7 +25,7 @@ from oarsmith.quantize.layouts.awq import Awq
 from oarsmith.quantize.layouts.base import Layout, open_layout
 from oarsmith.quantize.layouts.choose import layout_of
 from oarsmith.quantize.layouts.compressed import CompressedTensors
-from oarsmith.quantize.layouts.contents import FileMap, contents_of, rows_of
+from oarsmith.quantize.layouts.contents import FileMap, contents_of
 from oarsmith.quantize.layouts.gptq import Gptq
 from oarsmith.quantize.layouts.pieces import block_scales
 from oarsmith.quantize.scheme import MapScheme, Scheme
@@ -214,7 +214,7 @@ def test_blocks_that_cross_parts() -> None:
     quantized = quantize(torch.randn(24, 32, generator=torch.Generator().manual_seed(0)), BLOCKS)
     assert block_scales(quantized, "a").shape == (2, 2)
     with pytest.raises(ModelError, match="rows that share a scale in the file"):
-        block_scales(rows_of(quantized, 8, 24), "a")
+        block_scales(quantized.rows(slice(8, 24)), "a")
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:

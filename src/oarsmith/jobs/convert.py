@@ -108,8 +108,7 @@ def to_gguf(src: Path, dst: Path, config: ConvertConfig, console: Console) -> No
     """Write a GGUF file, read it back, and say how far its answers are from the source's."""
     if dst.suffix != ".gguf":
         dst = dst / "model.gguf"
-    if dst.is_dir() or (dst.exists() and not config.overwrite):
-        raise CheckpointError("the destination exists", where=str(dst), fix="choose another, or add --overwrite")
+    check_file(dst, config.overwrite)
     with progress_bar(console) as show, temporary_directory(dst) as staged:
         report = write_gguf(
             src,
@@ -221,6 +220,12 @@ def _target(config: ConvertConfig) -> Target:
             return "bin"
         case _:
             return "hf"
+
+
+def check_file(dst: Path, overwrite: bool) -> None:
+    """Refuse a file that is there already, unless it may be replaced."""
+    if dst.is_dir() or (dst.exists() and not overwrite):
+        raise CheckpointError("the destination exists", where=str(dst), fix="choose another, or add --overwrite")
 
 
 def check_destination(dst: Path, overwrite: bool, inputs: Sequence[Path]) -> None:

@@ -19,7 +19,7 @@ from oarsmith.config.resolved import Resolved
 from oarsmith.engine import Engine, Sampling
 from oarsmith.errors import CheckpointError, ConfigError, ModelError
 from oarsmith.jobs.console import make_console
-from oarsmith.jobs.convert import check_destination
+from oarsmith.jobs.convert import check_destination, check_file
 from oarsmith.jobs.quantize_plan import GGUF, Plan, layout_name, make_plan, open_output, write_parts
 from oarsmith.jobs.quantize_text import Documents, read_texts
 from oarsmith.jobs.row_progress import RowProgress
@@ -48,7 +48,9 @@ def run(resolved: Resolved[QuantizeConfig]) -> int:
         raise CheckpointError("this is an adapter on a base model", where=config.model_name_or_path, fix=fix)
     gguf = layout_name(config) == GGUF
     if gguf:
-        _check_file(output, overwrite=config.overwrite)
+        if output.suffix != ".gguf":
+            raise CheckpointError("a GGUF model is a file", where=str(output), fix="give it a name that ends in .gguf")
+        check_file(output, config.overwrite)
     else:
         check_destination(output, config.overwrite, inputs=[where.base])
     tokenizer = make_tokenizer(config)
@@ -65,14 +67,6 @@ def run(resolved: Resolved[QuantizeConfig]) -> int:
     console.print(f"wrote {output} ({report.layout}); report: {record}, {picture}", soft_wrap=True)
     console.print(f"next:  oarsmith {'convert' if report.layout == GGUF else 'chat'} {output}")
     return 0
-
-
-def _check_file(output: Path, *, overwrite: bool) -> None:
-    if output.suffix != ".gguf":
-        raise CheckpointError("a GGUF model is a file", where=str(output), fix="give it a name that ends in .gguf")
-    if output.is_dir() or (output.exists() and not overwrite):
-        fix = "choose another, or add --overwrite"
-        raise CheckpointError("the destination exists", where=str(output), fix=fix)
 
 
 def quantize(config: QuantizeConfig, source: Path, output: Path, tokenizer: Tokenizer, console: Console) -> Report:

@@ -17,12 +17,13 @@ from oarsmith.config.quantize import QuantizeConfig
 from oarsmith.errors import ConfigError
 from oarsmith.jobs.quantize_text import Documents
 from oarsmith.jobs.row_progress import RowProgress
-from oarsmith.quantize.choose import Scales, recipe_of, scheme_of
+from oarsmith.quantize.choose import Scales, scheme_of
 from oarsmith.quantize.layouts.base import Layout, LayoutWriter, open_layout
 from oarsmith.quantize.layouts.choose import layout_of
 from oarsmith.quantize.layouts.contents import Contents, contents_of, usual_scheme
 from oarsmith.quantize.layouts.gguf import open_gguf
 from oarsmith.quantize.model import Part, Recipe, Subject, quantize_parts
+from oarsmith.quantize.recipes import recipe_of
 from oarsmith.quantize.report import PieceReport
 
 GGUF = "gguf"

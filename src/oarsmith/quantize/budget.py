@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from oarsmith.models.block import Block
-from oarsmith.quantize.grid import Grid, quantize
+from oarsmith.quantize.grid import quantize
 from oarsmith.quantize.inputs import linear
 from oarsmith.quantize.model import Subject
 from oarsmith.quantize.pieces import Piece, pieces_of
@@ -120,7 +120,7 @@ def _round(block: Block, pieces: Mapping[str, list[Piece]], scheme: Scheme, bits
             grid = scheme.of(piece.stem).weights
             if grid is not None:
                 rows = (weight if piece.expert is None else weight[piece.expert])[piece.start : piece.stop]
-                rows.copy_(quantize(rows, with_bits(grid, bits)).dense())
+                rows.copy_(quantize(rows, replace(grid, bits=bits)).dense())
 
 
 def bits_of_maps(subject: Subject, bits: Sequence[int]) -> dict[str, int]:
@@ -131,11 +131,6 @@ def bits_of_maps(subject: Subject, bits: Sequence[int]) -> dict[str, int]:
         for pieces in pieces_of(subject.names, index, block).values()
         for piece in pieces
     }
-
-
-def with_bits(grid: Grid, bits: int) -> Grid:
-    """A grid of other bits."""
-    return replace(grid, bits=bits)
 
 
 def _logprobs(subject: Subject, stream: Stream) -> list[Tensor]:

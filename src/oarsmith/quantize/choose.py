@@ -1,28 +1,17 @@
-"""From configuration keys to schemes and recipes."""
+"""From configuration keys to schemes."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from oarsmith.config.adapter_lowbit import QatKeys
 from oarsmith.config.quantize import QuantizeConfig
 from oarsmith.errors import ConfigError
 from oarsmith.models.rounding import Activations, CacheScheme
-from oarsmith.quantize.activations import Method
-from oarsmith.quantize.autoround import AutoRound
-from oarsmith.quantize.awq import AWQ
 from oarsmith.quantize.fake import FakeMap
-from oarsmith.quantize.gptq import GPTQ
 from oarsmith.quantize.grid import Grid
-from oarsmith.quantize.model import Recipe
-from oarsmith.quantize.prepare import Preparation
-from oarsmith.quantize.rounding import Method as RoundingMethod
-from oarsmith.quantize.rounding import Rounding
 from oarsmith.quantize.scheme import MapScheme, Scheme
-from oarsmith.quantize.search import Search
-from oarsmith.quantize.smooth import Piecewise
 
 Scales = Literal["fp32", "bf16", "fp16"]
 _GROUP = 64
@@ -45,19 +34,22 @@ def scheme_of(
     """
     if gguf:
         config = _for_gguf(config)
-    default = _map_scheme(config, config.scheme, scales)
+    asked = _Asked(
+        scales=scales, group_size=config.group_size, symmetric=config.symmetric, static=config.act_quant == "static"
+    )
+    default = _map_scheme(config.scheme, asked)
     overrides: dict[str, MapScheme] = {}
     for pattern, name in config.overrides.items():
         if name == "none":
             overrides[pattern] = MapScheme(weights=None)
         elif name in SCHEMES:
-            overrides[pattern] = _map_scheme(config, name, scales)
+            overrides[pattern] = _map_scheme(name, asked)
         else:
             known = ", ".join(("none", *SCHEMES))
             raise ConfigError(f"there is no scheme {name!r}", where=f"overrides: {pattern}", fix=f"use one of {known}")
     skipped = {f"*{part}*": MapScheme(weights=None) for part in config.skip_list_names}
     searched = {
-        pattern: MapScheme(weights=_grid(config, count, scales), activations=default.activations)
+        pattern: MapScheme(weights=_grid(count, asked), activations=default.activations)
         for pattern, count in (bits or {}).items()
     }
     return Scheme(name=config.scheme, default=default, overrides=skipped | overrides | searched, cache=_cache(config))
@@ -95,38 +87,45 @@ SCHEMES: dict[str, tuple[int, Literal["int", "e4m3", "nf4"], Literal["int", "e4m
 """Bits and kind of weights, and kind of activations, by the scheme's name."""
 
 
-def _map_scheme(config: QuantizeConfig, name: str, scales: Scales) -> MapScheme:
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What is said of all schemes alike."""
+
+    scales: Scales
+    group_size: int | None
+    symmetric: bool | None = None
+    static: bool = False
+
+
+def _map_scheme(name: str, asked: _Asked) -> MapScheme:
     bits, code, activations = SCHEMES[name]
-    static, block = config.act_quant == "static", name == "fp8_block"
+    scales, static, block = asked.scales, asked.static, name == "fp8_block"
     how = None
     if activations is not None:
         how = Activations(code=activations, static=static, group=_BLOCK if block and not static else None)
     if code == "int":
-        return MapScheme(weights=_grid(config, bits, scales), activations=how)
+        return MapScheme(weights=_grid(bits, asked), activations=how)
     if code == "nf4":
-        grid = _grid(config, bits, scales)
-        return MapScheme(weights=replace(grid, code=code, symmetric=True))
+        return MapScheme(weights=replace(_grid(bits, asked), code=code, symmetric=True))
     # Static activations go with one scale for the weight: that is what readers multiply in one piece.
     rows = _BLOCK if block else None if static else 1
     grid = Grid(code="e4m3", bits=8, group=_BLOCK if block else None, rows=rows, symmetric=True, scales=scales)
     return MapScheme(weights=grid, activations=how)
 
 
-def _grid(config: QuantizeConfig, bits: int, scales: Scales) -> Grid:
-    group = config.group_size
+def _grid(bits: int, asked: _Asked) -> Grid:
+    group = asked.group_size
     if group is None:
         group = -1 if bits == 8 else _GROUP
-    symmetric = bits == 8 if config.symmetric is None else config.symmetric
-    return Grid(bits=bits, group=None if group == -1 else group, symmetric=symmetric, scales=scales)
+    symmetric = bits == 8 if asked.symmetric is None else asked.symmetric
+    return Grid(bits=bits, group=None if group == -1 else group, symmetric=symmetric, scales=asked.scales)
 
 
 def fake_of(keys: QatKeys) -> FakeMap | None:
     """What ``qat`` asks for: the maps as `scheme_of` gives them, with scales in bf16."""
     if keys.qat == "none":
         return None
-    values = {"model_name_or_path": "", "output_dir": "", "scheme": keys.qat, "group_size": keys.qat_group_size}
-    config = QuantizeConfig.model_validate(values)
-    return FakeMap(scheme=_map_scheme(config, keys.qat, "bf16"))
+    return FakeMap(scheme=_map_scheme(keys.qat, _Asked(scales="bf16", group_size=keys.qat_group_size)))
 
 
 def _cache(config: QuantizeConfig) -> CacheScheme | None:
@@ -134,76 +133,3 @@ def _cache(config: QuantizeConfig) -> CacheScheme | None:
         return None
     code: Literal["int", "e4m3"] = "e4m3" if config.scheme.startswith("fp8") else "int"
     return CacheScheme(code=code, per_head=config.cachekv_quant_method.endswith("headwise"))
-
-
-def recipe_of(config: QuantizeConfig, scheme: Scheme, folder: Path | None) -> Recipe:
-    """What is done to the model, with what is not given chosen for the scheme."""
-    cache_method: Method = "avg" if config.cachekv_quant_method.startswith("avg") else "abs_max"
-    return Recipe(
-        scheme=scheme,
-        rounding=_rounding(config),
-        act_method=config.act_quant_method,
-        cache_method=cache_method,
-        preparation=_preparation(config),
-        rotate=config.seed if config.rotate else None,
-        folder=folder,
-    )
-
-
-# AWQ rounds to nearest; what it is lies in the factors.
-_METHODS: dict[str, RoundingMethod] = {
-    "rtn": "rtn",
-    "awq": "rtn",
-    "gptq": "gptq",
-    "gptaq": "gptaq",
-    "hqq": "hqq",
-    "autoround": "autoround",
-}
-
-
-def _rounding(config: QuantizeConfig) -> Rounding:
-    algorithm = config.chosen_algorithm
-    method = _METHODS[algorithm]
-    kind = config.scale_search
-    if kind == "auto":
-        plain = SCHEMES[config.scheme][:2] in ((8, "int"), (4, "nf4"))
-        kind = "range" if plain or config.calibration is None else "weighted"
-    search = None if kind == "range" else Search()
-    own = GPTQ(
-        damping=config.damp_percent,
-        order="none" if not config.act_order else "columns" if config.static_groups else "groups",
-        static=config.static_groups,
-        search=search,
-        alpha=config.gptaq_alpha,
-    )
-    return Rounding(
-        method=method,
-        search=search,
-        weighted=kind == "weighted",
-        clip=AWQ() if config.auto_clip else None,
-        gptq=own,
-        autoround=AutoRound(steps=config.autoround_steps, seed=config.seed),
-    )
-
-
-def _preparation(config: QuantizeConfig) -> Preparation:
-    factors: Literal["none", "smoothquant", "piecewise", "awq"]
-    if config.chosen_algorithm == "awq":
-        factors = "awq"
-    elif config.smooth == "auto":
-        factors = "piecewise" if config.calibration is not None and SCHEMES[config.scheme][2] == "int" else "none"
-    else:
-        factors = config.smooth
-    return Preparation(
-        factors=factors,
-        everywhere=factors in ("awq", "piecewise") if config.smooth_all_linears is None else config.smooth_all_linears,
-        shift=config.shift,
-        alpha=config.smooth_alpha,
-        piecewise=Piecewise(
-            pieces=config.smooth_k_piece,
-            per_token=config.act_quant == "dynamic",
-            search_pieces=config.smooth_search_piece,
-            alpha=(config.search_alpha_min, config.search_alpha_max),
-            scale=(config.search_scale_min, config.search_scale_max),
-        ),
-    )

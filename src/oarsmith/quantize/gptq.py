@@ -189,6 +189,12 @@ def relative_error(weight_OI: Tensor, rounded_OI: Tensor, hessian_II: Tensor) ->
     return float(lost / whole) if whole > 0 else 0.0
 
 
+def weight_error(weight_OI: Tensor, rounded_OI: Tensor) -> float:
+    """||W - Q||^2 / ||W||^2, where nothing is known of inputs; 0 where the weights are zero."""
+    lost, whole = (weight_OI - rounded_OI).square().sum(), weight_OI.square().sum()
+    return float(lost / whole) if whole > 0 else 0.0
+
+
 def _check_order(settings: GPTQ, grid: Grid, in_features: int) -> None:
     if settings.order == "columns" and not settings.static and grid.num_groups(in_features) > 1:
         raise ConfigError(

@@ -73,6 +73,10 @@ class Steps:
     scale_OG: Tensor
     zero_OG: Tensor | None = None
 
+    def rows(self, rows: slice) -> Steps:
+        """Those of some rows."""
+        return Steps(scale_OG=self.scale_OG[rows], zero_OG=None if self.zero_OG is None else self.zero_OG[rows])
+
     def columns(self, start: int, stop: int, group: int) -> tuple[Tensor, Tensor | None]:
         """Scales and zeros [O, K] of single columns."""
         first, last = start // group, -(-stop // group)
@@ -87,11 +91,15 @@ class Steps:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """A weight on a grid: numbers [O, I], uint8 of integers, float8_e4m3fn of floats."""
+    """A weight on a grid: numbers [O, I], float8_e4m3fn of E4M3, uint8 of the others."""
 
     grid: Grid
     numbers_OI: Tensor
     steps: Steps
+
+    def rows(self, rows: slice) -> Quantized:
+        """Some rows of it."""
+        return replace(self, numbers_OI=self.numbers_OI[rows], steps=self.steps.rows(rows))
 
     def dense(self) -> Tensor:
         """The weight in fp32."""
@@ -152,11 +160,10 @@ def _in_groups(x_OI: Tensor, grid: Grid) -> Tensor:
 
 def _of_groups(steps: Steps, rows: slice, width: int, grid: Grid) -> tuple[Tensor, Tensor | None]:
     """Scales and zeros of rows, of a shape that fits theirs in groups."""
-    zero_OG = None if steps.zero_OG is None else steps.zero_OG[rows]
-    own, group = Steps(scale_OG=steps.scale_OG[rows], zero_OG=zero_OG), grid.group_of(width)
+    own, group = steps.rows(rows), grid.group_of(width)
     if width % group:
         return own.columns(0, width, group)
-    return own.scale_OG[..., None], None if zero_OG is None else zero_OG[..., None]
+    return own.scale_OG[..., None], None if own.zero_OG is None else own.zero_OG[..., None]
 
 
 def range_steps(weight_OI: Tensor, grid: Grid, shrink: float | Tensor = 1.0) -> Steps:

@@ -14,7 +14,7 @@ from torch import Tensor
 from oarsmith.models.block import Block
 from oarsmith.models.spec import LayerSpec
 from oarsmith.quantize.gptq import Hessian, Rounded
-from oarsmith.quantize.grid import Quantized, Steps
+from oarsmith.quantize.grid import Quantized
 from oarsmith.quantize.inputs import inputs_of, linear
 from oarsmith.quantize.learned import Run, learn_layer
 from oarsmith.quantize.pieces import Piece, runs_of
@@ -90,7 +90,7 @@ def round_layer(
     results: list[PieceResult] = []
     for one in inputs_of(spec):
         paths = [path for path in one.maps if path in pieces]
-        watched = {path: _Seen(block, path, original.get(path), rounding) for path in paths}
+        watched = {path: _Seen(block, path, original.get(path), wanted=rounding.needs_inputs) for path in paths}
         if walk is not None and paths and (rounding.needs_inputs or running.watches(paths)):
             taps: dict[str, Tap] = {path: running.watching(path, seen.add) for path, seen in watched.items()}
             run_block(block, walk.batches, walk.own, {**running.taps, **taps}, keys=running.keys, enough=True)
@@ -119,13 +119,10 @@ def _original_inputs(block: Block, walk: Walk, paths: Sequence[str]) -> dict[str
 class _Seen:
     """What rounding must know of the inputs of a map, or of each expert's."""
 
-    def __init__(self, block: Block, path: str, original: list[Tensor] | None, rounding: Rounding) -> None:
+    def __init__(self, block: Block, path: str, original: list[Tensor] | None, *, wanted: bool) -> None:
         spec = linear(block, path).spec
-        self._original = original if rounding.method == "gptaq" else None
-        self._next = 0
-        cross = self._original is not None
-        self.each = [Hessian(spec.in_features, cross=cross) for _ in range(spec.experts or 1)]
-        self.wanted = rounding.needs_inputs
+        self._original, self._next, self.wanted = original, 0, wanted
+        self.each = [Hessian(spec.in_features, cross=original is not None) for _ in range(spec.experts or 1)]
 
     def add(self, x_TI: Tensor, counts: Sequence[int]) -> None:
         """A batch."""
@@ -175,19 +172,9 @@ def _round_map(
                 PieceResult(
                     piece=piece,
                     scheme=own,
-                    quantized=_rows(rounded.quantized, rows),
+                    quantized=rounded.quantized.rows(rows),
                     error=rounded.error,
                     num_tokens=num_tokens,
                 )
             )
     return results
-
-
-def _rows(quantized: Quantized, rows: slice) -> Quantized:
-    steps = quantized.steps
-    zero_OG = None if steps.zero_OG is None else steps.zero_OG[rows]
-    return replace(
-        quantized,
-        numbers_OI=quantized.numbers_OI[rows],
-        steps=Steps(scale_OG=steps.scale_OG[rows], zero_OG=zero_OG),
-    )

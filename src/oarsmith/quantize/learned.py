@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from oarsmith.models.block import Block
 from oarsmith.quantize.autoround import AutoRound, autoround
-from oarsmith.quantize.gptq import Rounded
+from oarsmith.quantize.gptq import Rounded, weight_error
 from oarsmith.quantize.grid import Grid
 from oarsmith.quantize.inputs import linear
 from oarsmith.quantize.pieces import Piece, runs_of
@@ -65,7 +65,9 @@ def learn_layer(
         learned = autoround(outputs, weights, targets.states, grids, settings)
     return {
         run: Rounded(
-            quantized=learned.quantized[name], error=_error(weights[name], learned.quantized[name].dense()), damping=0.0
+            quantized=learned.quantized[name],
+            error=weight_error(weights[name], learned.quantized[name].dense()),
+            damping=0.0,
         )
         for name, run in runs.items()
     }
@@ -90,9 +92,3 @@ def _rows(weight_OI: Tensor, parts: list[tuple[Run, Tensor]]) -> Tensor:
         pieces += [weight_OI[at:start], rows]
         at = stop
     return torch.cat([*pieces, weight_OI[at:]])
-
-
-def _error(weight_OI: Tensor, rounded_OI: Tensor) -> float:
-    """Of the weights, squared and relative."""
-    whole = weight_OI.square().sum()
-    return float((weight_OI - rounded_OI).square().sum() / whole) if whole > 0 else 0.0

@@ -9,7 +9,6 @@ from itertools import groupby
 from oarsmith.models.block import Block
 from oarsmith.models.linear import Linear
 from oarsmith.models.names import ExpertRows, NameMap, Place, Rows
-from oarsmith.quantize.inputs import linear
 from oarsmith.quantize.scheme import MapScheme, Scheme
 
 
@@ -40,10 +39,10 @@ def pieces_of(names: NameMap, layer: int, block: Block) -> dict[str, list[Piece]
     for place in names.places:
         if not place.parameter.startswith(prefix) or not place.parameter.endswith(".weight"):
             continue
-        if not isinstance(block.get_submodule(place.parameter.removeprefix(prefix).removesuffix(".weight")), Linear):
-            continue
         path = place.parameter.removeprefix(prefix).removesuffix(".weight")
-        found.setdefault(path, []).extend(_pieces(place, path, linear(block, path).spec.experts))
+        module = block.get_submodule(path)
+        if isinstance(module, Linear):
+            found.setdefault(path, []).extend(_pieces(place, path, module.spec.experts))
     for pieces in found.values():
         pieces.sort(key=lambda piece: (piece.expert or 0, piece.start))
     return found

@@ -6,7 +6,7 @@ Shapes: T tokens, I in features, E experts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -65,7 +65,7 @@ class _Seen:
     """What went into a map, or into one expert's."""
 
     def __init__(self, size: int, preparation: Preparation, num_tokens: int) -> None:
-        self.extremes = Extremes(ema=False)
+        self.extremes = Extremes()
         self.num_tokens = 0
         self._sum_I = torch.zeros(size)
         self._gram = Hessian(size) if preparation.factors == "awq" else None
@@ -117,7 +117,7 @@ def prepare_layer(
         chosen = [one for one in chosen if isinstance(one.source, NormSource)]
     if preparation.shift:
         shifted = [one for one in chosen if takes_shift(block, one)]
-        for one, seen in _watch(block, shifted, preparation, batches, stream):
+        for one, seen in _watch(block, shifted, replace(preparation, factors="none"), batches, stream):
             shift(block, one, shared_factor(one, seen[0].extremes.shift_I))
     if preparation.factors == "none":
         return

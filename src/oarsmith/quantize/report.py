@@ -67,7 +67,7 @@ class Report:
 
     @property
     def starved(self) -> list[PieceReport]:
-        """Maps of which calibration saw fewer tokens than half of what they saw in the middle."""
+        """Maps of which calibration saw fewer tokens than a quarter of what they saw in the middle."""
         seen = sorted(piece.num_tokens for piece in self.pieces if piece.num_tokens is not None)
         least = seen[len(seen) // 2] / 4 if seen else 0
         return [piece for piece in self.pieces if piece.num_tokens is not None and piece.num_tokens < least]

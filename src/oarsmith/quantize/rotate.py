@@ -9,13 +9,13 @@ Shapes: D features, P the power of two, R the odd rest.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from oarsmith.errors import ModelError
+from oarsmith.kernels.int8 import rotate
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,4 @@ def hadamard(x: Tensor) -> Tensor:
         raise ModelError(
             f"{size} is no power of two", where="hadamard", fix="use random_rotation, which takes any size"
         )
-    shape, half = x.shape, 1
-    while half < size:
-        pairs = x.reshape(*shape[:-1], -1, 2, half)
-        first, second = pairs[..., 0, :], pairs[..., 1, :]
-        x = torch.stack((first + second, first - second), -2).reshape(shape)
-        half *= 2
-    return x / math.sqrt(size)
+    return rotate(x, size)

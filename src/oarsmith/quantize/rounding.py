@@ -13,7 +13,7 @@ from torch import Tensor
 
 from oarsmith.quantize.autoround import AutoRound
 from oarsmith.quantize.awq import AWQ, clip_steps
-from oarsmith.quantize.gptq import GPTQ, Hessian, Rounded, gptq, relative_error
+from oarsmith.quantize.gptq import GPTQ, Hessian, Rounded, gptq, relative_error, weight_error
 from oarsmith.quantize.grid import Grid, Steps, quantize
 from oarsmith.quantize.hqq import hqq_steps, with_whole_zeros
 from oarsmith.quantize.search import Search, search_steps
@@ -69,7 +69,11 @@ def round_weight(weight_OI: Tensor, grid: Grid, hessian: Hessian | None, roundin
     else:
         steps = _searched(weight_OI, grid, hessian, rounding)
     quantized = quantize(weight_OI, grid, steps)
-    error = _error(weight_OI.float(), quantized.dense(), hessian)
+    own_OI, rounded_OI = weight_OI.float(), quantized.dense()
+    if hessian is None:
+        error = weight_error(own_OI, rounded_OI)
+    else:
+        error = relative_error(own_OI, rounded_OI, hessian.matrix_II)
     return Rounded(quantized=quantized, error=error, damping=0.0)
 
 
@@ -80,11 +84,3 @@ def _searched(weight_OI: Tensor, grid: Grid, hessian: Hessian | None, rounding: 
         return None
     importance_I = hessian.matrix_II.diagonal() if hessian is not None and rounding.weighted else None
     return search_steps(weight_OI, grid, importance_I, rounding.search)
-
-
-def _error(weight_OI: Tensor, rounded_OI: Tensor, hessian: Hessian | None) -> float:
-    """Of the outputs where the inputs are known, else of the weights; squared and relative."""
-    if hessian is not None:
-        return relative_error(weight_OI, rounded_OI, hessian.matrix_II)
-    whole = weight_OI.square().sum()
-    return float((weight_OI - rounded_OI).square().sum() / whole) if whole > 0 else 0.0

@@ -174,7 +174,27 @@ def require_whole_groups(layout: Layout, one: FileMap) -> None:
         )
 
 
-class StreamingWriter:
+class PartWriter(ABC):
+    """What every `LayoutWriter` does with parameters of the decoder: each is some tensors of the files."""
+
+    contents: Contents
+
+    @abstractmethod
+    def plain(self, name: str, tensor: Tensor) -> None: ...
+
+    @abstractmethod
+    def map(self, stem: str, quantized: Sequence[Quantized], input_scale: Tensor | None = None) -> None: ...
+
+    def parameter(self, name: str, tensor: Tensor) -> None:
+        for place in self.contents.of_parameter(name):
+            self.plain(place.file, place.view(tensor).detach())
+
+    def weight(self, path: str, quantized: Sequence[Quantized], input_scale: Tensor | None = None) -> None:
+        for place, parts in file_parts(self.contents.of_parameter(f"{path}.weight"), quantized):
+            self.map(place.file.removesuffix(".weight"), parts, input_scale)
+
+
+class StreamingWriter(PartWriter):
     """The writer of all layouts that are safetensors."""
 
     def __init__(self, layout: Layout, contents: Contents, folder: Path, max_shard_bytes: int) -> None:
@@ -218,14 +238,6 @@ class StreamingWriter:
         attention = self.contents.attentions[layer]
         for name, scale in self.layout.cache_tensors(attention, key_scale_H, value_scale_H).items():
             self.write(name, scale)
-
-    def parameter(self, name: str, tensor: Tensor) -> None:
-        for place in self.contents.of_parameter(name):
-            self.plain(place.file, place.view(tensor).detach())
-
-    def weight(self, path: str, quantized: Sequence[Quantized], input_scale: Tensor | None = None) -> None:
-        for place, parts in file_parts(self.contents.of_parameter(f"{path}.weight"), quantized):
-            self.map(place.file.removesuffix(".weight"), parts, input_scale)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from oarsmith.models import families
 from oarsmith.models.names import Duplicate, ExpertRows, NameMap, Place, Rows, transposed, whole
 from oarsmith.models.spec import DecoderSpec, linear_specs
 from oarsmith.models.spec_parts import GQA
-from oarsmith.quantize.grid import Grid, Quantized, Steps
+from oarsmith.quantize.grid import Grid, Quantized
 from oarsmith.quantize.scheme import MapScheme, Scheme
 
 HEAD = "lm_head"
@@ -186,22 +186,11 @@ def file_parts(
     for place in places:
         match place.view:
             case Rows(start=start, stop=stop):
-                yield place, (rows_of(quantized[0], start, stop),)
+                yield place, (quantized[0].rows(slice(start, stop)),)
             case ExpertRows(expert=expert, start=start, stop=stop):
-                yield place, (rows_of(quantized[expert], start, stop),)
+                yield place, (quantized[expert].rows(slice(start, stop)),)
             case view:
                 yield place, (quantized[0],) if view in (whole, transposed) else tuple(quantized)
-
-
-def rows_of(quantized: Quantized, start: int, stop: int) -> Quantized:
-    """Some rows of a weight."""
-    steps = quantized.steps
-    zero = None if steps.zero_OG is None else steps.zero_OG[start:stop]
-    return replace(
-        quantized,
-        numbers_OI=quantized.numbers_OI[start:stop],
-        steps=Steps(scale_OG=steps.scale_OG[start:stop], zero_OG=zero),
-    )
 
 
 def dense_tensor(place: Place, quantized: Sequence[Quantized]) -> Tensor:

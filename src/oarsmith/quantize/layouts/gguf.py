@@ -16,10 +16,11 @@ from oarsmith.checkpoint.gguf.write import GgufReport, require_target, write_ggu
 from oarsmith.checkpoint.safetensors_stream import ShardedSafetensorsWriter
 from oarsmith.errors import ModelError
 from oarsmith.quantize.grid import Quantized
-from oarsmith.quantize.layouts.contents import Contents, dense_tensor, file_parts
+from oarsmith.quantize.layouts.base import PartWriter
+from oarsmith.quantize.layouts.contents import Contents, dense_tensor
 
 
-class GgufLayoutWriter:
+class GgufLayoutWriter(PartWriter):
     """Takes a model's tensors as every `LayoutWriter` does, quantized ones as the floats they stand for.
 
     Attributes:
@@ -50,14 +51,6 @@ class GgufLayoutWriter:
 
     def cache(self, layer: int, key_scale_H: Tensor, value_scale_H: Tensor) -> None:
         raise AssertionError("GGUF has no place for caches, which open_gguf refuses")
-
-    def parameter(self, name: str, tensor: Tensor) -> None:
-        for place in self.contents.of_parameter(name):
-            self.plain(place.file, place.view(tensor).detach())
-
-    def weight(self, path: str, quantized: Sequence[Quantized], input_scale: Tensor | None = None) -> None:
-        for place, parts in file_parts(self.contents.of_parameter(f"{path}.weight"), quantized):
-            self.map(place.file.removesuffix(".weight"), parts, input_scale)
 
 
 @contextmanager
