@@ -11,10 +11,18 @@ import torch
 from safetensors import safe_open
 
 import oarsmith
+from matrix.rows import ROWS
 from oarsmith import cli
 from oarsmith.checkpoint.config_file import read_config
+from oarsmith.config.load import load_config
+from oarsmith.config.quantize import QuantizeConfig
+from oarsmith.errors import ConfigError
+from oarsmith.jobs.quantize_plan import make_plan
 from oarsmith.kernels.coded import NF4
 from oarsmith.kernels.encode import encode_blocks
+from oarsmith.models import families
+from oarsmith.models.decoder import Decoder
+from oarsmith.models.init import init_weights
 from tiny import write_tiny_model
 
 TEXT = "The boat is old, but it still floats, and the river at dawn is quiet. Five small fish swim under it. "
@@ -118,6 +126,16 @@ def test_nf4_is_qloras(tmp_path: Path) -> None:
         name = "model.layers.0.mlp.down_proj.weight"
         assert torch.equal(file.get_tensor(name), codes.view(-1, 1))
         assert torch.equal(file.get_tensor(f"{name}.absmax"), absmax_OG.flatten())
+
+
+def test_static_scales_of_latents_are_refused(tmp_path: Path) -> None:
+    config = dict(ROWS["deepseek_v3"].config)
+    model = Decoder(families.build_spec(config)[1], config)
+    init_weights(model, 0)
+    oarsmith.save_model(model, tmp_path / "model")
+    words = [str(tmp_path / "model"), str(tmp_path / "out"), "--scheme", "w8a8c8", "--calibration", "text.txt"]
+    with pytest.raises(ConfigError, match="no static scales are found"):
+        make_plan(load_config(QuantizeConfig, None, words).config, tmp_path / "model", None)
 
 
 def test_static_scales_in_paddles_layout(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from .base import Bool, Float, Int, JobConfig, Patterns, Words
-from .groups import ModelKeys, RuntimeKeys
+from .groups import Dtype, ModelKeys, RuntimeKeys
 
 SchemeName = Literal["w8a16", "w4a16", "w3a16", "w2a16", "w8a8", "w8a8c8", "w4a8", "fp8", "fp8c8", "fp8_block", "nf4"]
 
@@ -160,6 +160,10 @@ class QuantizeConfig(ModelKeys, SchemeKeys, AlgorithmKeys, CalibrationKeys, Proo
             "DeepSeek's. gguf: llama.cpp. paddle: PaddleNLP's, with weight_scales.json. auto: compressed-tensors; "
             "gptq_v2 for 3 bits; bitsandbytes for nf4; gguf where output_dir ends in .gguf.",
         )
+    )
+    dtype: Dtype = Field(
+        "auto",
+        description="Number format of what stays in floats. auto: that of the files. Calibration and proof are fp32.",
     )
     overwrite: Bool = Field(False, description="Replace output_dir if it exists.")
 

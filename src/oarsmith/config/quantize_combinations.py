@@ -23,6 +23,14 @@ _USED: dict[str, tuple[Callable[[QuantizeConfig], bool], str]] = {
     "smooth_k_piece": (lambda c: c.smooth in ("auto", "piecewise"), "smooth piecewise"),
     "smooth_search_piece": (lambda c: c.smooth in ("auto", "piecewise"), "smooth piecewise"),
     "search_": (lambda c: c.smooth in ("auto", "piecewise"), "smooth piecewise"),
+    "scale_search": (
+        lambda c: c.chosen_algorithm not in ("hqq", "autoround") and not c.auto_clip,
+        "an algorithm that searches scales: rtn, gptq, gptaq or awq, and no auto_clip",
+    ),
+    "group_size": (lambda c: not c.scheme.startswith("fp"), "a scheme of integers or nf4"),
+    "symmetric": (lambda c: not c.scheme.startswith("fp"), "a scheme of integers"),
+    "act_quant_method": (lambda c: c.act_quant == "static", "act_quant static"),
+    "on_over_budget": (lambda c: c.kl_budget is not None, "kl_budget"),
     "act_quant": (lambda c: c.scheme not in _WEIGHT_ONLY, "a scheme that rounds activations"),
     "cachekv_quant_method": (lambda c: c.scheme.endswith("c8"), "a scheme with c8"),
 }
@@ -30,7 +38,7 @@ _USED: dict[str, tuple[Callable[[QuantizeConfig], bool], str]] = {
 
 def _in_vain(start: str, used: Callable[[QuantizeConfig], bool], need: str) -> Impossible[Any]:
     fields = QuantizeConfig.model_fields
-    keys = [key for key in fields if key.startswith(start)]
+    keys = [key for key in fields if (key.startswith(start) if start.endswith("_") else key == start)]
 
     def given(c: QuantizeConfig) -> bool:
         values = dict(c)
@@ -41,6 +49,12 @@ def _in_vain(start: str, used: Callable[[QuantizeConfig], bool], need: str) -> I
 
 QUANTIZE: tuple[Impossible[Any], ...] = (
     *(_in_vain(start, used, need) for start, (used, need) in _USED.items()),
+    Impossible(
+        QuantizeConfig,
+        lambda c: c.device == "cuda",
+        "models are quantized on the CPU in this version",
+        "leave device out",
+    ),
     Impossible(
         QuantizeConfig,
         lambda c: c.algorithm == "awq" and c.smooth in ("smoothquant", "piecewise"),

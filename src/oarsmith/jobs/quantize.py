@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from rich.console import Console
@@ -88,10 +88,9 @@ def quantize(config: QuantizeConfig, source: Path, output: Path, tokenizer: Toke
                 where="calibration",
                 fix="give a text that is like what it will read: --calibration FILE",
             )
-        if config.budget is None:
-            made = _make(config, source, output, tokenizer, console, plan, (calibration, windows))
-        else:
-            made = _within(config, source, output, tokenizer, console, plan, (calibration, windows))
+        work = _Work(config, source, output, tokenizer, console, calibration, windows)
+        limit = None if config.on_over_budget == "warn" else config.kl_budget
+        made = _make(work, plan, limit) if config.budget is None else _within(work, plan)
     return Report(
         scheme=config.scheme,
         algorithm=config.chosen_algorithm,
@@ -106,6 +105,24 @@ def quantize(config: QuantizeConfig, source: Path, output: Path, tokenizer: Toke
 
 
 @dataclass(frozen=True)
+class _Work:
+    """What every model of a run is made from, and judged by."""
+
+    config: QuantizeConfig
+    source: Path
+    output: Path
+    tokenizer: Tokenizer
+    console: Console
+    calibration: Documents
+    windows: Documents
+
+    @cached_property
+    def original(self) -> Walked:
+        """The original on the windows: however many models are compared with it, it is walked once."""
+        return Walked(self.source, self.windows)
+
+
+@dataclass(frozen=True)
 class Made:
     """A model that was written. ``seconds``: without the comparison, and of a search without what was thrown away."""
 
@@ -114,62 +131,45 @@ class Made:
     seconds: float
 
 
-def _make(
-    config: QuantizeConfig,
-    source: Path,
-    output: Path,
-    tokenizer: Tokenizer,
-    console: Console,
-    plan: Plan,
-    texts: tuple[Documents, Documents],
-) -> Made:
-    """Write a model, and prove it before it appears."""
-    calibration, windows = texts
+def _make(work: _Work, plan: Plan, limit: float | None) -> Made:
+    """Write a model, and prove it before it appears. ``limit``: its largest KL divergence, in nats."""
     found: list[Comparison] = []
 
     def check(directory: Path) -> None:
-        if windows:
-            found.append(prove(source, directory, windows, console))
-            _require(found[0], config, console)
+        if work.windows:
+            found.append(_prove(work, directory))
+            _require(found[0], work, limit)
 
     begin = time.perf_counter()
-    with open_output(plan, output, check) as writer:
-        pieces = write_parts(plan, writer, calibration, console)
+    with open_output(plan, work.output, check) as writer:
+        pieces = write_parts(plan, writer, work.calibration, work.console)
         seconds = time.perf_counter() - begin
-        tokenizer.save(writer.folder)
-        if (source / GENERATION_CONFIG).is_file():
-            text = (source / GENERATION_CONFIG).read_text(encoding="utf-8")
+        work.tokenizer.save(writer.folder)
+        if (work.source / GENERATION_CONFIG).is_file():
+            text = (work.source / GENERATION_CONFIG).read_text(encoding="utf-8")
             atomic_write_text(writer.folder / GENERATION_CONFIG, text)
     return Made(pieces, found[0] if found else None, seconds)
 
 
-def _within(
-    config: QuantizeConfig,
-    source: Path,
-    output: Path,
-    tokenizer: Tokenizer,
-    console: Console,
-    plan: Plan,
-    texts: tuple[Documents, Documents],
-) -> Made:
+def _within(work: _Work, plan: Plan) -> Made:
     """The bits of each layer that ``budget`` allows, and the model with them."""
+    config, console = work.config, work.console
     assert config.budget is not None
     target = float(config.budget.removeprefix("kl="))
-    bits = BITS if plan.layout_name.startswith("gptq") else tuple(count for count in BITS if count != 3)
-    num_layers = len(plan.subject.spec.layers)
-    with RowProgress(console, 0, num_layers, "measuring", unit="layers") as progress:
+    bits = BITS if plan.layout_name == "gptq_v2" else tuple(count for count in BITS if count != 3)
+    num_tokens = sum(map(len, work.calibration))
+    with RowProgress(console, 0, len(plan.subject.spec.layers), "measuring", unit="layers") as progress:
         costs = measure_costs(
-            plan.subject, plan.contents.scheme, texts[0], bits, lambda done: progress.add(sum(map(len, texts[0])))
+            plan.subject, plan.contents.scheme, work.calibration, bits, lambda done: progress.add(num_tokens)
         )
     allowed = _FIRST_SHARE * target
-    limited = config.model_copy(update={"kl_budget": target, "on_over_budget": "refuse"})
     for last in range(_TRIES):
         chosen = choose_bits(costs, allowed)
-        own = make_plan(config, source, plan.recipe.folder, bits_of_maps(plan.subject, chosen))
+        own = make_plan(config, work.source, plan.recipe.folder, bits_of_maps(plan.subject, chosen))
         counts = ", ".join(f"{chosen.count(count)} in {count} bits" for count in bits if count in chosen)
         console.print(f"layers: {counts}", soft_wrap=True)
         try:
-            return _make(limited, source, output, tokenizer, console, own, texts)
+            return _make(work, own, target)
         except OverBudgetError as error:
             if last == _TRIES - 1:
                 raise
@@ -186,35 +186,35 @@ class OverBudgetError(ModelError):
         self.kl = kl
 
 
-def prove(source: Path, directory: Path, windows: Sequence[Sequence[int]], console: Console) -> Comparison:
+def _prove(work: _Work, directory: Path) -> Comparison:
     """The written model beside its original, both read from their files."""
-    with RowProgress(console, 0, 2, "comparing", unit="models") as progress:
-        num_tokens = sum(map(len, windows))
-        original = Walked(source, windows)
+    with RowProgress(work.console, 0, 2, "comparing", unit="models") as progress:
+        num_tokens, original = sum(map(len, work.windows)), work.original
+        progress.add(num_tokens)
+        other = Walked(directory, work.windows, rounding_of(directory))
         progress.add(num_tokens)
         try:
-            other = Walked(directory, windows, rounding_of(directory))
-            progress.add(num_tokens)
-            try:
-                return compare(original, other, windows)
-            finally:
-                other.close()
+            return compare(original, other, work.windows)
         finally:
-            original.close()
+            other.close()
 
 
-def _require(found: Comparison, config: QuantizeConfig, console: Console) -> None:
+def _require(found: Comparison, work: _Work, limit: float | None) -> None:
     if not math.isfinite(found.kl):
         fix = "check that the original gives numbers (oarsmith eval), or use more bits"
         raise ModelError("the quantized model gives no numbers; nothing was written", where="proof_text", fix=fix)
-    if config.kl_budget is None or found.kl <= config.kl_budget:
-        return
-    what = f"the quantized model differs by {found.kl:.4f} nats per token, and kl_budget is {config.kl_budget:g}"
-    if config.on_over_budget == "warn":
-        console.print(f"warning: {what}", soft_wrap=True)
-        return
-    fix = "use more bits, smaller groups or another algorithm, or raise kl_budget"
-    raise OverBudgetError(f"{what}; nothing was written", kl=found.kl, where=config.model_name_or_path, fix=fix)
+    if limit is not None and found.kl > limit:
+        raise OverBudgetError(
+            f"the quantized model differs by {found.kl:.4f} nats per token, and {limit:g} are allowed; nothing was "
+            "written",
+            kl=found.kl,
+            where=work.config.model_name_or_path,
+            fix="use more bits, smaller groups or another algorithm, or raise the budget",
+        )
+    allowed = work.config.kl_budget
+    if allowed is not None and found.kl > allowed:
+        what = f"the quantized model differs by {found.kl:.4f} nats per token, and kl_budget is {allowed:g}"
+        work.console.print(f"warning: {what}", soft_wrap=True)
 
 
 def _weights(folder: Path) -> int:

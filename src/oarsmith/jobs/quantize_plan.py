@@ -17,6 +17,7 @@ from oarsmith.config.quantize import QuantizeConfig
 from oarsmith.errors import ConfigError
 from oarsmith.jobs.quantize_text import Documents
 from oarsmith.jobs.row_progress import RowProgress
+from oarsmith.models.spec_parts import GQA
 from oarsmith.quantize.choose import Scales, scheme_of
 from oarsmith.quantize.layouts.base import Layout, LayoutWriter, open_layout
 from oarsmith.quantize.layouts.choose import layout_of
@@ -25,6 +26,7 @@ from oarsmith.quantize.layouts.gguf import open_gguf
 from oarsmith.quantize.model import Part, Recipe, Subject, quantize_parts
 from oarsmith.quantize.recipes import recipe_of
 from oarsmith.quantize.report import PieceReport
+from oarsmith.quantize.scheme import Scheme
 
 GGUF = "gguf"
 _SCALES: dict[torch.dtype, Scales] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -66,6 +68,7 @@ def make_plan(config: QuantizeConfig, source: Path, folder: Path | None, bits: d
     scheme = scheme_of(config, _SCALES[scales], bits, gguf=gguf)
     contents = contents_of(subject.config, scheme, dtype)
     _require_whole_inputs(contents)
+    _require_heads(subject, scheme)
     return Plan(subject, recipe_of(config, scheme, folder), contents, layout and layout_of(name, contents))
 
 
@@ -88,6 +91,15 @@ def _require_whole_inputs(contents: Contents) -> None:
                 where="scheme",
                 fix="use scheme fp8, or leave the map in floats with skip_list_names",
             )
+
+
+def _require_heads(subject: Subject, scheme: Scheme) -> None:
+    if scheme.cache is not None and not all(isinstance(layer.attention, GQA) for layer in subject.spec.layers):
+        raise ConfigError(
+            f"{subject.family.name} keeps latents or filtered keys, for which no static scales are found",
+            where="scheme",
+            fix="leave c8 out; 'cache_dtype int8' rounds any model's cache while it runs",
+        )
 
 
 @contextmanager

@@ -107,30 +107,6 @@ static void rotate_rows(const bf16* x, int64_t rows, int64_t dim, int64_t block,
   }
 }
 
-static void multiply(const Int8Product& product, const bf16* second, bf16* rotated) {
-  const int64_t panels = product.weight.panels(), size = product.weight.steps() * STEP, rank = product.update.rank();
-  const int64_t wide = product.forward ? 0 : STRIPE * product.weight.columns * 4;
-  const Cut cut(product.x.rows, size + wide, size);
-#pragma omp parallel
-  {
-    if (!product.forward && rank) {
-      rotate_rows(second, rank, product.weight.columns, product.block, rotated);
-#pragma omp barrier
-    }
-#pragma omp for schedule(static) nowait
-    for (int64_t p = 0; p < panels; ++p) product.weight.pack(p, product.packed);
-    product.update.pack(panels);
-#pragma omp barrier
-    static thread_local Memory memory;
-    const Tiles tiles;
-#pragma omp for schedule(dynamic)
-    for (int64_t b = 0; b < cut.blocks; ++b) {
-      const int64_t first = cut.first(b), last = cut.first(b + 1);
-      multiply_block<true>(Int8Task(product, memory, first, last), first, last, cut.group);
-    }
-  }
-}
-
 // out[rows, columns], thin[rows, rank] as in low_rank_product.cpp; w in 8 bits with `scale`, of columns forward, of
 // inputs backward. `packed` has room for three right operands and, backward, for b once more.
 extern "C" void int8_product_bf16(const bf16* x, const int8_t* w, const float* scale, const bf16* a, const bf16* b,
@@ -142,7 +118,12 @@ extern "C" void int8_product_bf16(const bf16* x, const int8_t* w, const float* s
   Update update{{a, inputs, rank, of_rows}, {b, rank, columns, of_rows}, thin, packed + weight.bytes()};
   bf16* rotated = reinterpret_cast<bf16*>(update.packed + (rank ? update.first.bytes() + update.second.bytes() : 0));
   if (!of_rows) update.second.data = rotated;
-  multiply({{x, rows, inputs}, weight, scale, bias, block, of_rows, out, update, packed}, b, rotated);
+  const Int8Product product{{x, rows, inputs}, weight, scale, bias, block, of_rows, out, update, packed};
+  multiply_blocks<true, Int8Task>(product, of_rows ? 0 : STRIPE * columns * 4, [&] {
+    if (of_rows || rank == 0) return;
+    rotate_rows(b, rank, columns, block, rotated);
+#pragma omp barrier
+  });
 }
 
 #else

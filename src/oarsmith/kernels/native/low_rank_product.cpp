@@ -64,25 +64,6 @@ class Task {
   Left* lefts_;
 };
 
-static void multiply(const Product& product) {
-  const int64_t panels = product.weight.panels(), size = product.weight.steps() * STEP;
-  const Cut cut(product.x.rows, size, size);
-#pragma omp parallel
-  {
-#pragma omp for schedule(static) nowait
-    for (int64_t p = 0; p < panels; ++p) product.weight.pack(p, product.packed);
-    product.update.pack(panels);
-#pragma omp barrier
-    static thread_local Memory memory;
-    const Tiles tiles;
-#pragma omp for schedule(dynamic)
-    for (int64_t b = 0; b < cut.blocks; ++b) {
-      const int64_t first = cut.first(b), last = cut.first(b + 1);
-      multiply_block<false>(Task(product, memory, first, last), first, last, cut.group);
-    }
-  }
-}
-
 // out[rows, columns] = x[rows, inputs] W + thin B + bias, thin[rows, rank] = x A. The three right operands lie in memory
 // with the numbers of a column (of_rows) or of a row side by side. `packed` has room for them as panels.
 extern "C" void low_rank_product_bf16(const bf16* x, const bf16* w, const bf16* a, const bf16* b, const float* bias,
@@ -92,7 +73,7 @@ extern "C" void low_rank_product_bf16(const bf16* x, const bf16* w, const bf16* 
   packed += -reinterpret_cast<uintptr_t>(packed) % LINE;
   const Right<bf16> weight{w, inputs, columns, side_by_side};
   const Update update{{a, inputs, rank, side_by_side}, {b, rank, columns, side_by_side}, thin, packed + weight.bytes()};
-  multiply({{x, rows, inputs}, weight, bias, out, update, packed});
+  multiply_blocks<false, Task>(Product{{x, rows, inputs}, weight, bias, out, update, packed}, 0, [] {});
 }
 
 #else

@@ -209,4 +209,27 @@ static inline void multiply_block(const Task& task, int64_t first_stripe, int64_
   while (row < STRIPE) finish_row();
 }
 
+// Packs a product's right operands, and multiplies block by block. before() is called by all threads first; a stripe
+// takes `wide` bytes beside its inputs. A Task is what multiply_block takes.
+template <bool BYTES, class Task, class Product, class Before>
+static void multiply_blocks(const Product& product, int64_t wide, const Before& before) {
+  const int64_t panels = product.weight.panels(), size = product.weight.steps() * STEP;
+  const Cut cut(product.x.rows, size + wide, size);
+#pragma omp parallel
+  {
+    before();
+#pragma omp for schedule(static) nowait
+    for (int64_t p = 0; p < panels; ++p) product.weight.pack(p, product.packed);
+    product.update.pack(panels);
+#pragma omp barrier
+    static thread_local Memory memory;
+    const Tiles tiles;
+#pragma omp for schedule(dynamic)
+    for (int64_t b = 0; b < cut.blocks; ++b) {
+      const int64_t first = cut.first(b), last = cut.first(b + 1);
+      multiply_block<BYTES>(Task(product, memory, first, last), first, last, cut.group);
+    }
+  }
+}
+
 #endif
