@@ -204,7 +204,7 @@ def test_explain_a_saved_run_and_a_bare_key(tmp_path, capsys):
     assert cli.main(["explain", str(tmp_path), "temperature"]) == 0
     text = capsys.readouterr().out
     assert "temperature = 0.7" in text and "oarsmith generate" in text
-    assert cli.main(["explain", "nproc_per_node"]) == 0
+    assert cli.main(["explain", "data_impl"]) == 0
     assert "not built yet" in capsys.readouterr().out
     assert cli.main(["explain", "kl_budget"]) == 0
     assert "oarsmith merge-adapter" in capsys.readouterr().out

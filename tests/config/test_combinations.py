@@ -221,10 +221,26 @@ def test_refused(config_class, line, message):
     assert caught.value.fix
 
 
-def test_several_processes(monkeypatch):
+SPREAD_CASES = [
+    ("--pipeline_parallel_degree 2", "the layers"),
+    ("--optimizer_in_backward --max_grad_norm 0", "other processes' gradients"),
+    ("--optim muon --sharding stage3", "whole matrices"),
+    ("--dtype fp16", "for one process"),
+    ("--torch_compile --sharding stage3", "split is not built yet"),
+    ("--offload_optim --sharding stage1", "split is not built yet"),
+    ("--eval_with_do_generation --eval_split_ratio 0.1", "generates in one process"),
+    ("--tensor_parallel_degree 2", "heads and columns"),
+    ("--context_parallel_degree 2", "the tokens of a stream"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), SPREAD_CASES)
+def test_several_processes(monkeypatch, line, message):
+    words = ["m", "d", *line.split()]
+    load_config(SftConfig, None, words)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="WORLD_SIZE"):
-        load_config(SftConfig, None, ["m", "d"])
+    with pytest.raises(ConfigError, match=message):
+        load_config(SftConfig, None, words)
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
@@ -237,8 +253,8 @@ def test_trackers_must_be_installed(monkeypatch, name):
 
 
 def test_every_line_is_tested():
-    # The four by environment above have their own tests.
-    assert len({message for _, _, message in CASES}) + 4 >= len(IMPOSSIBLE)
+    # The three by environment above have their own tests.
+    assert len({message for _, _, message in CASES}) + 3 + len(SPREAD_CASES) >= len(IMPOSSIBLE)
     for line in IMPOSSIBLE:
         assert line.reason and line.fix
 

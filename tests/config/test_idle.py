@@ -15,6 +15,8 @@ from oarsmith.config.reward import RewardConfig
 from oarsmith.config.sft import SftConfig
 
 CASES = [
+    (SftConfig, "--data_parallel_degree 2 --sharding stage2 --sharding_parallel_degree 2", "--nproc_per_node 4"),
+    (SftConfig, "--tensor_parallel_degree 2 --context_parallel_degree 2 --pipeline_parallel_degree 2", ""),
     (SftConfig, "--optim adafactor --adam_beta1 0.8 --adam_beta2 0.9 --adam_epsilon 1e-7", ""),
     (SftConfig, "--scale_loss 1024", "--dtype fp16"),
     (PretrainConfig, "--device cpu --offload_optim", "--device cuda"),

@@ -68,7 +68,6 @@ def test_the_pretraining_file_runs_unchanged():
 @pytest.mark.parametrize(
     ("key", "neutral", "asking"),
     [
-        ("nproc_per_node", [1, -1, "", "1", None], 8),
         ("do_ceval", [0, False, "false"], 1),
         ("quant_type", [None, ""], "a8w8"),
     ],

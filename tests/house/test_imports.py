@@ -8,7 +8,7 @@ SRC = Path(__file__).parents[2] / "src" / "oarsmith"
 
 # From the top down; a room imports from its own layer and those below.
 LAYERS = (
-    {"__init__", "__main__", "cli"},
+    {"__init__", "__main__", "cli", "commands"},
     {"jobs"},
     {"methods", "engine", "serve", "merge", "quantize", "rl"},
     {"loading"},

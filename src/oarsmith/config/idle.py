@@ -14,6 +14,7 @@ from .base import JobConfig
 from .checkpoints import ConvertConfig
 from .dpo import DpoConfig
 from .inference import CacheKeys, GenerateConfig, ModeKeys, SpeculativeKeys
+from .parallel import LAYOUT_KEYS, num_processes
 from .preferences import ProcessKeys
 from .resolved import is_given
 from .reward import RewardConfig
@@ -43,6 +44,12 @@ IDLE: tuple[Idle[Any], ...] = (
         ("adam_beta1", "adam_beta2", "adam_epsilon"),
         lambda c: c.optim == "adafactor",
         "adafactor has settings of its own",
+    ),
+    Idle(
+        TrainConfig,
+        LAYOUT_KEYS,
+        lambda c: num_processes() == 1 and not c.spreads,
+        "how the work is split over processes; this one computes the same numbers alone",
     ),
     Idle(TrainConfig, ("scale_loss",), lambda c: c.dtype != "fp16", "only fp16 scales the loss"),
     Idle(

@@ -43,6 +43,7 @@ ALIASES: dict[str, str] = {
     "num_epochs": "num_train_epochs",
     "epochs": "num_train_epochs",
     "adam_eps": "adam_epsilon",
+    "sep_parallel_degree": "context_parallel_degree",
     "use_lora": "lora",
     "lora_r": "lora_rank",
     "target_r": "lora_rank",

@@ -15,7 +15,7 @@ _LOADER = "rows are read and tokenized once, before training; there are no loade
 _CHUNKED = "the head and the loss always run in chunks, on trained tokens only"
 _DROPOUT = "the models here have no dropout inside their blocks, as most families were trained"
 _WORDS = "whole words matter to masked models only; decoders take the text as it is"
-_TUNING = "tunes how Paddle overlaps communication; this version trains in one process"
+_TUNING = "tunes how Paddle overlaps communication; torch's own parts do that here"
 _LAYOUT = "how Paddle splits the work over devices; one process computes the same numbers without"
 _AMP = "a detail of Paddle's mixed precision; here weights and optimizer are kept exactly as the docs of dtype say"
 
@@ -67,14 +67,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "hybrid_parallel_topo_order": _TUNING,
     "ddp_find_unused_parameters": _TUNING,
     "local_rank": _TUNING,
-    "tensor_parallel_degree": _LAYOUT,
-    "pipeline_parallel_degree": _LAYOUT,
     "virtual_pp_degree": _LAYOUT,
-    "sharding": _LAYOUT,
-    "sharding_parallel_degree": _LAYOUT,
-    "data_parallel_degree": _LAYOUT,
-    "sep_parallel_degree": _LAYOUT,
-    "context_parallel_degree": _LAYOUT,
     "sequence_parallel": _LAYOUT,
     "use_expert_parallel": _LAYOUT,
     "enable_auto_parallel": _LAYOUT,
@@ -125,15 +118,10 @@ class NotBuilt:
 
 
 _OFF = frozenset({"false", "0", "no", "off", "", "none"})
-_ONE = frozenset({"1", "-1", "0", "", "none"})
 
 
 def _switch(what: str, fix: str | None = None) -> NotBuilt:
     return NotBuilt(_OFF, what, fix or "set it to false")
-
-
-def _degree(what: str) -> NotBuilt:
-    return NotBuilt(_ONE, what, "set it to 1; this version trains in one process")
 
 
 NOT_BUILT: dict[str, NotBuilt] = {
@@ -142,8 +130,6 @@ NOT_BUILT: dict[str, NotBuilt] = {
         "writing another layout than mmap",
         "set it to mmap; old corpora are read",
     ),
-    "nproc_per_node": _degree("training in several processes"),
-    "nnodes": _degree("training on several machines"),
     "lora_path": NotBuilt(_OFF, "training an adapter further", "merge it first with oarsmith merge-adapter"),
     "prefix_path": NotBuilt(_OFF, "training an adapter further", "begin with a new one"),
     "reft_path": NotBuilt(_OFF, "training an adapter further", "begin with a new one"),

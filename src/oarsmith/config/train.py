@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from .groups import BatchKeys, RunKeys, RuntimeKeys
+from .parallel import ParallelKeys
 from .training_keys import (
     CheckpointKeys,
     EvaluationKeys,
@@ -28,6 +29,7 @@ class TrainConfig(
     LogKeys,
     MemoryKeys,
     LongContextKeys,
+    ParallelKeys,
     RuntimeKeys,
 ):
     """The keys of the training loop and its parts; a command adds its model, its data and its own."""

@@ -15,6 +15,7 @@ from .factor_combinations import FACTORS
 from .groups import EvalRowKeys, RunKeys
 from .impossible import Impossible
 from .lora_combinations import LORA
+from .parallel_combinations import SPREAD
 from .pretrain import PretrainConfig, split_shares
 from .sft import SftConfig
 from .train import TrainConfig
@@ -66,12 +67,7 @@ TRAINING: tuple[Impossible[Any], ...] = (
     *FACTORS,
     *LORA,
     *VIRTUAL,
-    Impossible(
-        RunKeys,
-        lambda c: int(os.environ.get("WORLD_SIZE", "1")) > 1,
-        "started as one of several processes (WORLD_SIZE is set), but this version trains in one process",
-        "start it without torchrun",
-    ),
+    *SPREAD,
     Impossible(
         RunKeys,
         lambda c: not c.do_train and not c.do_eval,

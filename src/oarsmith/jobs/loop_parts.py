@@ -9,16 +9,18 @@ from pathlib import Path
 from oarsmith.config.train import TrainConfig
 from oarsmith.jobs.adapter_training import update_hooks
 from oarsmith.jobs.optimizers import make_optimizer
+from oarsmith.jobs.spread import batches_per_step
 from oarsmith.jobs.weights import Weights
 from oarsmith.models.decoder import Decoder
 from oarsmith.training.batches import BatchSource
 from oarsmith.training.checkpoint import CheckpointStore
 from oarsmith.training.ema import Ema
 from oarsmith.training.forensics import Decode, Recorder
-from oarsmith.training.log import RunLog
+from oarsmith.training.log import ReadingLog, RunLog
 from oarsmith.training.loop import Loop
 from oarsmith.training.objective import Objective
 from oarsmith.training.progress import Progress
+from oarsmith.training.ranks import ALONE, Ranks
 from oarsmith.training.run_state import LoopSettings
 from oarsmith.training.saver import Saver
 from oarsmith.training.scaler import LossScaler
@@ -40,11 +42,15 @@ def make_loop(
     evaluate: Callable[[], Mapping[str, float]] | None,
     decode: Decode,
     tokens_per_pass: int,
+    ranks: Ranks = ALONE,
 ) -> Loop:
     """Wire the loop for this config. ``tokens_per_pass``: about how many go through the model at a time."""
     total = total_steps(config, loader)
     output_dir = store.output_dir
-    optimizer = make_optimizer(config, model)
+    optimizer = make_optimizer(config, model, ranks)
+    recorder = Recorder(
+        output_dir=output_dir, model=model, objective=objective, decode=decode, write_model=weights.write
+    )
     return Loop(
         model=model,
         objective=objective,
@@ -54,9 +60,9 @@ def make_loop(
         settings=loop_settings(config, total),
         output_dir=output_dir,
         saver=Saver(store=store, write_model=weights.write, background=config.use_async_save),
-        log=RunLog(output_dir),
+        log=RunLog(output_dir) if ranks.is_main else ReadingLog(output_dir),
         tracker=make_tracker(
-            config.report_to,
+            config.report_to if ranks.is_main else (),
             output_dir,
             run_name=config.run_name or output_dir.name,
             config=config.model_dump(mode="json"),
@@ -67,13 +73,12 @@ def make_loop(
         progress=progress,
         load_model=weights.load,
         evaluate=evaluate,
-        recorder=Recorder(
-            output_dir=output_dir, model=model, objective=objective, decode=decode, write_model=weights.write
-        ),
+        recorder=recorder if ranks.alone else None,
         spikes=SpikeDetector(config.loss_spike_factor),
         ema=None if config.ema_decay is None else Ema(optimizer, decay=config.ema_decay),
         scaler=LossScaler(scale=config.scale_loss) if config.dtype == "fp16" else None,
         hooks=update_hooks(config, model, total),
+        ranks=ranks,
     )
 
 
@@ -83,7 +88,7 @@ def total_steps(config: TrainConfig, loader: BatchSource) -> int:
         return config.max_steps
 
     def updates(epoch: int) -> int:
-        return math.ceil(loader.batches_per_epoch(epoch) / config.gradient_accumulation_steps)
+        return math.ceil(loader.batches_per_epoch(epoch) / batches_per_step(config))
 
     whole = int(config.num_train_epochs)
     rest = math.ceil((config.num_train_epochs - whole) * updates(whole))
@@ -113,7 +118,7 @@ def loop_settings(config: TrainConfig, total: int) -> LoopSettings:
     return LoopSettings(
         seed=config.seed,
         total_steps=total,
-        accumulate=config.gradient_accumulation_steps,
+        accumulate=batches_per_step(config),
         in_backward=config.optimizer_in_backward,
         max_grad_norm=config.max_grad_norm,
         log_steps=config.logging_steps,

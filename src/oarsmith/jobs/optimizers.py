@@ -31,17 +31,25 @@ from oarsmith.training.optimizer import (
     step_size_units,
 )
 from oarsmith.training.precision import has_fast_bf16
+from oarsmith.training.ranks import ALONE, Ranks
 
 Named = Iterable[tuple[str, nn.Parameter]]
 
 
-def make_optimizer(config: TrainConfig, model: Decoder) -> Optimizer:
-    """The update rule over the parameters that train."""
+def make_optimizer(config: TrainConfig, model: Decoder, ranks: Ranks = ALONE) -> Optimizer:
+    """The update rule over the parameters that train, or what of them lies in this process."""
     build = _rule(config, model)
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = [(name, own_part(p, ranks)) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = offloaded(trained, build) if config.offload_optim else build(trained)
     optimizer.rate_factors = rate_factors(config, optimizer.parameters)
     return optimizer
+
+
+def own_part(parameter: nn.Parameter, ranks: Ranks) -> nn.Parameter:
+    """What of a parameter lies here, as one of its own."""
+    own = ranks.local(parameter)
+    assert isinstance(own, nn.Parameter), type(own)
+    return own
 
 
 def _rule(config: TrainConfig, model: Decoder) -> Callable[[Named], Optimizer]:

@@ -21,10 +21,12 @@ from oarsmith.errors import ConfigError
 from oarsmith.jobs.adapter_training import prepare
 from oarsmith.jobs.loop_parts import make_loop, total_steps
 from oarsmith.jobs.runtime import runtime
+from oarsmith.jobs.spread import batches_per_step, split, spread
 from oarsmith.jobs.start import Start, require_vocabulary, with_skipped_positions
 from oarsmith.jobs.weights import Weights
 from oarsmith.methods.data import TrainingData
 from oarsmith.models.decoder import Decoder
+from oarsmith.parallel.mesh import Mesh
 from oarsmith.text import Tokenizer
 from oarsmith.training.batches import BatchSet
 from oarsmith.training.checkpoint import CheckpointStore
@@ -33,6 +35,7 @@ from oarsmith.training.evaluate import evaluate, in_words
 from oarsmith.training.loop import Loop
 from oarsmith.training.objective import Objective
 from oarsmith.training.progress import Progress
+from oarsmith.training.ranks import ALONE, Ranks
 from oarsmith.training.report import write_report
 from oarsmith.training.run_folder import discard_run, open_run
 
@@ -95,7 +98,8 @@ def train(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainRe
     """The whole procedure of a run."""
     with (
         runtime(resolved.config) as device,
-        Progress(console, quiet=resolved.config.disable_tqdm) as progress,
+        spread(resolved.config, device) as mesh,
+        Progress(console, quiet=resolved.config.disable_tqdm or not mesh.is_main) as progress,
     ):
         resolved, start = recipe.start(resolved, device)
         config, output_dir = resolved.config, Path(resolved.config.output_dir)
@@ -103,25 +107,25 @@ def train(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainRe
             if key not in resolved.without_effect:  # only this machine could tell
                 console.print(f"note: {key} has no effect: {why}")
         store = CheckpointStore(output_dir, keep=config.save_total_limit)
-        checkpoint = open_run(
-            output_dir,
-            config.model_dump(),
-            overwrite=config.overwrite_output_dir,
-            resume=config.resume_from_checkpoint,
-            store=store,
-            inputs=[start.base, *(Path(name) for name in recipe.inputs(config) if name)],
-        )
+        with mesh.main_first():
+            checkpoint = open_run(
+                output_dir,
+                config.model_dump(),
+                overwrite=config.overwrite_output_dir,
+                resume=config.resume_from_checkpoint,
+                store=store,
+                inputs=[start.base, *(Path(name) for name in recipe.inputs(config) if name)],
+            )
         tokenizer = recipe.tokenizer(config)
-        data = recipe.build_data(config, start, tokenizer)
+        with mesh.main_first():
+            data = recipe.build_data(config, start, tokenizer)
         for line in data.lines:
             console.print(line)
         require_vocabulary(data.highest_id, start)
         model = recipe.load_model(config, start, device)
         console.print(_describe(model, fresh=start.fresh))
         console.print(f"kernels: {kernels.describe()}")
-        if config.overwrite_output_dir:
-            discard_run(output_dir)
-        _record(resolved, output_dir, data, model)
+        _begin_folder(resolved, output_dir, data, model, mesh)
         weights = recipe.weights(config, start, tokenizer)
         objective = recipe.objective(config)
         data = recipe.complete(config, start, model, data, console)
@@ -129,6 +133,7 @@ def train(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainRe
         loader = with_skipped_positions(config, start, data.train)
         if checkpoint is None:
             prepare(config, model, objective, loader, console)
+        ranks = split(config, model, mesh, console)
         loop = make_loop(
             config,
             model=model,
@@ -137,14 +142,15 @@ def train(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainRe
             store=store,
             progress=progress,
             weights=weights,
-            evaluate=evaluation_of(model, objective, data.evaluation, extra),
+            evaluate=evaluation_of(model, objective, data.evaluation, extra, ranks),
             decode=tokenizer.decode,
             tokens_per_pass=recipe.tokens_per_pass(config),
+            ranks=ranks,
         )
         console.print(_plan(config, recipe, loop.settings.total_steps))
         with closing(loop.tracker):
             result = _finish(config, loop, weights, checkpoint, data, console)
-        write_report(output_dir)
+        mesh.once(lambda: write_report(output_dir))
     return result
 
 
@@ -159,23 +165,32 @@ def _finish(
         loop.return_to(step)
         console.print(f"back to the best checkpoint, step {step}")
     folder = loop.output_dir / weights.name
-    with atomic_directory(folder) as target:
-        weights.write(loop.model, target)
+    _write_whole(loop, weights, folder)
     if loop.ema is not None:
-        with loop.ema.applied(), atomic_directory(loop.output_dir / f"{weights.name}-ema") as target:
-            weights.write(loop.model, target)
+        with loop.ema.applied():
+            _write_whole(loop, weights, loop.output_dir / f"{weights.name}-ema")
         console.print(f"averaged weights: {loop.output_dir / f'{weights.name}-ema'}")
     evaluation = _final_evaluation(loop, step) if config.do_eval else None
     test = None
     if config.do_predict and data.test is not None:
-        test = {"step": step, **evaluate(loop.model, loop.objective, data.test()).record()}
-        atomic_write_text(loop.output_dir / "test.json", json.dumps(test, indent=1) + "\n")
+        test = {"step": step, **evaluate(loop.model, loop.objective, data.test(), ranks=loop.ranks).record()}
+        if loop.ranks.is_main:
+            atomic_write_text(loop.output_dir / "test.json", json.dumps(test, indent=1) + "\n")
     return TrainResult(loop.output_dir, folder, step, evaluation, test)
+
+
+def _write_whole(loop: Loop, weights: Weights, folder: Path) -> None:
+    """The trained weights of all processes as files, there at once; all processes must ask."""
+    model = loop.ranks.whole_model(loop.model)
+    if model is not None:
+        with atomic_directory(folder) as target:
+            weights.write(model, target)
+    loop.ranks.barrier()
 
 
 def evaluate_only(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainResult:
     """Score the model as it is on the evaluation data; writes nothing."""
-    with runtime(resolved.config) as device:
+    with runtime(resolved.config) as device, spread(resolved.config, device) as mesh:
         resolved, start = recipe.start(resolved, device)
         config, tokenizer = resolved.config, recipe.tokenizer(resolved.config)
         data = recipe.build_data(config, start, tokenizer)
@@ -187,25 +202,37 @@ def evaluate_only(resolved: Resolved[C], recipe: Recipe[C], console: Console) ->
         model = recipe.load_model(config, start, device)
         data = recipe.complete(config, start, model, data, console)
         assert data.evaluation is not None
+        extra = recipe.extra_scores(config, model, tokenizer, data)
         scores = evaluation_of(
-            model, recipe.objective(config), data.evaluation, recipe.extra_scores(config, model, tokenizer, data)
+            model, recipe.objective(config), data.evaluation, extra, split(config, model, mesh, console)
         )
         assert scores is not None
         return TrainResult(Path(config.output_dir), start.base, 0, scores())
 
 
 def evaluation_of(
-    model: Decoder, objective: Objective, batches: BatchSet | None, extra: Evaluate | None
+    model: Decoder, objective: Objective, batches: BatchSet | None, extra: Evaluate | None, ranks: Ranks = ALONE
 ) -> Evaluate | None:
     """Everything an evaluation measures, as one record; None without data for it."""
     if batches is None:
         return None
 
     def score() -> Mapping[str, float]:
-        record = evaluate(model, objective, batches()).record()
+        record = evaluate(model, objective, batches(), ranks=ranks).record()
         return record if extra is None else {**record, **extra()}
 
     return score
+
+
+def _begin_folder(resolved: Resolved[C], output_dir: Path, data: TrainingData, model: Decoder, mesh: Mesh) -> None:
+    """What a run leaves before its first step."""
+
+    def begin() -> None:
+        if resolved.config.overwrite_output_dir:
+            discard_run(output_dir)
+        _record(resolved, output_dir, data, model)
+
+    mesh.once(begin)
 
 
 def _record(resolved: Resolved[C], output_dir: Path, data: TrainingData, model: Decoder) -> None:
@@ -226,11 +253,12 @@ def _final_evaluation(loop: Loop, step: int) -> Mapping[str, float] | None:
 
 
 def _plan(config: C, recipe: Recipe[C], total: int) -> str:
-    passes = config.gradient_accumulation_steps
-    split = f" in {passes} passes" if passes > 1 else ""
+    passes, others = config.gradient_accumulation_steps, batches_per_step(config) // config.gradient_accumulation_steps
+    in_passes = f" in {passes} passes" if passes > 1 else ""
+    in_passes += f" on each of {others} processes" if others > 1 else ""
     epochs = f" ({config.num_train_epochs:g} epochs)" if config.max_steps <= 0 else ""
     rate = f"{config.optim}, learning rate {config.learning_rate:g}, {config.lr_scheduler_type}"
-    return f"training: {total:,} steps{epochs} of {recipe.plan(config)}{split}; {rate}; into {config.output_dir}"
+    return f"training: {total:,} steps{epochs} of {recipe.plan(config)}{in_passes}; {rate}; into {config.output_dir}"
 
 
 def _num_parameters(model: Decoder) -> tuple[int, int]:

@@ -55,11 +55,12 @@ class Ema:
     def applied(self) -> Iterator[None]:
         """Inside the ``with`` block the parameters are the averages, rounded to their dtype; not for training."""
         parameters = self._optimizer.parameters
-        before = {name: parameter.data for name, parameter in parameters.items()}
+        before = {name: parameter.data.clone() for name, parameter in parameters.items()}
         try:
+            # Into the memory that the model reads: a parameter here may be the local part of one of its own.
             for name, parameter in parameters.items():
-                parameter.data = self._averages[name].to(parameter.device, parameter.dtype)
+                parameter.data.copy_(self._averages[name])
             yield
         finally:
             for name, parameter in parameters.items():
-                parameter.data = before[name]
+                parameter.data.copy_(before[name])

@@ -15,6 +15,7 @@ from oarsmith.errors import DataError
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.layout import Layout
 from oarsmith.training.objective import Objective, StepObjective
+from oarsmith.training.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,17 @@ def in_words(record: Mapping[str, float]) -> list[str]:
 
 @torch.no_grad()
 def evaluate(
-    model: Decoder, objective: Objective, batches: Iterable[Batch], progress: Callable[[int], None] | None = None
+    model: Decoder,
+    objective: Objective,
+    batches: Iterable[Batch],
+    progress: Callable[[int], None] | None = None,
+    *,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Run the objective without gradients; the model's mode is restored. The whole set is one step."""
+    """Run the objective without gradients; the model's mode is restored. The whole set is one step.
+
+    ``ranks``: who computes which of the batches.
+    """
     training = model.training
     model.eval()
     if isinstance(objective, StepObjective):
@@ -64,14 +73,18 @@ def evaluate(
         objective = objective.of_step(model, batches)
     total = count = 0.0
     sums, of_tokens = dict[str, float](), True
-    for index, batch in enumerate(batches):
-        outcome = objective(model, batch, 1.0)
-        total, count = total + outcome.total, count + outcome.count
-        of_tokens = not isinstance(batch, AnswerBatch)
+    for index, one in enumerate(ranks.dealt(batches)):
+        outcome = objective(model, one.batch, 1.0)
+        counted = 1.0 if one.counts else 0.0
+        total, count = total + counted * outcome.total, count + counted * outcome.count
+        of_tokens = not isinstance(one.batch, AnswerBatch)
         for name, value in outcome.sums.items():
-            sums[name] = sums.get(name, 0.0) + value
+            sums[name] = sums.get(name, 0.0) + counted * value
         if progress is not None:
             progress(index + 1)
+    ranks.end_passes()
+    total, count, *others = ranks.total([total, count, *(sums[name] for name in sorted(sums))])
+    sums = dict(zip(sorted(sums), others, strict=True))
     model.train(training)
     assert count > 0, "nothing to evaluate on"
     means = {name: value / count for name, value in sums.items()}

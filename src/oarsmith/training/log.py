@@ -40,6 +40,26 @@ class RunLog:
         return read_log(self.timing_path)
 
 
+class ReadingLog(RunLog):
+    """What a process knows of the log that the main one writes: the same records, of which it writes none."""
+
+    def __init__(self, output_dir: Path) -> None:
+        super().__init__(output_dir)
+        self._records: list[dict[str, Any]] = []
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        self._records.append(dict(record))
+
+    def append_timing(self, record: Mapping[str, Any]) -> None:
+        """Times are the main process's."""
+
+    def rewind(self, step: int) -> None:
+        self._records = [record for record in read_log(self.path) if record["step"] <= step]
+
+    def records(self) -> list[dict[str, Any]]:
+        return self._records
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
     """All whole records; a last line cut off by a kill is left out.
 

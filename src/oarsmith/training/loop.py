@@ -26,6 +26,7 @@ from oarsmith.training.log import RunLog
 from oarsmith.training.objective import Objective, StepObjective
 from oarsmith.training.optimizer import Optimizer
 from oarsmith.training.progress import Progress
+from oarsmith.training.ranks import ALONE, Ranks
 from oarsmith.training.run_state import LoopSettings, RunState
 from oarsmith.training.saver import Saver
 from oarsmith.training.scaler import LossScaler
@@ -44,10 +45,11 @@ class Loop:
     Attributes:
         load_model: restores what ``saver.write_model`` wrote.
         evaluate: scores the model on held-out data; None without such data.
-        recorder: keeps steps that fail; ``spikes`` says which other ones are odd.
+        recorder: keeps steps that fail, in a run of one process; ``spikes`` says which other ones are odd.
         ema: averaged weights, which evaluations then use.
         scaler: for fp16.
         hooks: what the method does around the optimizer.
+        ranks: the processes of the run; each has a loop of its own, and all loops do the same at the same time.
     """
 
     model: Decoder
@@ -64,12 +66,13 @@ class Loop:
     meter: SpeedMeter
     load_model: Callable[[Decoder, Path], None]
     evaluate: Callable[[], Mapping[str, float]] | None
-    recorder: Recorder
+    recorder: Recorder | None
     spikes: SpikeDetector
     memory: FreedMemory = field(default_factory=FreedMemory)
     ema: Ema | None = None
     scaler: LossScaler | None = None
     hooks: UpdateHooks = field(default_factory=UpdateHooks)
+    ranks: Ranks = ALONE
 
     def run(self, resume: Path | None) -> RunState:
         """Train from the start or from a checkpoint to ``total_steps``, or until evaluations stop getting better.
@@ -87,7 +90,7 @@ class Loop:
                 epoch_end = self._one_step(state)
                 last = state.step == self.settings.total_steps
                 # Looked at once: a signal that comes after this is for the next step, or nothing would be saved for it.
-                stopping = bool(stop) and not last
+                stopping = self.ranks.any(bool(stop)) and not last
                 planned = self._save_due(state, epoch_end, last)
                 # What only a stop saves is no candidate for the best: without the stop it would not be there.
                 self._evaluate_if_due(state, epoch_end, last, planned)
@@ -108,10 +111,10 @@ class Loop:
     def return_to(self, step: int) -> None:
         """Take back the weights of a checkpoint (with their average), to end with them."""
         path = self.saver.store.path(step)
-        self.load_model(self.model, path)
+        self.ranks.load_model(self.model, self.load_model, path)
         if self.ema is not None:
             tensors, _ = read_checkpoint(path)
-            self.ema.load_state(_part(tensors, _EMA))
+            self.ema.load_state(self.ranks.own(_part(tensors, _EMA)))
 
     def evaluate_now(self, step: int) -> dict[str, float]:
         """An evaluation, logged."""
@@ -169,6 +172,7 @@ class Loop:
             inspect=lambda result: self._keep_if_odd(facts, batches, result, weights="before the update"),
             hooks=self.hooks,
             number=facts.step,
+            ranks=self.ranks,
         )
 
     def _keep_if_odd(
@@ -177,8 +181,10 @@ class Loop:
         """Keep a step whose loss jumps; training goes on."""
         reason = self.spikes.check(result.total / result.count)
         if reason is not None:
-            with self.meter.paused():
-                kept = self.recorder.spike(facts, reason, batches, result, weights=weights)
+            kept = None
+            if self.recorder is not None:
+                with self.meter.paused():
+                    kept = self.recorder.spike(facts, reason, batches, result, weights=weights)
             self._event(facts.step, "spike", reason if kept is None else f"{reason}; kept in {kept.name}")
 
     def _event(self, step: int, event: str, detail: str) -> None:
@@ -228,9 +234,10 @@ class Loop:
         return when != "no" and (last or self.settings.due(when, self.settings.save_steps, state.step, epoch_end))
 
     def _save(self, state: RunState) -> None:
-        tensors = dict(self.optimizer.state_tensors()) if self.settings.save_optimizer else {}
+        tensors = self.ranks.whole(self.optimizer.state_tensors()) if self.settings.save_optimizer else {}
         if self.ema is not None:
-            tensors |= {f"{_EMA}{name}": tensor for name, tensor in self.ema.state_tensors().items()}
+            averages = self.ranks.whole(self.ema.state_tensors())
+            tensors |= {f"{_EMA}{name}": tensor for name, tensor in averages.items()}
         tensors |= {f"{_HOOKS}{name}": tensor for name, tensor in self.hooks.state_tensors().items()}
         saved = {
             "run": asdict(state),
@@ -238,17 +245,22 @@ class Loop:
             "optimizer_steps": self.optimizer.step_count,
             "has_optimizer": self.settings.save_optimizer,
             "spikes": self.spikes.state(),
+            "batches_per_step": self.settings.accumulate,
         }
         if self.scaler is not None:
             saved["scaler"] = self.scaler.state()
         if isinstance(self.objective, StepObjective):
             saved["objective"] = self.objective.state()
         with self.meter.paused():
-            self.saver.save(state.step, self.model, tensors, saved, state.best_step)
+            model = self.ranks.whole_model(self.model)
+            if model is not None:
+                self.saver.save(state.step, model, tensors, saved, state.best_step)
+            self.ranks.barrier()
 
     def _restore(self, checkpoint: Path) -> RunState:
         tensors, saved = read_checkpoint(checkpoint)
-        self.load_model(self.model, checkpoint)
+        self._same_step(saved, checkpoint)
+        self.ranks.load_model(self.model, self.load_model, checkpoint)
         if self.settings.load_optimizer:
             if not saved.get("has_optimizer", True):
                 raise TrainingError(
@@ -257,11 +269,11 @@ class Loop:
                     fix="set ignore_load_lr_and_optim to true to go on with fresh states",
                 )
             own = {name: tensor for name, tensor in tensors.items() if not name.startswith((_EMA, _HOOKS))}
-            self.optimizer.load_state(own, saved["optimizer_steps"])
+            self.optimizer.load_state(self.ranks.own(own), saved["optimizer_steps"])
         else:
             self.optimizer.adopt_weights()
         if self.ema is not None:
-            self.ema.load_state(_part(tensors, _EMA))
+            self.ema.load_state(self.ranks.own(_part(tensors, _EMA)))
         self.hooks.load_state(_part(tensors, _HOOKS))
         if self.settings.load_place:
             self.loader.load_state(saved["loader"])
@@ -274,8 +286,25 @@ class Loop:
         self.progress.message(f"resuming from {checkpoint} at step {state.step} of {self.settings.total_steps}")
         return state
 
+    def _same_step(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
+        """Refuse to go on with steps of another size in the middle of the data."""
+        before, now = saved.get("batches_per_step", self.settings.accumulate), self.settings.accumulate
+        if before != now and self.settings.load_place:
+            raise TrainingError(
+                f"a step had {before} batches, now it has {now} (gradient_accumulation_steps times the processes that "
+                "share the data)",
+                where=str(checkpoint),
+                fix="set gradient_accumulation_steps so that the product is the same, or ignore_data_skip to true",
+            )
+
     def _failed(self, facts: StepFacts, error: NonFiniteError, batches: Sequence[Batch]) -> TrainingError:
         partly = error.partly_updated
+        if self.recorder is None:
+            return TrainingError(
+                f"{error.what} at step {facts.step}; the step was not applied",
+                fix="run it from the last checkpoint in one process to see where it begins; then lower learning_rate, "
+                "or repair the rows",
+            )
         kept = self.recorder.failure(
             facts, error.what, batches, weights="partly updated" if partly else "before the update"
         )

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from oarsmith.atomic import remove_directory
+from oarsmith.config.parallel import LAYOUT_KEYS
 from oarsmith.config.resolved import RUN_FILE
 from oarsmith.errors import ConfigError
 from oarsmith.training.checkpoint import MANIFEST, CheckpointStore
@@ -35,6 +36,15 @@ _FREE_KEYS = frozenset(
         "data_cache",
         "share_folder",
         "do_predict",
+        # A step stays what it is, however it is split: the checkpoint says how many batches it had.
+        "gradient_accumulation_steps",
+        "nproc_per_node",
+        "nnodes",
+        "node_rank",
+        "rdzv_endpoint",
+        "max_restarts",
+        "ddp_timeout",
+        *LAYOUT_KEYS,
     }
 )
 _SETTINGS: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from oarsmith.data.batch import Batch
 from oarsmith.models.decoder import Decoder
 from oarsmith.training.objective import Objective, objective_of_step
+from oarsmith.training.seeds import seed_pass
 from oarsmith.training.step import global_norm
 
 
@@ -121,8 +122,9 @@ def measure_step(
     grads: dict[str, Tensor] = {}
     totals, count = [], 0.0
     forward: dict[str, Summary] = {}
-    of_step = objective_of_step(objective, model, batches)
-    for batch in batches:
+    of_step, step_seed = objective_of_step(objective, model, batches), torch.initial_seed()
+    for index, batch in enumerate(batches):
+        seed_pass(step_seed, index)
         with _watched(model, forward):
             outcome = of_step(model, batch, scale)
         totals.append((outcome.total, outcome.count))

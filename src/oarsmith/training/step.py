@@ -16,8 +16,9 @@ from oarsmith.kernels import sum_of_squares
 from oarsmith.models.decoder import Decoder
 from oarsmith.training.objective import Objective, StepObjective, objective_of_step
 from oarsmith.training.optimizer import Optimizer
+from oarsmith.training.ranks import ALONE, Pass, Ranks
 from oarsmith.training.scaler import LossScaler
-from oarsmith.training.seeds import seed_step
+from oarsmith.training.seeds import seed_pass, seed_step
 from oarsmith.training.update_hooks import UpdateHooks
 
 __all__ = ["Gradients", "NonFiniteError", "StepResult", "global_norm", "run_step", "run_step_in_backward", "seed_step"]
@@ -66,6 +67,7 @@ def run_step(
     inspect: Callable[[StepResult], None] | None = None,
     hooks: UpdateHooks | None = None,
     number: int = 0,
+    ranks: Ranks = ALONE,
 ) -> StepResult:
     """Forward, backward and update.
 
@@ -73,21 +75,27 @@ def run_step(
         scaler: for fp16; told how the step went.
         inspect: called once loss and gradients are known and finite, before the update; what it raises ends the step.
         hooks: what a method does around the update, ``number`` of the run.
+        ranks: who computes which of the batches; all processes know all of them.
 
     Raises:
         NonFiniteError: the loss is not finite, or without a scaler the gradient norm; parameters are as before.
         TrainingError: the loss scale has become too small.
     """
     loss_scale = 1.0 if scaler is None else scaler.scale
-    gradients = Gradients(model, wide=len(batches) > 1)
+    passes = ranks.share(batches)
+    gradients = Gradients(model, wide=len(batches) > 1, ranks=ranks)
+    step_seed = torch.initial_seed()
     try:
         sums = _Sums()
         scale = 1.0 / sum(batch.num_trained for batch in batches)
         of_step = objective_of_step(objective, model, batches)
-        for batch in batches:
-            _backward(model, of_step, batch, scale * loss_scale, sums)
-        grads = gradients.result()
-        norm = global_norm(grads.values()) / loss_scale
+        for one in passes:
+            seed_pass(step_seed, one.index)
+            ranks.begin_pass(one)
+            _backward(model, of_step, one, scale * loss_scale, sums, alone=ranks.alone)
+        sums.add_up(ranks)
+        grads = ranks.reduced(gradients.result())
+        norm = math.sqrt(sum(ranks.squares(grads).tolist())) / loss_scale
         if not math.isfinite(norm):
             if scaler is None:
                 raise NonFiniteError(f"the gradient norm is {norm}")
@@ -136,7 +144,7 @@ def run_step_in_backward(
 
     hooks = [p.register_post_accumulate_grad_hook(partial(update, name)) for name, p in optimizer.parameters.items()]
     try:
-        _backward(model, objective, batch, 1.0 / batch.num_trained, sums)
+        _backward(model, objective, Pass(0, batch, counts=True, last=True), 1.0 / batch.num_trained, sums, alone=True)
     finally:
         for hook in hooks:
             hook.remove()
@@ -158,6 +166,21 @@ class _Sums:
         self.sums: dict[str, float] = {}
         self.num_tokens = 0
 
+    def add_up(self, ranks: Ranks) -> None:
+        """Take in the passes of other processes.
+
+        Raises:
+            NonFiniteError: the loss is not finite.
+        """
+        if ranks.alone:
+            return
+        names = sorted(self.sums)
+        found = ranks.total([self.total, self.count, float(self.num_tokens), *(self.sums[name] for name in names)])
+        self.total, self.count, self.num_tokens = found[0], found[1], int(found[2])
+        self.sums = dict(zip(names, found[3:], strict=True))
+        if not math.isfinite(self.total):
+            raise NonFiniteError(f"the loss is {self.total}")
+
     def tell(self, objective: Objective) -> None:
         """The step has been applied."""
         if isinstance(objective, StepObjective):
@@ -175,16 +198,20 @@ class _Sums:
         )
 
 
-def _backward(model: Decoder, objective: Objective, batch: Batch, scale: float, sums: _Sums) -> None:
-    """One micro-batch. The scale goes through the objective: it may compute gradients in its forward pass."""
-    outcome = objective(model, batch, scale)
-    if not math.isfinite(outcome.total):
+def _backward(model: Decoder, objective: Objective, one: Pass, scale: float, sums: _Sums, *, alone: bool) -> None:
+    """One micro-batch. The scale goes through the objective: it may compute gradients in its forward pass.
+
+    A loss that is not finite ends it at once, unless others would wait for this process's gradients.
+    """
+    outcome = objective(model, one.batch, scale if one.counts else 0.0)
+    if alone and not math.isfinite(outcome.total):
         raise NonFiniteError(f"the loss is {outcome.total}")
     outcome.loss.backward()
-    sums.total, sums.count = sums.total + outcome.total, sums.count + outcome.count
-    sums.num_tokens += batch.num_tokens
+    counted = 1.0 if one.counts else 0.0
+    sums.total, sums.count = sums.total + counted * outcome.total, sums.count + counted * outcome.count
+    sums.num_tokens += one.batch.num_tokens if one.counts else 0
     for name, value in outcome.sums.items():
-        sums.sums[name] = sums.sums.get(name, 0.0) + value
+        sums.sums[name] = sums.sums.get(name, 0.0) + counted * value
 
 
 class Gradients:
@@ -194,7 +221,8 @@ class Gradients:
     over as soon as backward has it, so they never all exist in both formats.
     """
 
-    def __init__(self, model: Decoder, *, wide: bool) -> None:
+    def __init__(self, model: Decoder, *, wide: bool, ranks: Ranks = ALONE) -> None:
+        self._ranks = ranks
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._wide: dict[str, Tensor] = {}
         narrow = {name: p for name, p in self._parameters.items() if wide and p.dtype != torch.float32}
@@ -204,17 +232,18 @@ class Gradients:
     def _widen(self, name: str, parameter: Tensor) -> None:
         grad, parameter.grad = parameter.grad, None
         assert grad is not None, name
+        grad = self._ranks.local(grad)
         if name in self._wide:
             self._wide[name].add_(grad)
         else:
             self._wide[name] = grad.float()
 
     def result(self) -> dict[str, Tensor]:
-        """One gradient per trainable parameter; zero where the loss does not reach it."""
-        found = {}
+        """One gradient per trainable parameter, of what lies here; zero where the loss does not reach it."""
+        found, local = {}, self._ranks.local
         for name, parameter in self._parameters.items():
             grad = self._wide.get(name, parameter.grad)
-            found[name] = _nothing(parameter) if grad is None else grad
+            found[name] = _nothing(local(parameter)) if grad is None else local(grad)
         return found
 
     def clear(self) -> None:

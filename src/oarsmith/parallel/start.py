@@ -1,0 +1,34 @@
+"""Joining the other processes of a run, and leaving them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from oarsmith.parallel.mesh import ALONE, Degrees, Mesh, make_mesh
+
+
+@contextmanager
+def joined(degrees: Degrees, device: torch.device, *, timeout_s: int) -> Iterator[Mesh]:
+    """The mesh of all processes that were started together; the group is left at the end.
+
+    Args:
+        timeout_s: seconds until waiting for another process is an error that names it.
+    """
+    if degrees.world_size == 1:
+        yield ALONE
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device.type == "cuda":
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield make_mesh(degrees, device.type)
+    finally:
+        dist.destroy_process_group()
