@@ -14,6 +14,7 @@ CONFIG_CLASSES: dict[str, tuple[str, str]] = {
     "dpo": ("dpo", "DpoConfig"),
     "kto": ("dpo", "KtoConfig"),
     "reward": ("reward", "RewardConfig"),
+    "grpo": ("policy", "GrpoConfig"),
     "compare": ("compare", "CompareConfig"),
     "generate": ("inference", "GenerateConfig"),
     "chat": ("inference", "ChatConfig"),

@@ -182,11 +182,10 @@ def evaluate_only(resolved: Resolved[C], recipe: Recipe[C], console: Console) ->
         for line in data.lines:
             console.print(line)
         require_vocabulary(data.highest_id, start)
-        if data.evaluation is None:
+        if data.evaluation is None and not data.answers_evaluated:
             raise ConfigError("there is nothing to evaluate on", where="do_train false", fix="give eval_dataset_path")
         model = recipe.load_model(config, start, device)
         data = recipe.complete(config, start, model, data, console)
-        assert data.evaluation is not None
         scores = evaluation_of(
             model, recipe.objective(config), data.evaluation, recipe.extra_scores(config, model, tokenizer, data)
         )
@@ -197,9 +196,10 @@ def evaluate_only(resolved: Resolved[C], recipe: Recipe[C], console: Console) ->
 def evaluation_of(
     model: Decoder, objective: Objective, batches: BatchSet | None, extra: Evaluate | None
 ) -> Evaluate | None:
-    """Everything an evaluation measures, as one record; None without data for it."""
+    """Everything an evaluation measures, as one record; None without data for it. ``extra`` alone is one where it looks at
+    answers."""
     if batches is None:
-        return None
+        return extra
 
     def score() -> Mapping[str, float]:
         record = evaluate(model, objective, batches()).record()
@@ -219,10 +219,14 @@ def _record(resolved: Resolved[C], output_dir: Path, data: TrainingData, model: 
 
 def _final_evaluation(loop: Loop, step: int) -> Mapping[str, float] | None:
     """The evaluation of the weights of ``step``: the one in the log, or made now and logged."""
-    known = [record for record in loop.log.records() if record["step"] == step and "eval_loss" in record]
+    known = [record for record in loop.log.records() if record["step"] == step and _is_evaluation(record)]
     if known or loop.evaluate is None:
         return known[-1] if known else None
     return loop.evaluate_now(step)
+
+
+def _is_evaluation(record: Mapping[str, float]) -> bool:
+    return any(key.startswith("eval_") for key in record)
 
 
 def _plan(config: C, recipe: Recipe[C], total: int) -> str:

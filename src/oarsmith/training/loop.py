@@ -17,7 +17,7 @@ from oarsmith.data.batch import Batch
 from oarsmith.errors import StoppedError, TrainingError
 from oarsmith.kernels.memory import FreedMemory
 from oarsmith.models.decoder import Decoder
-from oarsmith.training.batches import BatchSource
+from oarsmith.training.batches import BatchSource, KeepingBatches
 from oarsmith.training.checkpoint import read_checkpoint
 from oarsmith.training.ema import Ema
 from oarsmith.training.evaluate import in_words
@@ -232,6 +232,8 @@ class Loop:
         if self.ema is not None:
             tensors |= {f"{_EMA}{name}": tensor for name, tensor in self.ema.state_tensors().items()}
         tensors |= {f"{_HOOKS}{name}": tensor for name, tensor in self.hooks.state_tensors().items()}
+        if isinstance(self.loader, KeepingBatches):
+            tensors |= {f"{_LOADER}{name}": tensor for name, tensor in self.loader.state_tensors().items()}
         saved = {
             "run": asdict(state),
             "loader": self.loader.state(),
@@ -256,7 +258,7 @@ class Loop:
                     where=str(checkpoint),
                     fix="set ignore_load_lr_and_optim to true to go on with fresh states",
                 )
-            own = {name: tensor for name, tensor in tensors.items() if not name.startswith((_EMA, _HOOKS))}
+            own = {name: tensor for name, tensor in tensors.items() if not name.startswith((_EMA, _HOOKS, _LOADER))}
             self.optimizer.load_state(own, saved["optimizer_steps"])
         else:
             self.optimizer.adopt_weights()
@@ -265,6 +267,8 @@ class Loop:
         self.hooks.load_state(_part(tensors, _HOOKS))
         if self.settings.load_place:
             self.loader.load_state(saved["loader"])
+            if isinstance(self.loader, KeepingBatches):
+                self.loader.load_tensors(_part(tensors, _LOADER))
         self.spikes.load_state(saved.get("spikes", []))
         if self.scaler is not None and "scaler" in saved:
             self.scaler.load_state(saved["scaler"])
@@ -287,7 +291,7 @@ class Loop:
         )
 
 
-_EMA, _HOOKS = "ema/", "hooks/"
+_EMA, _HOOKS, _LOADER = "ema/", "hooks/", "loader/"
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

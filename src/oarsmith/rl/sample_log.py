@@ -1,0 +1,53 @@
+"""``samples.jsonl``: a few answers of each logged rollout with their rewards, for people to read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from oarsmith.atomic import atomic_write_text
+from oarsmith.rl.experience import Scored
+from oarsmith.training.log import read_log
+
+SAMPLES_FILE = "samples.jsonl"
+
+
+class SampleLog:
+    """Appends rows with ``step``, ``prompt``, ``answer``, ``reward``, and each reward function's own value.
+
+    Args:
+        count: answers of a rollout; ``every``: of which rollouts.
+    """
+
+    def __init__(self, folder: Path, *, count: int, every: int) -> None:
+        self._path = folder / SAMPLES_FILE
+        self._count, self._every = count, every
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after ``step``."""
+        kept = [record for record in read_log(self._path) if record["step"] <= step]
+        if self._path.exists():
+            atomic_write_text(self._path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+
+    def note(self, scored: Scored, step: int) -> None:
+        """The first answers to the first prompts of a rollout that step ``step`` learns from."""
+        if self._count == 0 or step % self._every:
+            return
+        rows, at = [], 0
+        for asked, group in zip(scored.prompts, scored.groups, strict=True):
+            if len(rows) < self._count:
+                parts = {name: values[at] for name, values in scored.scores.parts.items()}
+                rows.append(
+                    {
+                        "step": step,
+                        "prompt": asked.text,
+                        "answer": group[0].text,
+                        "reward": scored.scores.total[at],
+                        "rewards": parts,
+                        "tokens": group[0].num_own,
+                        "truncated": group[0].truncated,
+                    }
+                )
+            at += len(group)
+        with self._path.open("a", encoding="utf-8", errors="replace") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
