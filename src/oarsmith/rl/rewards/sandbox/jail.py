@@ -20,7 +20,6 @@ from typing import Any
 from oarsmith.rl.rewards.sandbox import namespaces, seccomp
 
 _PIECE = 1 << 16
-_CASE_STOPPED = 3
 _ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
 
 
@@ -91,7 +90,7 @@ def _run_cases(request: dict[str, Any], *, alone: bool) -> None:
 
 def _run_case(request: dict[str, Any], case: dict[str, Any], *, alone: bool) -> dict[str, Any]:
     given = os.memfd_create("stdin")
-    os.write(given, case["stdin"].encode())
+    os.write(given, case["stdin"].encode("utf-8", "replace"))
     os.lseek(given, 0, os.SEEK_SET)
     pipes = {name: os.pipe() for name in ("stdout", "stderr", "report", "tests")}
     began = time.monotonic()
@@ -102,7 +101,7 @@ def _run_case(request: dict[str, Any], case: dict[str, Any], *, alone: bool) -> 
     for name, (reading, writing) in pipes.items():
         os.close(reading if name == "tests" else writing)
     with contextlib.suppress(BrokenPipeError):
-        _write_all(pipes["tests"][1], case["tests"].encode(), began + request["limits"]["seconds"])
+        _write_all(pipes["tests"][1], case["tests"].encode("utf-8", "replace"), began + request["limits"]["seconds"])
     os.close(pipes["tests"][1])
     ends = {name: pipes[name][0] for name in ("stdout", "stderr", "report")}
     limit, status, read = _follow(child, ends, request["limits"], began)
@@ -149,7 +148,11 @@ def _follow(
             if not piece:
                 opened.discard(end)
             if len(read[names[end]]) > limits["output"]:
-                return "output", status if pid else None, {name: data[: limits["output"]] for name, data in read.items()}
+                return (
+                    "output",
+                    status if pid else None,
+                    {name: data[: limits["output"]] for name, data in read.items()},
+                )
         if pid and not ready:
             return None, status, read
         if not pid and time.monotonic() - began > limits["seconds"]:
@@ -198,16 +201,29 @@ def _become_program(request: dict[str, Any], given: int, pipes: dict[str, tuple[
         (resource.RLIMIT_NPROC, limits["processes"]),
     ):
         resource.setrlimit(kind, (value, value))
+    code = 1
     try:
         code = _program(request["program"], report, tests)
     except BaseException:
-        code = _CASE_STOPPED
+        traceback.print_exc(limit=-3)
         raise
     finally:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+
+
+class _Told:
+    """What goes wrong within it is printed, and nothing more."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if error is not None:
+            traceback.print_exception(error, limit=-2)
+        return True
 
 
 def _program(text: str, report: int, tests: int) -> int:
@@ -221,21 +237,16 @@ def _program(text: str, report: int, tests: int) -> int:
         exec(compile(text, "program.py", "exec"), module.__dict__)
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:
-        traceback.print_exc(limit=-3)
-        return 1
     with open(tests, encoding="utf-8") as file:
         words = file.read()
     if not words:
         return 0
     asked = json.loads(words)
-    passed = []
+    passed: list[bool] = []
     for test in asked["tests"]:
-        try:
+        passed.append(False)
+        with _Told():
             exec(compile(test, "test.py", "exec"), module.__dict__)
-            passed.append(True)
-        except BaseException:
-            traceback.print_exc(limit=-2)
-            passed.append(False)
+            passed[-1] = True
     os.write(report, json.dumps({"token": asked["token"], "passed": passed}).encode())
     return 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 _SAID = re.compile(
-    r"(?:final\s+answer|the\s+answer|answer)\s*(?:is|:|=)\s*:?\s*\**\s*(.+?)(?:\*\*|[.。]?\s*(?:\n|$)|\.\s)", re.IGNORECASE
+    r"(?:final\s+answer|the\s+answer|answer)\s*(?:is|:|=)\s*:?\s*\**\s*(.+?)(?:\*\*|[.。]?\s*(?:\n|$)|\.\s)",
+    re.IGNORECASE,
 )
 _HASHES = re.compile(r"####[ \t]*([^\n]+)")
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?%?|[-+]?\.\d+%?")

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from fractions import Fraction
 
-from oarsmith.rl.rewards.verifiers.expression import Node, parse
+from oarsmith.rl.rewards.verifiers.expression import MAX_CHARACTERS, Node, parse
 
 _MAX_EXPONENT, _MAX_FACTORIAL, _MAX_BITS = 2000, 170, 20_000
 _NUM_POINTS, _TOLERANCE = 6, 1e-9
@@ -29,7 +29,16 @@ _OPENING = {"(": ")", "[": "]", "{": "}"}
 
 def equal(answer: str, reference: str) -> bool:
     """Whether an answer is the reference: as texts, numbers, expressions, or lists of such; percentages also as the number
-    before the sign."""
+    before the sign. What is nested too deeply is equal to nothing but itself."""
+    if max(len(answer), len(reference)) > MAX_CHARACTERS:
+        return answer.strip() == reference.strip()
+    try:
+        return _equal(answer, reference)
+    except RecursionError:
+        return False
+
+
+def _equal(answer: str, reference: str) -> bool:
     mine, theirs = normalised(answer), normalised(reference)
     if mine == theirs:
         return mine != ""
@@ -216,9 +225,21 @@ def _value(node: Node, point: Mapping[str, complex]) -> complex | None:
 
 
 _ONE_PLACE = {
-    **{"sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "sinh": cmath.sinh, "cosh": cmath.cosh},
-    **{"tanh": cmath.tanh, "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "asin": cmath.asin},
-    **{"acos": cmath.acos, "atan": cmath.atan, "ln": cmath.log, "exp": cmath.exp, "sqrt": cmath.sqrt},
+    "sin": cmath.sin,
+    "cos": cmath.cos,
+    "tan": cmath.tan,
+    "sinh": cmath.sinh,
+    "cosh": cmath.cosh,
+    "tanh": cmath.tanh,
+    "arcsin": cmath.asin,
+    "arccos": cmath.acos,
+    "arctan": cmath.atan,
+    "asin": cmath.asin,
+    "acos": cmath.acos,
+    "atan": cmath.atan,
+    "ln": cmath.log,
+    "exp": cmath.exp,
+    "sqrt": cmath.sqrt,
 }
 
 

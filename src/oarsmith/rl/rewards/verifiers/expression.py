@@ -10,14 +10,23 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-MAX_CHARACTERS = 1000
+MAX_CHARACTERS = 600
 _MAX_DEPTH = 40
 _FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan asin acos atan sinh cosh tanh ln log exp sqrt abs".split()
+    (
+        *("sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "asin", "acos", "atan"),
+        *("sinh", "cosh", "tanh", "ln", "log", "exp", "sqrt", "abs"),
+    )
 )
-_GREEK = frozenset("alpha beta gamma delta theta lambda mu sigma phi omega epsilon rho tau".split())
+_GREEK = frozenset(
+    (
+        *("alpha", "beta", "gamma", "delta", "theta", "lambda", "mu"),
+        *("sigma", "phi", "omega", "epsilon", "rho", "tau"),
+    )
+)
 _TOKEN = re.compile(
-    r"\s*(?:(?P<number>\d+(?:\.\d+)?|\.\d+)|(?P<command>\\[A-Za-z]+)|(?P<word>[A-Za-z]+)|(?P<sign>\*\*|[-+*/^(){}\[\]|!,=_%<>]))"
+    r"\s*(?:(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?)"
+    r"|(?P<command>\\[A-Za-z]+)|(?P<word>[A-Za-z]+)|(?P<sign>\*\*|[-+*/^(){}\[\]|!,=_%<>]))"
 )
 _SAME = {"\\times": "*", "\\cdot": "*", "\\div": "/", "**": "^", "\\lvert": "|", "\\rvert": "|"}
 _SAME |= {"\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac"}
