@@ -2,11 +2,11 @@
 
     python benchmarks/rl_sort.py FOLDER [--seeds 0,1,2] [--seconds 180] [KEY=VALUE ...]
 
-Makes a model of 0.6 M parameters (3 layers, hidden 128) with a tokenizer of 13 tokens, warms it with `oarsmith sft` until it
-sorts 14 to 34 % of the questions right when it draws, and lets `oarsmith grpo` go on from there by a reward: 1 for an answer
-that is right, and the share of right places (-0.5 where the length is wrong). Each seed is a process of its own, whose
-clock includes its start. Prints the share of held-out questions that a drawn answer gets right, before and after.
-Further words are keys of `oarsmith grpo`.
+Makes a model of 0.6 M parameters (3 layers, hidden 128) with a tokenizer of 13 tokens, warms it with `oarsmith sft`
+until it sorts 14 to 34 % of the questions right when it draws, and lets `oarsmith grpo` go on from there by a reward: 1
+for an answer that is right, and the share of right places (-0.5 where the length is wrong). Each seed is a process of
+its own, whose clock includes its start. Prints the share of held-out questions that a drawn answer gets right, before
+and after. Further words are keys of `oarsmith grpo`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import time
 from pathlib import Path
 
 NUM_DIGITS, NUM_ROWS, NUM_HELD_OUT = 6, 4096, 256
-REWARD = '''"""The reward: 1 for an answer that is right, and the share of right places; -0.5 where the length is wrong."""
+REWARD = '''"""The reward: 1 for an answer that is right, and the share of right places; -0.5 where the length is
+wrong."""
 
 
 def reward(prompt, completion, **row):

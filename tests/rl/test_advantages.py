@@ -46,7 +46,9 @@ def test_group_relative_scales() -> None:
     given = groups([0.0, 2.0], [5.0, 5.0])
     assert advantages.group_relative(given, scale="none").tolist() == [-1, 1, 0, 0]
     deviation = np.std([0.0, 2.0, 5.0, 5.0], ddof=1)
-    np.testing.assert_allclose(advantages.group_relative(given, scale="batch")[:2], [-1 / deviation, 1 / deviation], rtol=1e-5)
+    np.testing.assert_allclose(
+        advantages.group_relative(given, scale="batch")[:2], [-1 / deviation, 1 / deviation], rtol=1e-5
+    )
 
 
 def test_a_reward_that_is_none_is_no_part_of_the_baseline() -> None:

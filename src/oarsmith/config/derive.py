@@ -103,8 +103,15 @@ RULES: tuple[Rule[Any], ...] = (
     Rule(PolicyConfig, "evaluation_strategy", _policy_evaluation, "steps where eval data is named, else no"),
     Rule(PolicyConfig, "eval_steps", lambda c: max(20, c.logging_steps), "20, or logging_steps if more"),
     Rule(PolicyConfig, "prompts_per_update", lambda c: c.prompts_per_step, "all of a rollout"),
-    Rule(GrpoConfig, "clip_range_ratio_low", lambda c: c.clip_range_ratio or c.preset.clip_low, "as the algorithm has it"),
-    Rule(GrpoConfig, "clip_range_ratio_high", lambda c: c.clip_range_ratio or c.preset.clip_high, "as the algorithm has it"),
+    Rule(
+        GrpoConfig, "clip_range_ratio_low", lambda c: c.clip_range_ratio or c.preset.clip_low, "as the algorithm has it"
+    ),
+    Rule(
+        GrpoConfig,
+        "clip_range_ratio_high",
+        lambda c: c.clip_range_ratio or c.preset.clip_high,
+        "as the algorithm has it",
+    ),
     Rule(GrpoConfig, "loss_aggregation", lambda c: c.preset.aggregation, "as the algorithm has it"),
     Rule(GrpoConfig, "scale_rewards", lambda c: c.preset.scale, "as the algorithm has it"),
     Rule(GrpoConfig, "dynamic_sampling", lambda c: c.preset.dynamic, "as the algorithm has it"),

@@ -17,9 +17,20 @@ Estimator = Literal["group", "rloo", "reinforce++", "reinforce++_baseline", "rem
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 Correction = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 Algorithm = Literal[
-    "grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "rloo", "reinforce++", "reinforce++_baseline", "remax", "opo", "gpg",
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "gspo",
+    "cispo",
+    "sapo",
+    "rloo",
+    "reinforce++",
+    "reinforce++_baseline",
+    "remax",
+    "opo",
+    "gpg",
     "grpo_passk",
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +70,10 @@ class PromptDataKeys(JobConfig):
     title: ClassVar[str] = "Data"
 
     dataset_name_or_path: str = Field(
-        description="Rows with prompts: a file (jsonl, json, csv, parquet), a directory with train.* and optionally dev.* "
-        "files, or the name of a dataset on the Hugging Face hub. prompt, messages, src or instruction is asked; the whole "
+        description="Rows with prompts: a file (jsonl, json, csv, parquet), a directory with train.* and optionally "
+        "dev.* "
+        "files, or the name of a dataset on the Hugging Face hub. prompt, messages, src or instruction is asked; the "
+        "whole "
         "row is given to the rewards (tgt, answer, tests, ...)."
     )
     eval_dataset_path: str | None = Field(
@@ -75,12 +88,14 @@ class PromptDataKeys(JobConfig):
     max_length: Int | None = Field(
         None,
         ge=2,
-        description="Tokens of a prompt with its whole answer, over all turns. Not given: max_prompt_len + max_new_tokens, "
+        description="Tokens of a prompt with its whole answer, over all turns. Not given: max_prompt_len + "
+        "max_new_tokens, "
         "or the model's context where that is less.",
     )
     raw: Bool = Field(False, description="A prompt is continued as it is, without a chat template.")
     on_malformed: Literal["error", "skip"] = Field(
-        "error", description="What to do with a row that cannot be read: stop and name it, or leave it out and count it."
+        "error",
+        description="What to do with a row that cannot be read: stop and name it, or leave it out and count it.",
     )
     max_dropped_fraction: Float = Field(
         0.2, ge=0, le=1, description="Stop if more than this share of the rows had to be left out (0.2 is 20 %)."
@@ -90,7 +105,9 @@ class PromptDataKeys(JobConfig):
 class RolloutKeys(JobConfig):
     title: ClassVar[str] = "Rollouts"
 
-    prompts_per_step: Int = Field(8, ge=1, description="Prompts of a rollout. The rest follows: prompts x samples answers.")
+    prompts_per_step: Int = Field(
+        8, ge=1, description="Prompts of a rollout. The rest follows: prompts x samples answers."
+    )
     samples_per_prompt: Int = Field(
         8, ge=1, description="Answers drawn to each prompt: the group whose rewards are compared with one another."
     )
@@ -105,7 +122,8 @@ class RolloutKeys(JobConfig):
         0,
         ge=0,
         le=1,
-        description="1: the next rollout is made in a thread while this one is learned from, by weights one rollout older. 0: "
+        description="1: the next rollout is made in a thread while this one is learned from, by weights one rollout "
+        "older. 0: "
         "always by the newest weights.",
     )
     max_new_tokens: Int = Field(256, ge=1, description="Longest answer, in tokens (of one turn).")
@@ -118,11 +136,14 @@ class RolloutKeys(JobConfig):
         1.0, gt=0, le=1, description="Draw only among the likeliest tokens that together have this probability."
     )
     rollout_max_num_seqs: Int | None = Field(
-        None, ge=1, description="Answers that the engine works on side by side. Not given: all of a rollout, at most 256."
+        None,
+        ge=1,
+        description="Answers that the engine works on side by side. Not given: all of a rollout, at most 256.",
     )
     rollout_compute: Literal["auto", "native", "torch"] = Field(
         "auto",
-        description="What computes rollouts: native (the compiled step, from weights packed after each update), torch (the "
+        description="What computes rollouts: native (the compiled step, from weights packed after each update), torch "
+        "(the "
         "decoder that trains, its weights shared). auto: native on a CPU where it can serve the model.",
     )
 
@@ -154,7 +175,8 @@ class RewardKeys(JobConfig):
     kl_coeff: Float = Field(
         0.0,
         ge=0,
-        description="Taken from each token's reward: this times log p - log p of the reference (k1). See kl_loss_coeff.",
+        description="Taken from each token's reward: this times log p - log p of the reference (k1). See "
+        "kl_loss_coeff.",
     )
 
 
@@ -163,17 +185,22 @@ class PolicyLossKeys(JobConfig):
 
     algorithm: Algorithm = Field(
         "grpo",
-        description="How advantages and loss are made; docs/rl.md has the table. It decides the keys below that are not given.",
+        description="How advantages and loss are made; docs/rl.md has the table. It decides the keys below that are "
+        "not given.",
     )
     clip_range_ratio: Float | None = Field(
         None, gt=0, lt=1, description="Both clip ranges. Not given: 0.2, for gspo 3e-4 and 4e-4, for dapo 0.2 and 0.28."
     )
-    clip_range_ratio_low: Float | None = Field(None, gt=0, lt=1, description="A ratio counts no less than 1 minus this.")
+    clip_range_ratio_low: Float | None = Field(
+        None, gt=0, lt=1, description="A ratio counts no less than 1 minus this."
+    )
     clip_range_ratio_high: Float | None = Field(
         None, gt=0, description="A ratio counts no more than 1 plus this. cispo: 4, so that ratios count up to 5."
     )
     clip_ratio_dual: Float | None = Field(
-        None, gt=1, description="Dual clip: a bad token's loss is at most this times its advantage (3). Not given: none."
+        None,
+        gt=1,
+        description="Dual clip: a bad token's loss is at most this times its advantage (3). Not given: none.",
     )
     clip_two_sided: Float | None = Field(
         None, gt=1, description="No ratio counts more than this, also where the advantage is negative. Not given: none."
@@ -186,7 +213,9 @@ class PolicyLossKeys(JobConfig):
     scale_rewards: Literal["group", "batch", "none"] | None = Field(
         None, description="What centred rewards are divided by: deviation of the group, of the rollout, nothing."
     )
-    normalize_advantage: Bool = Field(False, description="Advantages of all tokens get mean 0 and deviation 1 in the end.")
+    normalize_advantage: Bool = Field(
+        False, description="Advantages of all tokens get mean 0 and deviation 1 in the end."
+    )
     gamma: Float = Field(1.0, gt=0, le=1, description="Discount of later rewards, for reinforce++.")
     pg_loss_coeff: Float = Field(1.0, ge=0, description="Weight of the policy's loss.")
     kl_loss_coeff: Float = Field(
@@ -199,24 +228,29 @@ class PolicyLossKeys(JobConfig):
     entropy_coeff: Float = Field(0.0, ge=0, description="Weight of an entropy bonus.")
     dynamic_sampling: Bool | None = Field(
         None,
-        description="Leave out groups whose answers all have the same reward, and ask other prompts in their place (DAPO). Not "
+        description="Leave out groups whose answers all have the same reward, and ask other prompts in their place "
+        "(DAPO). Not "
         "given: true for dapo.",
     )
     max_gen_batches: Int = Field(
         3, ge=1, description="dynamic_sampling: at most this many times prompts_per_step prompts are asked."
     )
     filter_truncated: Bool | None = Field(
-        None, description="Answers that the limit ended teach nothing (DAPO's overlong filtering). Not given: true for dapo."
+        None,
+        description="Answers that the limit ended teach nothing (DAPO's overlong filtering). Not given: true for dapo.",
     )
     old_logprobs: Literal["auto", "sampler", "trainer"] = Field(
         "auto",
-        description="Whose log-probabilities the ratio is taken to, where a rollout is learned from more than once: those that "
-        "the sampler gave, or the trainer's own, computed before the first update. auto: the sampler's where they agree "
+        description="Whose log-probabilities the ratio is taken to, where a rollout is learned from more than once: "
+        "those that "
+        "the sampler gave, or the trainer's own, computed before the first update. auto: the sampler's where they "
+        "agree "
         "(fp32, temperature 1).",
     )
     importance_sampling: Correction = Field(
         "none",
-        description="Correct for tokens drawn by another implementation than the one that trains: weights p/p_sampler of "
+        description="Correct for tokens drawn by another implementation than the one that trains: weights p/p_sampler "
+        "of "
         "tokens or whole answers, cut or left out above importance_sampling_cap.",
     )
     importance_sampling_cap: Float = Field(2.0, gt=0, description="See importance_sampling.")
@@ -236,12 +270,16 @@ class PolicyConfig(ModelKeys, PromptDataKeys, RewardKeys, RolloutKeys, AdapterKe
     num_train_epochs: Float = Field(1.0, gt=0, description="Passes over the prompts. max_steps wins where it is given.")
     logging_steps: Int = Field(1, ge=1, description="Steps between lines of the log.")
     loss_spike_factor: Float = Field(
-        0.0, ge=0, description="Keep steps whose loss jumps (see oarsmith sft). A policy's loss is around 0, so: 0, never."
+        0.0,
+        ge=0,
+        description="Keep steps whose loss jumps (see oarsmith sft). A policy's loss is around 0, so: 0, never.",
     )
     metric_for_best_model: Literal["reward", "pass_rate", "greedy_reward", "greedy_pass_rate"] = Field(  # type: ignore[assignment]
         "reward", description="Which evaluation number says what is best: of drawn answers, or of greedy ones."
     )
-    eval_samples: Int = Field(1, ge=1, description="Answers drawn to each prompt of an evaluation, beside the greedy one.")
+    eval_samples: Int = Field(
+        1, ge=1, description="Answers drawn to each prompt of an evaluation, beside the greedy one."
+    )
     num_sample_rows: Int = Field(
         4, ge=0, description="Answers of each logged rollout that samples.jsonl and the report show."
     )

@@ -24,8 +24,8 @@ class Learned:
 
     Attributes:
         prompt, ids: int32; ``own``: which of the ids the model wrote.
-        sampled: their log-probabilities by the sampler; ``old``: by the trainer under the same weights (nan: those that it
-            has when it learns); ``reference``: under the reference (nan: there is none).
+        sampled: their log-probabilities by the sampler; ``old``: by the trainer under the same weights (nan: those that
+            it has when it learns); ``reference``: under the reference (nan: there is none).
         advantages, weights: see ``losses/policy``.
         values, returns: a critic's, when the answer was sampled; empty without one.
     """

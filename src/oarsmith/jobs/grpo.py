@@ -51,7 +51,9 @@ def start(resolved: Resolved[GrpoConfig], device: torch.device) -> tuple[Resolve
     if config.per_device_train_batch_size is not None:
         answers = per_update(config) * config.samples_per_prompt
         passes = -(-answers // config.per_device_train_batch_size)
-        resolved = resolved.settle("answers of an update / per_device_train_batch_size", gradient_accumulation_steps=passes)
+        resolved = resolved.settle(
+            "answers of an update / per_device_train_batch_size", gradient_accumulation_steps=passes
+        )
     return resolved, begin
 
 
@@ -150,7 +152,9 @@ def _completed(config: GrpoConfig, begin: Start, model: Decoder, data: TrainingD
         most_batches=config.max_gen_batches if config.dynamic_sampling else 1,
         greedy=teacher.needs_greedy,
     )
-    console.print(f"rollouts: {config.prompts_per_step} prompts x {config.samples_per_prompt} answers by {sampler.policy.how}")
+    console.print(
+        f"rollouts: {config.prompts_per_step} prompts x {config.samples_per_prompt} answers by {sampler.policy.how}"
+    )
     return replace(data, train=batches, sampler=sampler, rewards=rewards)
 
 

@@ -1,4 +1,5 @@
-"""From a configuration to the parts of learning from rewards: policy, rewards, rollouts, what is studied, evaluations."""
+"""From a configuration to the parts of learning from rewards: policy, rewards, rollouts, what is studied,
+evaluations."""
 
 from __future__ import annotations
 
@@ -183,9 +184,7 @@ def make_batches(
     return made
 
 
-def evaluation_of(
-    config: PolicyConfig, data: PolicyData
-) -> Callable[[], Mapping[str, float]] | None:
+def evaluation_of(config: PolicyConfig, data: PolicyData) -> Callable[[], Mapping[str, float]] | None:
     """Rewards of answers to held-out prompts, drawn ones and greedy ones."""
     prompts = data.prompts.evaluation
     if not prompts or data.sampler is None or data.rewards is None:
@@ -237,7 +236,9 @@ class StillRewards:
         if mean > self._MOST:
             self._said = True
             self._console.print(
-                f"warning: step {step}: in {mean:.0%} of the last {len(self._shares)} rollouts' groups all answers have the "
-                f"same reward (mean {facts['reward']:.3g}), so they teach nothing. Raise samples_per_prompt or temperature, "
+                f"warning: step {step}: in {mean:.0%} of the last {len(self._shares)} rollouts' groups all answers "
+                f"have the "
+                f"same reward (mean {facts['reward']:.3g}), so they teach nothing. Raise samples_per_prompt or "
+                f"temperature, "
                 "ask easier prompts, or give a reward with more steps between nothing and everything."
             )

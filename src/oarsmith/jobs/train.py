@@ -196,8 +196,8 @@ def evaluate_only(resolved: Resolved[C], recipe: Recipe[C], console: Console) ->
 def evaluation_of(
     model: Decoder, objective: Objective, batches: BatchSet | None, extra: Evaluate | None
 ) -> Evaluate | None:
-    """Everything an evaluation measures, as one record; None without data for it. ``extra`` alone is one where it looks at
-    answers."""
+    """Everything an evaluation measures, as one record; None without data for it. ``extra`` alone is one where it looks
+    at answers."""
     if batches is None:
         return extra
 

@@ -1,7 +1,7 @@
 """How much better an answer, or a token of it, is than what was expected. Everything in float64.
 
-Shapes: A answers; N tokens of all answers, end to end. A reward that is nan is none: that answer is left out of every mean, and
-its advantage is 0.
+Shapes: A answers; N tokens of all answers, end to end. A reward that is nan is none: that answer is left out of every
+mean, and its advantage is 0.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def discounted(rewards_N: Doubles, sizes: Sequence[int], gamma: float) -> Double
 def gae(
     rewards_N: Doubles, values_N: Doubles, sizes: Sequence[int], *, gamma: float, lam: float
 ) -> tuple[Doubles, Doubles]:
-    """Advantages A_t = delta_t + gamma lam A_(t+1), delta_t = r_t + gamma V_(t+1) - V_t, and returns A + V (Schulman et al.
-    2015, equation 16). Tokens are those that the model wrote: what an environment put between is not among them."""
+    """Advantages A_t = delta_t + gamma lam A_(t+1), delta_t = r_t + gamma V_(t+1) - V_t, and returns A + V (Schulman et
+    al. 2015, equation 16). Tokens are those that the model wrote: what an environment put between is not among them."""
     found, end = np.zeros_like(rewards_N), 0
     for size in sizes:
         after, value = 0.0, 0.0

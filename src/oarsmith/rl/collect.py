@@ -23,8 +23,8 @@ _SAME = 1e-9
 
 @dataclass(frozen=True, kw_only=True)
 class Overlong:
-    """Soft punishment of long answers (DAPO, Yu et al. 2025, equation 13): nothing up to ``longest - buffer`` tokens, then
-    along a line to ``-penalty`` at ``longest``."""
+    """Soft punishment of long answers (DAPO, Yu et al. 2025, equation 13): nothing up to ``longest - buffer`` tokens,
+    then along a line to ``-penalty`` at ``longest``."""
 
     longest: int
     buffer: int

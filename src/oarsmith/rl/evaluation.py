@@ -16,8 +16,8 @@ from oarsmith.training.seeds import keyed_seed
 def evaluate_policy(
     sampler: Sampler, scorer: Scorer, prompts: Sequence[Asked], *, samples: int, seed: int, passing: float
 ) -> dict[str, float]:
-    """As a record of the log: reward, share of answers that pass and length, of ``samples`` drawn answers to each prompt and of
-    the greedy one. Every evaluation draws under the same seed."""
+    """As a record of the log: reward, share of answers that pass and length, of ``samples`` drawn answers to each
+    prompt and of the greedy one. Every evaluation draws under the same seed."""
     sampler.policy.refresh()
     found: dict[str, float] = {}
     for name, greedy in (("", False), ("greedy_", True)):

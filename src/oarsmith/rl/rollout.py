@@ -1,7 +1,7 @@
 """Rollouts: groups of answers to prompts, as they were sampled, token by token.
 
-Tokens are kept as they were drawn, each with its log-probability, and never spelled and read again. What an environment puts
-between a model's turns is part of an answer and marked as not its own.
+Tokens are kept as they were drawn, each with its log-probability, and never spelled and read again. What an environment
+puts between a model's turns is part of an answer and marked as not its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class Conversation(Protocol):
     """One answer's counterpart: an environment that speaks when the model's turn has ended."""
 
     def continue_with(self, text: str) -> Sequence[int] | None:
-        """The tokens that follow the model's turn ``text``, up to where it may write again; None: the answer is over."""
+        """The tokens that follow the model's turn ``text``, up to where it may write again; None: the answer is
+        over."""
 
 
 class Conversations(Protocol):
@@ -37,8 +38,8 @@ class Written:
     """An answer.
 
     Attributes:
-        ids: its tokens; ``own``: which of them the model wrote; ``logprobs``: of those, natural logarithms in the model's
-            own distribution as the sampler saw it; 0 for the others.
+        ids: its tokens; ``own``: which of them the model wrote; ``logprobs``: of those, natural logarithms in the
+            model's own distribution as the sampler saw it; 0 for the others.
         text: without the model's end tokens.
         truncated: a limit ended it.
         num_turns: times that the model wrote.

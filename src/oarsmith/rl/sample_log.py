@@ -33,7 +33,8 @@ class SampleLog:
         """The first answers to the first prompts of a rollout that step ``step`` learns from."""
         if self._count == 0 or step % self._every:
             return
-        rows, at = [], 0
+        rows: list[dict[str, object]] = []
+        at = 0
         for asked, group in zip(scored.prompts, scored.groups, strict=True):
             if len(rows) < self._count:
                 parts = {name: values[at] for name, values in scored.scores.parts.items()}

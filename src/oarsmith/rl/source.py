@@ -1,8 +1,8 @@
 """The batches of ``oarsmith grpo``: rollouts, and the updates that learn from each of them.
 
-A rollout of P prompts with G answers each is learned from in ``iters`` passes, each in updates of ``per_update`` prompts, each
-update in ``passes`` batches. Everything random is keyed by (seed, purpose, number of the rollout), so a run that is resumed goes
-on bitwise: what a rollout has left, and one that is made meanwhile, are in the checkpoint.
+A rollout of P prompts with G answers each is learned from in ``iters`` passes, each in updates of ``per_update``
+prompts, each update in ``passes`` batches. Everything random is keyed by (seed, purpose, number of the rollout), so a
+run that is resumed goes on bitwise: what a rollout has left, and one that is made meanwhile, are in the checkpoint.
 """
 
 from __future__ import annotations
@@ -210,4 +210,3 @@ def _count(answers: list[Learned], plan: Plan) -> float:
             return float(len(answers) * plan.longest)
         case _:
             return float(len(answers))
-

@@ -78,8 +78,8 @@ class Student:
 
 
 def facts_of(scored: Scored, groups: Groups, *, passing: float) -> dict[str, float]:
-    """Means over a rollout: rewards (each function's as ``reward/NAME``), share of answers that pass, lengths, share that the
-    limit ended, share of prompts whose answers all have the same reward."""
+    """Means over a rollout: rewards (each function's as ``reward/NAME``), share of answers that pass, lengths, share
+    that the limit ended, share of prompts whose answers all have the same reward."""
     rewards, answers = groups.rewards_A, scored.answers
     known = rewards[~np.isnan(rewards)]
     lengths = np.array([written.num_own for written in answers])

@@ -28,7 +28,8 @@ class BatchSource(Protocol):
 
 
 class KeepingBatches(ABC):
-    """A source whose next batches do not follow from its place alone: it has made something that a checkpoint must hold."""
+    """A source whose next batches do not follow from its place alone: it has made something that a checkpoint must
+    hold."""
 
     @abstractmethod
     def batches_per_epoch(self, epoch: int) -> int: ...

@@ -272,7 +272,7 @@ def _tensors_of(batch: Batch) -> dict[str, Tensor]:
 
 def _read_batches(tensors: Mapping[str, Tensor], documents: Sequence[Mapping[str, Any]]) -> list[Batch]:
     numbers = sorted({int(name.split("/")[0]) for name in tensors if "/" in name})
-    found = []
+    found: list[Batch] = []
     for number in numbers:
         prefix = f"{number}/"
         own: dict[str, Any] = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

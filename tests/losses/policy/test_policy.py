@@ -28,7 +28,14 @@ def tensor(values: Any) -> Tensor:
 
 
 def loss_of(
-    values: Tensor, old: Tensor, advantages: Tensor, sizes: list[int], *, level: Any, how: Any, options: SurrogateOptions
+    values: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    sizes: list[int],
+    *,
+    level: Any,
+    how: Any,
+    options: SurrogateOptions,
 ) -> Tensor:
     ratio = log_ratios(values, old, sizes, level).exp()
     weights, count = token_weights(how, sizes, longest=16)
@@ -56,7 +63,9 @@ def test_grpo_family_as_trl(name: str, level: str, how: str) -> None:
     loss.backward()
     # TRL's weights of tokens are float32 sums in places.
     assert loss.item() == pytest.approx(case["expected"]["loss"], rel=1e-6)
-    torch.testing.assert_close(values.grad, tensor(case["expected"]["grad_per_token_logps"])[mask], rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(
+        values.grad, tensor(case["expected"]["grad_per_token_logps"])[mask], rtol=1e-5, atol=1e-8
+    )
 
 
 def test_dual_clip_as_verl() -> None:
@@ -110,7 +119,9 @@ def test_cispo_keeps_the_gradient_of_cut_tokens() -> None:
     found.loss_N.sum().backward()
     assert values.grad is not None
     # r = 1, e^2 (cut to 5), e^-2.
-    torch.testing.assert_close(values.grad, tensor([-1.0, -5.0, 2.0]) * tensor([1.0, 1.0, 1.0]).mul(tensor([1.0, 1.0, 0.1353352832366127])))
+    torch.testing.assert_close(
+        values.grad, tensor([-1.0, -5.0, 2.0]) * tensor([1.0, 1.0, 1.0]).mul(tensor([1.0, 1.0, 0.1353352832366127]))
+    )
     assert found.high_N.tolist() == [False, True, False]
 
 

@@ -40,15 +40,13 @@ def corrected_kl(kl_N: Tensor, ratio_N: Tensor) -> Tensor:
     return kl_N * ratio_N
 
 
-def sampling_correction(
-    old_N: Tensor, sampled_N: Tensor, sizes: list[int], how: str, most: float
-) -> Tensor:
+def sampling_correction(old_N: Tensor, sampled_N: Tensor, sizes: list[int], how: str, most: float) -> Tensor:
     """Importance weights [N], without gradient, for tokens drawn by another implementation than the one that trains.
 
     Args:
         old_N, sampled_N: log-probabilities by the trainer and by the sampler, under the same weights.
-        how: ``token_truncate``, ``token_mask``, ``sequence_truncate`` or ``sequence_mask``: the ratio of a token, or of its
-            whole answer; cut at ``most``, or 0 above it.
+        how: ``token_truncate``, ``token_mask``, ``sequence_truncate`` or ``sequence_mask``: the ratio of a token, or of
+            its whole answer; cut at ``most``, or 0 above it.
     """
     ratio_N = (old_N - sampled_N).detach()
     level, _, rule = how.partition("_")

@@ -30,8 +30,8 @@ class PolicyLoss:
         surrogate: a name of ``SURROGATES``; ``level``: what a ratio is of.
         pg_coef, kl_coef, entropy_coef: 0 leaves a term out; a KL term needs ``reference_N``.
         corrected: the KL term is multiplied by the ratio, which makes it unbiased for tokens of an older policy.
-        correction: how the sampler's log-probabilities are corrected for, a mode of ``sampling_correction``, or ``none``.
-        temperature: that the answers were drawn at.
+        correction: how the sampler's log-probabilities are corrected for, a mode of ``sampling_correction``, or
+        ``none``. temperature: that the answers were drawn at.
     """
 
     surrogate: str = "clipped"
@@ -85,12 +85,17 @@ class PolicyLoss:
         kl_N: Tensor | None,
         weights_N: Tensor,
     ) -> dict[str, float]:
-        """``entropy``: measured, or without a bonus estimated by the mean of -log p of what was drawn. ``clip_share``: of
-        tokens that were cut. ``mismatch``: mean size of what sampler and trainer differ by."""
+        """``entropy``: measured, or without a bonus estimated by the mean of -log p of what was drawn. ``clip_share``:
+        of tokens that were cut. ``mismatch``: mean size of what sampler and trainer differ by."""
         with torch.no_grad():
             logprobs_N = scores.logprobs_N.detach()
             entropy_N = -logprobs_N if scores.entropies_N is None else scores.entropies_N.detach()
-            named = {"entropy": entropy_N, "clip_low": found.low_N, "clip_high": found.high_N, "ratio": ratio_N.detach()}
+            named = {
+                "entropy": entropy_N,
+                "clip_low": found.low_N,
+                "clip_high": found.high_N,
+                "ratio": ratio_N.detach(),
+            }
             if kl_N is not None:
                 named["kl"] = kl_N.detach()
             sampled_N = batch.sampled_N.to(logprobs_N.device)

@@ -22,7 +22,8 @@ _ROWS = 256
 
 @dataclass(frozen=True)
 class PolicyScores:
-    """``logprobs_N``: fp32, differentiable. ``entropies_N``: of the distributions they were drawn from, if asked for."""
+    """``logprobs_N``: fp32, differentiable. ``entropies_N``: of the distributions they were drawn from, if asked
+    for."""
 
     logprobs_N: Tensor
     entropies_N: Tensor | None = None

@@ -1,7 +1,7 @@
 """Losses of sampled tokens: how a token's log-probability is pushed by its advantage.
 
-Shapes: N sampled tokens of all answers, end to end. Every function gives a loss [N]; token t of answer a counts for all of
-that answer's later weighting (``weights.py``).
+Shapes: N sampled tokens of all answers, end to end. Every function gives a loss [N]; token t of answer a counts for all
+of that answer's later weighting (``weights.py``).
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Surrogate:
 
 
 def log_ratios(logprobs_N: Tensor, old_N: Tensor, sizes: Sequence[int], level: Level) -> Tensor:
-    """log p / p_old of each token [N]; by ``sequence`` their mean over the answer (GSPO, Zheng et al. 2025, equation 7), by
-    ``sequence_sum`` their sum (RLOO, Ahmadian et al. 2024).
+    """log p / p_old of each token [N]; by ``sequence`` their mean over the answer (GSPO, Zheng et al. 2025, equation
+    7), by ``sequence_sum`` their sum (RLOO, Ahmadian et al. 2024).
 
     Args:
         sizes: tokens of each answer.
@@ -80,7 +80,7 @@ def cispo(logprobs_N: Tensor, ratio_N: Tensor, advantages_N: Tensor, options: Su
 def sapo(logprobs_N: Tensor, ratio_N: Tensor, advantages_N: Tensor, options: SurrogateOptions) -> Surrogate:
     """-4 / tau sigmoid(tau (r - 1)) A: a soft gate in place of the clip (Gao et al. 2025)."""
     positive, negative = options.temperatures
-    tau_N = torch.where(advantages_N > 0, *(ratio_N.new_tensor(tau) for tau in (positive, negative)))
+    tau_N = torch.where(advantages_N > 0, ratio_N.new_tensor(positive), ratio_N.new_tensor(negative))
     loss_N = -4 / tau_N * torch.sigmoid(tau_N * (ratio_N - 1)) * advantages_N
     nothing_N = torch.zeros_like(ratio_N, dtype=torch.bool)
     return Surrogate(loss_N, nothing_N, nothing_N)

@@ -67,9 +67,7 @@ class SuffixEncoder:
             answer["tool_calls"] = [dict(call) for call in turn.calls]
         return self.encode_after(self._behind(messages, answer, turn.messages, written[-1] if written else None))
 
-    def _behind(
-        self, messages: Sequence[Message], answer: Message, follow: Sequence[Message], last: int | None
-    ) -> str:
+    def _behind(self, messages: Sequence[Message], answer: Message, follow: Sequence[Message], last: int | None) -> str:
         """What the template writes behind the answer, less the end of turn that is there."""
         try:
             without = self.tokenizer.apply_chat_template([*messages, answer], self._tools, False, **self._variables)
@@ -117,7 +115,10 @@ class SuffixEncoder:
         for anchor in ("\n", "a"):
             before = self.tokenizer.encode(anchor, False)
             joined = self.tokenizer.encode(anchor + text, False)
-            if joined[: len(before)] == before and self.tokenizer.decode(joined) == self.tokenizer.decode(before) + text:
+            if (
+                joined[: len(before)] == before
+                and self.tokenizer.decode(joined) == self.tokenizer.decode(before) + text
+            ):
                 return joined[len(before) :]
         if self.tokenizer.decode(ids).strip() == text.strip():
             return ids

@@ -1,7 +1,7 @@
 """The sandbox's own process: gives up the machine, then runs a program case by case and says what became of each.
 
-Standard library only, so that it starts in milliseconds. Started by ``sandbox.py`` with a request on its standard input;
-writes outcomes to its standard output. The program never has either.
+Standard library only, so that it starts in milliseconds. Started by ``sandbox.py`` with a request on its standard
+input; writes outcomes to its standard output. The program never has either.
 """
 
 from __future__ import annotations
