@@ -15,7 +15,9 @@ from oarsmith.losses.policy.weights import Aggregation, token_weights
 from oarsmith.rl.advantages import Doubles, Groups
 from oarsmith.rl.experience import Experience, Scored
 from oarsmith.rl.learning import Outcomes, Teacher
+from oarsmith.rl.prompts import Asked
 from oarsmith.rl.referee import Referee
+from oarsmith.rl.rollout import Written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class Student:
 
     def __call__(self, scored: Scored, updates: int) -> Experience:
         """``updates``: that the weights have seen by now."""
-        answers = _answers(scored)
+        answers = answers_of(scored.prompts, scored.groups)
         if self.old == "trainer":
             answers = _with(answers, self.referee.policy(answers), lambda a, found: replace(a, old=found))
         elif self.old == "sampler":
@@ -101,10 +103,10 @@ def facts_of(scored: Scored, groups: Groups, *, passing: float) -> dict[str, flo
     return found
 
 
-def _answers(scored: Scored) -> list[Learned]:
-    """What was written, with nothing learned yet."""
+def answers_of(prompts: Sequence[Asked], groups: Sequence[Sequence[Written]]) -> list[Learned]:
+    """What was written, with nothing known of it but what the sampler said."""
     found, nothing = [], np.zeros(0, np.float32)
-    for asked, group in zip(scored.prompts, scored.groups, strict=True):
+    for asked, group in zip(prompts, groups, strict=True):
         prompt = np.array(asked.ids, np.int32)
         for written in group:
             ids, own, logprobs = written.arrays()
