@@ -141,9 +141,9 @@ def test_what_an_environment_says_is_not_the_models() -> None:
 def test_turns_end_where_the_room_does() -> None:
     stops = Sampling(max_new_tokens=4, temperature=1.0, stop_ids=tuple(range(1120)))
     sampler = sampler_of(tiny_decoder())
-    tight = Sampler(policy=sampler.policy, sampling=stops, max_length=12, conversations=Echoes(), max_turns=5)
+    tight = Sampler(policy=sampler.policy, sampling=stops, max_length=8, conversations=Echoes(), max_turns=5)
     groups = tight.sample(PROMPTS[2:], 1, seed=2)
-    assert groups[0][0].truncated and len(groups[0][0].ids) + 1 <= 12
+    assert groups[0][0].truncated and len(groups[0][0].ids) + 1 <= 8
 
 
 def test_passes_do_not_change_log_probabilities() -> None:

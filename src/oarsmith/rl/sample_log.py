@@ -8,8 +8,7 @@ from pathlib import Path
 from oarsmith.atomic import atomic_write_text
 from oarsmith.rl.experience import Scored
 from oarsmith.training.log import read_log
-
-SAMPLES_FILE = "samples.jsonl"
+from oarsmith.training.policy_report import SAMPLES_FILE
 
 
 class SampleLog:

@@ -145,7 +145,8 @@ class Loop:
             self.ema.update()
         self.memory.look()
         state.note_step(result)
-        self.progress.step(state.step, result.total / result.count, result.num_tokens)
+        name, shown = headline(result)
+        self.progress.step(state.step, shown, result.num_tokens, name=name)
         if result.skipped:
             self._event(state.step, "skipped", f"gradients overflowed at a loss scale of {result.loss_scale:g}")
         self._log_if_due(state, result, lr)
@@ -208,7 +209,7 @@ class Loop:
             speed = self.meter.lap()
             self.log.append_timing({"step": state.step, **speed})
             self.tracker.log({"step": state.step, **speed})
-            self.progress.report(state.step, loss=record["loss"], learning_rate=lr, speed=speed)
+            self.progress.report(state.step, loss=record[headline(result)[0]], learning_rate=lr, speed=speed)
 
     def _evaluate_if_due(self, state: RunState, epoch_end: bool, last: bool, saving: bool) -> None:
         due = self.settings.due(self.settings.eval_when, self.settings.eval_steps, state.step, epoch_end)
@@ -289,6 +290,12 @@ class Loop:
             where=str(kept),
             fix=f"oarsmith replay {kept} shows where it begins; then lower learning_rate, or repair the rows it names",
         )
+
+
+def headline(result: StepResult) -> tuple[str, float]:
+    """The number of a step that tells most: the reward where there is one, else the loss."""
+    name = "reward" if "reward" in result.sums else "loss"
+    return name, result.sums.get(name, result.total) / result.count
 
 
 _EMA, _HOOKS, _LOADER = "ema/", "hooks/", "loader/"
