@@ -14,6 +14,7 @@ from .base import JobConfig
 from .dpo import JudgedConfig
 from .groups import ModelKeys, SamplingKeys
 from .policy import GrpoConfig, PolicyConfig
+from .ppo import PpoConfig
 from .pretrain import PretrainConfig, split_shares
 from .reward import RewardConfig
 from .sft import SftConfig
@@ -111,6 +112,18 @@ RULES: tuple[Rule[Any], ...] = (
         "clip_range_ratio_high",
         lambda c: c.clip_range_ratio or c.preset.clip_high,
         "as the algorithm has it",
+    ),
+    Rule(
+        PpoConfig,
+        "critic",
+        lambda c: "separate" if c.critic_model_name_or_path else "shared",
+        "separate where critic_model_name_or_path is given, else shared",
+    ),
+    Rule(
+        PpoConfig,
+        "critic_learning_rate",
+        lambda c: 5e-6 if c.critic == "separate" else 1e-3,
+        "5e-6 for a critic of its own, 1e-3 for a head",
     ),
     Rule(GrpoConfig, "loss_aggregation", lambda c: c.preset.aggregation, "as the algorithm has it"),
     Rule(GrpoConfig, "scale_rewards", lambda c: c.preset.scale, "as the algorithm has it"),

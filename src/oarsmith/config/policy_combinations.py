@@ -7,6 +7,7 @@ from typing import Any
 
 from .impossible import Impossible
 from .policy import GrpoConfig, PolicyConfig
+from .ppo import PpoConfig
 
 # A group of one has no mean to be compared with; these have another baseline.
 _ALONE = frozenset({"reinforce++", "remax"})
@@ -99,6 +100,42 @@ POLICY: tuple[Impossible[Any], ...] = (
         lambda c: c.max_staleness > 0 and c.ignore_data_skip,
         "the rollout that is made ahead is kept with the place in the data, which ignore_data_skip leaves",
         "set max_staleness to 0, or ignore_data_skip to false",
+    ),
+    Impossible(
+        PpoConfig,
+        lambda c: c.critic == "shared" and c.critic_model_name_or_path is not None,
+        "a shared critic is a head on the policy's states; critic_model_name_or_path would have no effect",
+        "remove one of them",
+    ),
+    Impossible(
+        PpoConfig,
+        lambda c: c.critic != "separate" and c.critic_recompute,
+        "critic_recompute is for a critic of its own",
+        "set critic to separate, or use recompute",
+    ),
+    Impossible(
+        PpoConfig,
+        lambda c: c.adapter_type in ("adalora", "lorapro"),
+        "{adapter_type} does things around the optimizer, where the critic is updated",
+        "use lora",
+    ),
+    Impossible(
+        PpoConfig,
+        lambda c: c.optimizer_in_backward,
+        "the critic is updated after the backward pass, with its own optimizer",
+        "set optimizer_in_backward to false",
+    ),
+    Impossible(
+        PpoConfig,
+        lambda c: c.dtype == "fp16",
+        "the critic's gradients have no loss scale",
+        "set dtype to bf16 or fp32",
+    ),
+    Impossible(
+        PpoConfig,
+        lambda c: c.kl_target is not None and c.kl_coeff == 0,
+        "kl_target moves kl_coeff, and 0 cannot be moved",
+        "give kl_coeff a value to begin with",
     ),
     Impossible(
         GrpoConfig,

@@ -15,6 +15,7 @@ CONFIG_CLASSES: dict[str, tuple[str, str]] = {
     "kto": ("dpo", "KtoConfig"),
     "reward": ("reward", "RewardConfig"),
     "grpo": ("policy", "GrpoConfig"),
+    "ppo": ("ppo", "PpoConfig"),
     "compare": ("compare", "CompareConfig"),
     "generate": ("inference", "GenerateConfig"),
     "chat": ("inference", "ChatConfig"),

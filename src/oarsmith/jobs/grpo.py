@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -28,6 +29,8 @@ from oarsmith.rl.source import Plan
 from oarsmith.rl.study import Student
 from oarsmith.text import Tokenizer
 
+P = TypeVar("P", bound=PolicyConfig)
+
 
 def run(resolved: Resolved[GrpoConfig]) -> int:
     """The command."""
@@ -37,7 +40,7 @@ def run(resolved: Resolved[GrpoConfig]) -> int:
     return 0
 
 
-def start(resolved: Resolved[GrpoConfig], device: torch.device) -> tuple[Resolved[GrpoConfig], Start]:
+def start(resolved: Resolved[P], device: torch.device) -> tuple[Resolved[P], Start]:
     """A checkpoint; lengths fit its context, and passes follow from their size."""
     config = resolved.config
     begin = starting.from_checkpoint(config, starting.model_directory(config))
@@ -158,9 +161,10 @@ def _completed(config: GrpoConfig, begin: Start, model: Decoder, data: TrainingD
     return replace(data, train=batches, sampler=sampler, rewards=rewards)
 
 
-def _evaluation(
+def evaluation(
     config: PolicyConfig, model: Decoder, tokenizer: Tokenizer, data: TrainingData
 ) -> training.Evaluate | None:
+    """What an evaluation measures, if there are prompts for it."""
     assert isinstance(data, parts.PolicyData), data
     return parts.evaluation_of(config, data)
 
@@ -184,5 +188,5 @@ RECIPE: training.Recipe[GrpoConfig] = training.Recipe(
     weights=tuning.weights_of,
     plan=plan_in_words,
     tokens_per_pass=lambda config: (config.max_length or 0) * per_update(config) * config.samples_per_prompt,
-    extra_scores=_evaluation,
+    extra_scores=evaluation,
 )

@@ -35,6 +35,7 @@ from oarsmith.training.objective import Objective
 from oarsmith.training.progress import Progress
 from oarsmith.training.report import write_report
 from oarsmith.training.run_folder import discard_run, open_run
+from oarsmith.training.update_hooks import UpdateHooks
 
 C = TypeVar("C", bound=TrainConfig)
 Evaluate = Callable[[], Mapping[str, float]]
@@ -53,6 +54,7 @@ class Recipe(Generic[C]):
         plan: the rows of a step, in words; ``tokens_per_pass``: about how many tokens one pass has.
         complete: the data with what only the loaded model can say of it, before it trains.
         extra_scores: further numbers of an evaluation, beside loss, perplexity and accuracy.
+        attach: the objective with what only the completed data has; ``hooks``: what else is updated beside the model.
     """
 
     objective: Callable[[C], Objective]
@@ -66,6 +68,8 @@ class Recipe(Generic[C]):
     tokens_per_pass: Callable[[C], int]
     complete: Callable[[C, Start, Decoder, TrainingData, Console], TrainingData] = lambda *given: given[3]
     extra_scores: Callable[[C, Decoder, Tokenizer, TrainingData], Evaluate | None] = lambda *_: None
+    attach: Callable[[Objective, TrainingData], Objective] = lambda objective, _: objective
+    hooks: Callable[[C, TrainingData], UpdateHooks | None] = lambda *_: None
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,7 @@ def train(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainRe
         weights = recipe.weights(config, start, tokenizer)
         objective = recipe.objective(config)
         data = recipe.complete(config, start, model, data, console)
+        objective = recipe.attach(objective, data)
         extra = recipe.extra_scores(config, model, tokenizer, data)
         loader = with_skipped_positions(config, start, data.train)
         if checkpoint is None:
@@ -140,6 +145,7 @@ def train(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainRe
             evaluate=evaluation_of(model, objective, data.evaluation, extra),
             decode=tokenizer.decode,
             tokens_per_pass=recipe.tokens_per_pass(config),
+            hooks=recipe.hooks(config, data),
         )
         console.print(_plan(config, recipe, loop.settings.total_steps))
         with closing(loop.tracker):

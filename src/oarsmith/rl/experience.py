@@ -16,6 +16,7 @@ from oarsmith.rl.rollout import Written
 
 # Of ``Learned``, in the order in which they are kept.
 _BY_TOKEN = ("sampled", "old", "reference", "advantages", "weights")
+_BY_CRITIC = ("values", "returns")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,9 @@ def to_tensors(experience: Experience) -> dict[str, Tensor]:
     }
     for name in _BY_TOKEN:
         found[name] = torch.from_numpy(np.concatenate([vars_of(answer)[name] for answer in answers]))
+    if len(answers[0].values):
+        found["values"] = torch.from_numpy(np.concatenate([answer.values for answer in answers]))
+        found["returns"] = torch.from_numpy(np.concatenate([answer.returns for answer in answers]))
     return found
 
 
@@ -110,7 +114,8 @@ def from_tensors(tensors: Mapping[str, Tensor], where: Sequence[str], facts: Map
         # One object for a group: that is how a batch sees that they share it.
         prompt = prompts.setdefault(int(owner[number]), prompt)
         count = int(own.sum())
-        parts = {name: arrays[name][at : at + count] for name in _BY_TOKEN}
+        names = (*_BY_TOKEN, *(name for name in _BY_CRITIC if name in arrays))
+        parts = {name: arrays[name][at : at + count] for name in names}
         answers.append(Learned(prompt=prompt, ids=ids, own=own, where=where[number], **parts))
         at += count
     return Experience(answers=tuple(answers), groups=groups, facts=facts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -25,8 +25,22 @@ from oarsmith.rl.prompts import PromptOrder
 from oarsmith.training.batches import KeepingBatches
 
 _NOTHING = 1e-9
-Study = Callable[[Scored, int], Experience]
-"""What is learned from a rollout; the number is how many updates the weights have seen by now."""
+
+
+class Study(Protocol):
+    """What is learned from a rollout."""
+
+    def __call__(self, scored: Scored, updates: int) -> Experience:
+        """``updates``: that the weights have seen by now."""
+        ...
+
+    def state(self) -> dict[str, float]:
+        """What a resume needs."""
+        ...
+
+    def load_state(self, state: Mapping[str, float]) -> None:
+        """Go on from it."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +173,7 @@ class RolloutBatches(KeepingBatches):
             "rollout_updates": self._updates,
             "rollout_drawn": self._drawn,
             "rollouts": self._rollouts,
+            "study": self._study.state(),
             "rollout_left": [list(chosen) for chosen in self._left],
             "rollout_facts": dict(self._experience.facts) if self._left and self._experience else {},
             "rollout_where": [answer.where for answer in self._experience.answers]
@@ -177,6 +192,7 @@ class RolloutBatches(KeepingBatches):
         self._updates, self._drawn = state["rollout_updates"], state["rollout_drawn"]
         self._rollouts, self._left = state["rollouts"], [list(chosen) for chosen in state["rollout_left"]]
         self._saved = state["rollout_where"], state["rollout_facts"]
+        self._study.load_state(state["study"])
         self._rewind(self._updates)
 
     def state_tensors(self) -> dict[str, Tensor]:

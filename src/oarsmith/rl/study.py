@@ -5,7 +5,7 @@ Shapes: A answers; N tokens that the model wrote, end to end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,6 +46,23 @@ class Student:
 
     def __call__(self, scored: Scored, updates: int) -> Experience:
         """``updates``: that the weights have seen by now."""
+        answers = self.prepare(scored)
+        groups = Groups(scored.rewards, tuple(len(group) for group in scored.groups))
+        sizes = tuple(int(answer.own.sum()) for answer in answers)
+        advantages_N = self.teacher.advantages(
+            Outcomes(groups=groups, sizes=sizes, baselines=scored.baselines, penalties_N=self._penalties(answers))
+        )
+        return self.finish(scored, answers, groups, advantages_N, updates, {})
+
+    def state(self) -> dict[str, float]:
+        """Nothing here changes."""
+        return {}
+
+    def load_state(self, state: Mapping[str, float]) -> None:
+        """Nothing here changes."""
+
+    def prepare(self, scored: Scored) -> list[Learned]:
+        """The answers with the log-probabilities that are asked for."""
         answers = answers_of(scored.prompts, scored.groups)
         if self.old == "trainer":
             answers = _with(answers, self.referee.policy(answers), lambda a, found: replace(a, old=found))
@@ -53,11 +70,19 @@ class Student:
             answers = [replace(answer, old=answer.sampled) for answer in answers]
         if self.judged:
             answers = _with(answers, self.referee.judged(answers), lambda a, found: replace(a, reference=found))
-        groups = Groups(scored.rewards, tuple(len(group) for group in scored.groups))
+        return answers
+
+    def finish(
+        self,
+        scored: Scored,
+        answers: Sequence[Learned],
+        groups: Groups,
+        advantages_N: Doubles,
+        updates: int,
+        more: Mapping[str, float],
+    ) -> Experience:
+        """With advantages, weights and facts. ``more``: further facts."""
         sizes = tuple(int(answer.own.sum()) for answer in answers)
-        advantages_N = self.teacher.advantages(
-            Outcomes(groups=groups, sizes=sizes, baselines=scored.baselines, penalties_N=self._penalties(answers))
-        )
         truncated = [written.truncated for written in scored.answers]
         kept = [not (self.filter_truncated and over) for over in truncated]
         kept = [use and not np.isnan(reward) for use, reward in zip(kept, groups.rewards_A, strict=True)]
@@ -69,7 +94,7 @@ class Student:
             for answer, (advantages, weights) in zip(answers, by_answer, strict=True)
         )
         facts = facts_of(scored, groups, passing=self.passing) | {"staleness": float(updates - scored.version)}
-        return Experience(answers=learned, groups=groups.sizes, facts=facts)
+        return Experience(answers=learned, groups=groups.sizes, facts=facts | dict(more))
 
     def _penalties(self, answers: Sequence[Learned]) -> Doubles:
         if self.kl_coef == 0:
