@@ -61,9 +61,9 @@ def plain(text: str) -> str:
 def test_against_a_computer_algebra() -> None:
     """Random rational expressions in pairs: equal where sympy's difference cancels to 0."""
     draw, agreed, equals = random.Random(7), 0, 0
-    for _ in range(150):
-        first = expression(draw, draw.randrange(1, 4))
-        second = expression(draw, draw.randrange(1, 4)) if draw.random() < 0.5 else first
+    for _ in range(300):
+        first = expression(draw, draw.randrange(1, 3))
+        second = expression(draw, draw.randrange(1, 3)) if draw.random() < 0.5 else first
         one = sympy.sympify(plain(first), rational=True)
         if one.has(sympy.zoo, sympy.nan):
             continue
@@ -106,7 +106,9 @@ def test_only_marked_answers() -> None:
     assert final_answer("it is 7", anywhere=False) is None and final_answer("#### 7", anywhere=False) == "7"
 
 
-@pytest.mark.parametrize("text", ["1," * 100_000, "{" * 200_000, "\\boxed{{" * 20_000, "9" * 200_000, "answer is " * 20_000])
+@pytest.mark.parametrize(
+    "text", ["1," * 100_000, "{" * 200_000, "\\boxed{{" * 20_000, "9" * 200_000, "answer is " * 20_000]
+)
 def test_long_texts_take_no_time(text: str) -> None:
     began = time.monotonic()
     equal(final_answer(text) or "", "1")

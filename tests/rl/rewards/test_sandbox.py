@@ -52,7 +52,9 @@ def test_plain_programs() -> None:
 
 @whole
 def test_tests_run_in_its_names() -> None:
-    found = run("def f(x):\n    return x + 1", tests=("assert f(1) == 2", "assert f(1) == 3", "y = f(2)", "assert y == 3"))
+    found = run(
+        "def f(x):\n    return x + 1", tests=("assert f(1) == 2", "assert f(1) == 3", "y = f(2)", "assert y == 3")
+    )
     assert found.passed == (True, False, True, True) and "AssertionError" in found.stderr
 
 
@@ -63,7 +65,7 @@ def test_tests_run_in_its_names() -> None:
         "import os; os._exit(0)",
         "raise SystemExit(0)",
         "import sys; sys.exit()",
-        "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'{\"token\": \"\", \"passed\": [true]}')\n"
+        'import os\nfor fd in range(3, 64):\n    try: os.write(fd, b\'{"token": "", "passed": [true]}\')\n'
         "    except OSError: pass\nos._exit(0)",
         "import builtins\nbuiltins.exec = lambda *a: None\nraise KeyboardInterrupt",
     ],
@@ -101,8 +103,10 @@ def test_a_fork_bomb_is_over_and_leaves_others_alone() -> None:
     thread.join()
     assert found["bomb"].limit == "time"
     assert run(children).stdout == "left\n" and time.monotonic() - began < 15
-    assert run("import os\nn = 0\ntry:\n    while True:\n        if os.fork() == 0: import time; time.sleep(9)\n        n += 1\n"
-               "except OSError: print(n)").stdout.strip() in {str(n) for n in range(1, 9)}
+    assert run(
+        "import os\nn = 0\ntry:\n    while True:\n        if os.fork() == 0: import time; time.sleep(9)\n        n += 1\n"
+        "except OSError: print(n)"
+    ).stdout.strip() in {str(n) for n in range(1, 9)}
 
 
 @whole
@@ -225,7 +229,9 @@ def names_of_processes() -> str:
 @whole
 def test_as_a_plain_user(tmp_path: Path) -> None:
     """The same without root: a copy of the sources that this user may read."""
-    shutil.copytree(SRC / "oarsmith", tmp_path / "src" / "oarsmith", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copytree(
+        SRC / "oarsmith", tmp_path / "src" / "oarsmith", ignore=shutil.ignore_patterns("__pycache__", "*.so")
+    )
     python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
     if python is None or not os.access(python, os.X_OK):
         pytest.skip("there is no python that others may run")
@@ -250,7 +256,18 @@ def test_as_a_plain_user(tmp_path: Path) -> None:
     request = {"program": program, "cases": [{"stdin": "", "tests": ""}], "limits": limits, "root": str(with_root)}
     request |= {"readable": [], "weaker": False, "hold": None}
     done = subprocess.run(
-        ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups", python, "-I", "-S", "-c", code, str(tmp_path / "src")],
+        [
+            "setpriv",
+            "--reuid=12345",
+            "--regid=12345",
+            "--clear-groups",
+            python,
+            "-I",
+            "-S",
+            "-c",
+            code,
+            str(tmp_path / "src"),
+        ],
         input=json.dumps(request),
         capture_output=True,
         text=True,
@@ -268,7 +285,9 @@ def test_as_a_plain_user(tmp_path: Path) -> None:
 def test_refused_where_it_cannot_be_enforced() -> None:
     """As in a container that does not let unshare pass: not run at all, unless less is accepted."""
     held = (UNSHARE[os.uname().machine],)
-    with pytest.raises(ConfigError, match=r"programs cannot be run safely: namespaces are not allowed.*\n.*allow_weaker"):
+    with pytest.raises(
+        ConfigError, match=r"programs cannot be run safely: namespaces are not allowed.*\n.*allow_weaker"
+    ):
         Sandbox(LIMITS, held=held).check()
     weaker = Sandbox(LIMITS, held=held, allow_weaker=True)
     weaker.check()
@@ -296,5 +315,7 @@ def test_directories_that_it_may_read(tmp_path: Path) -> None:
     if not allowed():
         return
     place = Path("/opt") if Path("/opt").is_dir() else tmp_path
-    (found,) = Sandbox(LIMITS, readable=[str(place)]).run(f"import os\nos.listdir({str(place)!r})\nopen({str(place)!r} + '/x', 'w')", [Case()])
+    (found,) = Sandbox(LIMITS, readable=[str(place)]).run(
+        f"import os\nos.listdir({str(place)!r})\nopen({str(place)!r} + '/x', 'w')", [Case()]
+    )
     assert "Read-only file system" in found.stderr

@@ -17,7 +17,9 @@ from oarsmith.rl.rewards.values import RewardError
 from oarsmith.rl.rewards.verifiers.schema import Schema
 
 
-def score(settings: object, text: str = "", *, tokens: int = 0, own: tuple[bool, ...] = (), **row: object) -> float | None:
+def score(
+    settings: object, text: str = "", *, tokens: int = 0, own: tuple[bool, ...] = (), **row: object
+) -> float | None:
     one = Completion("q", text, tuple(range(tokens)), row=row, own=own)
     (found,) = Rewards.from_settings(settings).score([one]).total  # type: ignore[arg-type]
     return found
@@ -51,7 +53,11 @@ def test_maths() -> None:
     ],
 )
 def test_json(text: str, expected: float) -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["a", "b"]}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"type": "string"}},
+        "required": ["a", "b"],
+    }
     settings = {"reward": "json", "keys": ["a", "b"], "json_schema": schema}
     assert score(settings, text) == expected
     assert score({**settings, "partial": False}, text) == float(expected == 1.0)
@@ -113,7 +119,9 @@ def test_schemas_that_cannot_be_checked() -> None:
 
 def test_exact() -> None:
     assert score("exact", "  The Eiffel-Tower! ", answer="eiffeltower") == 1.0
-    assert score("exact", "An apple", answer=["pear", "apple"]) == 1.0 and score("exact", "apples", answer="apple") == 0.0
+    assert (
+        score("exact", "An apple", answer=["pear", "apple"]) == 1.0 and score("exact", "apples", answer="apple") == 0.0
+    )
     strict = {"reward": "exact", "normalise": False}
     assert score(strict, "a ", answer="a") == 0.0 and score(strict, "a", answer="a") == 1.0
     assert score({"reward": "exact", "part": "contains"}, "it is Paris, of course", answer="paris") == 1.0
@@ -144,7 +152,9 @@ def test_format() -> None:
 def test_length() -> None:
     settings = {"reward": "length", "at_least": 4, "at_most": 10, "penalty": 2.0}
     assert [score(settings, tokens=n) for n in (0, 2, 4, 10, 15, 20, 90)] == [-2.0, -1.0, 0.0, 0.0, -1.0, -2.0, -2.0]
-    assert score({**settings, "unit": "words"}, "a b") == -1.0 and score({**settings, "unit": "characters"}, "abc") == -0.5
+    assert (
+        score({**settings, "unit": "words"}, "a b") == -1.0 and score({**settings, "unit": "characters"}, "abc") == -0.5
+    )
     assert score(settings, tokens=12, own=(True,) * 10 + (False,) * 2) == 0.0
     for wrong in ({"reward": "length"}, {"reward": "length", "at_least": 4, "at_most": 2}):
         with pytest.raises(ConfigError, match="length|at_most"):
@@ -194,7 +204,24 @@ def test_code() -> None:
 
 def test_random_texts_break_nothing() -> None:
     draw = random.Random(3)
-    pieces = ["\\boxed{", "}", "####", "1", "/", "0", "\\frac", "{", "<think>", "</think>", '"', "[", ",", "\ud800", "\x00", "é"]
+    pieces = [
+        "\\boxed{",
+        "}",
+        "####",
+        "1",
+        "/",
+        "0",
+        "\\frac",
+        "{",
+        "<think>",
+        "</think>",
+        '"',
+        "[",
+        ",",
+        "\ud800",
+        "\x00",
+        "é",
+    ]
     rewards = Rewards.from_settings(
         ["maths", "json", "exact", "format", "repetition", {"reward": "regex", "pattern": "a"}]
     )

@@ -85,7 +85,7 @@ class SuffixEncoder:
             what = f"the chat template refuses the turn: {error.what}"
             raise EpisodeError(what, fix="append text in place of messages, or use another chat_template") from error
         common = _common(without, whole)
-        end = self._end_of_answer(without[:common], answer)
+        end = self._end_of_answer(without[:common], answer) or self._end_of_word(whole)
         if end is None:
             what = "the chat template shows an answer differently once something follows it"
             raise EpisodeError(what, fix="append text in place of messages, or use another chat_template")
@@ -108,6 +108,16 @@ class SuffixEncoder:
         if word >= 0 and not calls:
             return word + len(_WORD), word + len(_WORD)
         return None
+
+    def _end_of_word(self, whole: str) -> tuple[int, int] | None:
+        """The same where the last answer is shown in another way than earlier ones (Qwen3: with empty thoughts)."""
+        word = whole.rfind(_WORD)
+        if word < 0:
+            return None
+        behind = word + len(_WORD)
+        skipped = behind + len(whole[behind:]) - len(whole[behind:].lstrip())
+        texts = [text for text in self._stops.values() if whole.startswith(text, skipped)]
+        return (skipped, skipped + len(max(texts, key=len))) if texts else (behind, behind)
 
     def encode_after(self, text: str) -> list[int]:
         """Ids of a text that others stand before: without a space that a tokenizer would put in front.
