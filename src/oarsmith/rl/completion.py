@@ -16,9 +16,9 @@ class Completion:
 
     ``prompt`` is the text that the model was given (rendered with its chat template, if it has one), ``text`` all that
     followed: with an environment also what it appended. ``token_ids`` are the tokens of ``text`` as they were sampled,
-    the end token included; ``own`` says for each whether the model wrote it (empty: all of them). ``row`` is the row of the
-    data set that the prompt came from: answers, test cases, schemas. ``truncated`` is true where the length limit ended the
-    answer. ``step`` counts the updates of the run so far, for rewards that change with progress.
+    the end token included; ``own`` says for each whether the model wrote it (empty: all of them). ``row`` is the row of
+    the data set that the prompt came from: answers, test cases, schemas. ``truncated`` is true where the length limit
+    ended the answer. ``step`` counts the updates of the run so far, for rewards that change with progress.
     """
 
     prompt: str
@@ -35,9 +35,11 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Rewards of some completions, in their order. None: no score; such a completion is left out of its group's baseline.
+    """Rewards of some completions, in their order. None: no score; such a completion is left out of its group's
+    baseline.
 
-    ``total`` is what the model learns from (all parts, weighted); ``parts`` each reward function's own values by its name.
+    ``total`` is what the model learns from (all parts, weighted); ``parts`` each reward function's own values by its
+    name.
     """
 
     total: list[float | None]

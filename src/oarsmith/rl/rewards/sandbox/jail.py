@@ -1,7 +1,7 @@
 """The sandbox's own process: gives up the machine, then runs a program case by case and says what became of each.
 
-Standard library only, so that it starts in milliseconds. Started by ``sandbox.py`` with a request on its standard input;
-writes outcomes to its standard output. The program never has either.
+Standard library only, so that it starts in milliseconds. Started by ``sandbox.py`` with a request on its standard
+input; writes outcomes to its standard output. The program never has either.
 """
 
 from __future__ import annotations
@@ -234,7 +234,8 @@ class _Told:
 
 def _program(text: str, report: int, tests: int) -> int:
     """Run the program as ``__main__``, then the tests in its names; tests come over the pipe only after it has run."""
-    sys.stdin, sys.stdout, sys.stderr = (open(end, mode, closefd=False) for end, mode in ((0, "r"), (1, "w"), (2, "w")))
+    for end, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        setattr(sys, name, os.fdopen(end, mode, closefd=False))
     sys.argv = ["program.py"]
     sys.path[:] = [path for path in sys.path if path.startswith(sys.base_prefix)]
     module = type(sys)("__main__")

@@ -37,9 +37,9 @@ def final_answer(text: str, *, anywhere: bool = True) -> str | None:
             return str(found[-1]).strip()
     if not anywhere:
         return None
-    last = None
-    for last in NUMBER.finditer(text):
-        pass
+    last: re.Match[str] | None = None
+    for found in NUMBER.finditer(text):
+        last = found
     if last is None:
         return None
     fraction = _FRACTION.search(text[max(0, last.start() - 60) : last.end()])
