@@ -159,7 +159,7 @@ def test_signatures_that_cannot_be() -> None:
         lambda prompt, completions: 1.0,
         lambda *words: 1.0,
     ):
-        with pytest.raises(ConfigError, match="parameters|by place"):
+        with pytest.raises(ConfigError, match=r"parameters|by place"):
             FunctionReward(call, "mine")
 
 

@@ -123,7 +123,7 @@ def test_time_and_nobody_there() -> None:
         with pytest.raises(RewardError, match=r"no answer within 0\.2 s \(2 tries\)"):
             rewards.score(BATCH)
         assert seen[0].startswith(f"reward server {url} for 5 answers")
-    with pytest.raises(RewardError, match="[Rr]efused"):
+    with pytest.raises(RewardError, match=r"[Rr]efused"):
         Rewards.from_settings({"reward": url, "retries": 0}).score(BATCH)
 
 

@@ -84,7 +84,8 @@ SCHEMAS = [
     {"patternProperties": {"^b": {"type": "string"}}, "additionalProperties": {"type": "boolean"}},
     {"propertyNames": {"maxLength": 1}, "minProperties": 1, "maxProperties": 1}, {"dependentRequired": {"a": ["b"]}},
     {"anyOf": [{"type": "string"}, {"minimum": 2}]}, {"oneOf": [{"type": "number"}, {"minimum": 2}]},
-    {"allOf": [{"type": "number"}, {"minimum": 2}]}, {"$defs": {"n": {"type": "integer"}}, "items": {"$ref": "#/$defs/n"}},
+    {"allOf": [{"type": "number"}, {"minimum": 2}]},
+    {"$defs": {"n": {"type": "integer"}}, "items": {"$ref": "#/$defs/n"}},
     {"if": {"type": "string"}, "then": {"minLength": 2}, "else": {"type": "integer"}},
 ]  # fmt: skip
 VALUES = [
@@ -157,7 +158,7 @@ def test_length() -> None:
     )
     assert score(settings, tokens=12, own=(True,) * 10 + (False,) * 2) == 0.0
     for wrong in ({"reward": "length"}, {"reward": "length", "at_least": 4, "at_most": 2}):
-        with pytest.raises(ConfigError, match="length|at_most"):
+        with pytest.raises(ConfigError, match=r"length|at_most"):
             score(wrong)
 
 

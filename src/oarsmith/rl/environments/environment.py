@@ -56,7 +56,8 @@ class Environment(Protocol):
         ...
 
     def step(self, completion: str) -> Turn:
-        """What follows ``completion``, which the model wrote since the last turn, without the token that ended it."""
+        """What follows ``completion``, which the model wrote since the last turn (without special tokens that end
+        it)."""
         ...
 
 

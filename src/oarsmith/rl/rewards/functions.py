@@ -203,7 +203,8 @@ def _state(one: Completion) -> dict[str, Any]:
 
 
 def _within(seconds: float, compute: Callable[[], list[Value | RewardError]], text: str) -> list[Value | RewardError]:
-    """What a computation gives on a thread of its own; one that takes too long is left behind: no thread can be ended."""
+    """What a computation gives on a thread of its own; one that takes too long is left behind, as no thread can be
+    ended."""
     found: list[list[Value | RewardError]] = []
     failed: list[RewardError] = []
 

@@ -1,6 +1,7 @@
 """A reward server over HTTP, in the schema of PaddleNLP's: ``POST /`` with ``src``, ``tgt``, ``response``.
 
-It answers ``{"error_code": 0, "error_msg": "", "score": [...]}``. ``oarsmith serve`` of a reward model is such a server.
+It answers ``{"error_code": 0, "error_msg": "", "score": [...]}``. ``oarsmith serve`` of a reward model is such a
+server.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class ServerOptions(RewardOptions):
     workers: int = Field(4, ge=1, description="Requests at a time.")
     on_failure: Literal["raise", "zeros", "none"] = Field(
         "raise",
-        description="When the server does not give scores: raise ends the run and says why; zeros gives 0 to the answers "
+        description="When the server does not give scores: raise ends the run and says why; zeros gives 0 to the "
+        "answers "
         "of that request (as PaddleNLP does), none no score; both are counted and reported.",
     )
 

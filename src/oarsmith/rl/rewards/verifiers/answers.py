@@ -21,8 +21,8 @@ MAX_CHARACTERS = 200_000
 
 
 def final_answer(text: str, *, anywhere: bool = True) -> str | None:
-    r"""The final answer: the last ``\boxed{...}``, else what follows the last ``####``, else the last "answer is ...", else
-    the last number or fraction. What stands before ``</think>`` does not count.
+    r"""The final answer: the last ``\boxed{...}``, else what follows the last ``####``, else the last "answer is ...",
+    else the last number or fraction. What stands before ``</think>`` does not count.
 
     Args:
         anywhere: the last number counts; else only a marked answer does.

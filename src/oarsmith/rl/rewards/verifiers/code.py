@@ -31,7 +31,8 @@ class CodeOptions(RewardOptions):
     )
     column: str = Field(
         "tests",
-        description="Column with a test or a list of them; of kind stdin: a list of {input, output}, or of [input, output].",
+        description="Column with a test or a list of them; of kind stdin: a list of {input, output}, or of [input, "
+        "output].",
     )
     partial: bool = Field(False, description="The share of tests that pass; false: all of them or nothing.")
     fence: Literal["last", "none"] = Field(
@@ -49,7 +50,8 @@ class CodeOptions(RewardOptions):
     )
     allow_weaker: bool = Field(
         False,
-        description="Where a whole sandbox is not allowed (containers without user namespaces), run programs with limits "
+        description="Where a whole sandbox is not allowed (containers without user namespaces), run programs with "
+        "limits "
         "and without network, but not apart from this machine's files and processes.",
     )
 

@@ -28,8 +28,8 @@ _OPENING = {"(": ")", "[": "]", "{": "}"}
 
 
 def equal(answer: str, reference: str) -> bool:
-    """Whether an answer is the reference: as texts, numbers, expressions, or lists of such; percentages also as the number
-    before the sign. What is nested too deeply is equal to nothing but itself."""
+    """Whether an answer is the reference: as texts, numbers, expressions, or lists of such; percentages also as the
+    number before the sign. What is nested too deeply is equal to nothing but itself."""
     if max(len(answer), len(reference)) > MAX_CHARACTERS:
         return answer.strip() == reference.strip()
     try:
@@ -57,7 +57,8 @@ def _equal(answer: str, reference: str) -> bool:
 
 
 def normalised(text: str) -> str:
-    """An answer without what changes nothing: signs of money, units in text, spacing, a full stop, thousands' commas."""
+    """An answer without what changes nothing: signs of money, units in text, spacing, a full stop, thousands'
+    commas."""
     text = text.strip().strip("$").strip().rstrip(".。").strip()
     text = re.sub(r"\\\((.*)\\\)", r"\1", text)
     text = _DROPPED.sub(" ", text).replace("\\%", "%").replace("−", "-").replace("×", "*").replace("π", "\\pi")
