@@ -38,8 +38,8 @@ def final_answer(text: str, *, anywhere: bool = True) -> str | None:
     if not anywhere:
         return None
     last: re.Match[str] | None = None
-    for found in NUMBER.finditer(text):
-        last = found
+    for number in NUMBER.finditer(text):
+        last = number
     if last is None:
         return None
     fraction = _FRACTION.search(text[max(0, last.start() - 60) : last.end()])
