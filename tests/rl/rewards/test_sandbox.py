@@ -191,7 +191,7 @@ def test_nobody_is_killed_and_nothing_is_gained() -> None:
 
 
 @whole
-def test_nothing_runs_on() -> None:
+def test_nothing_runs_on(tmp_path: Path) -> None:
     """Neither after the end of a program that left children, nor after the one that asked is killed."""
     mark = f"oarsmith{os.getpid()}"
     run(f"import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.execv('/bin/sleep', ['{mark}', '600'])")
@@ -200,7 +200,7 @@ def test_nothing_runs_on() -> None:
         "from oarsmith.rl.rewards.sandbox.sandbox import *\n"
         f"Sandbox(Limits(seconds=60)).run(\"import os; os.execv('/bin/sleep', ['{mark}', '600'])\", [Case()])"
     )
-    asking = subprocess.Popen([sys.executable, "-c", code])
+    asking = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
     try:
         for _ in range(100):
             if mark in names_of_processes():
