@@ -38,6 +38,7 @@ class Episode:
 
     def __init__(self, environment: Environment, encoder: SuffixEncoder, limits: EpisodeLimits) -> None:
         self._environment, self._encoder, self._limits = environment, encoder, limits
+        # The first ones are enough: what a turn adds does not depend on the turns between.
         self._messages: list[Message] = []
         self.ids: list[int] = []
         self.own: list[bool] = []
@@ -98,7 +99,6 @@ class Episode:
         if len(appended) >= self.room:
             self.over = "length"
             return None
-        self._remember(text, turn)
         self.ids += appended
         self.own += [False] * len(appended)
         return appended
@@ -125,12 +125,6 @@ class Episode:
             turn = _shorter(turn, len(appended), most)
             appended = self._encoder.turn_ids(self._messages, turn, written)
         return appended
-
-    def _remember(self, text: str, turn: Turn) -> None:
-        answer: Message = {"role": "assistant", "content": "" if turn.calls else text}
-        if turn.calls:
-            answer["tool_calls"] = [dict(call) for call in turn.calls]
-        self._messages += [answer, *(dict(message) for message in turn.messages)]
 
 
 def _shorter(turn: Turn, size: int, most: int) -> Turn:

@@ -7,6 +7,7 @@ token that ends its turn), is encoded.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,10 +63,16 @@ class SuffixEncoder:
         """
         if turn.text:
             return self.encode_after(turn.text)
-        answer: Message = {"role": "assistant", "content": _WORD}
+        last = written[-1] if written else None
+        said: Message = {"role": "assistant", "content": _WORD}
+        # Some templates take one call at a time, and a model may write two: then its text stands for itself.
+        answers = [said]
         if turn.calls:
-            answer["tool_calls"] = [dict(call) for call in turn.calls]
-        return self.encode_after(self._behind(messages, answer, turn.messages, written[-1] if written else None))
+            answers.insert(0, {**said, "tool_calls": [dict(call) for call in turn.calls]})
+        for answer in answers[:-1]:
+            with contextlib.suppress(EpisodeError):
+                return self.encode_after(self._behind(messages, answer, turn.messages, last))
+        return self.encode_after(self._behind(messages, answers[-1], turn.messages, last))
 
     def _behind(self, messages: Sequence[Message], answer: Message, follow: Sequence[Message], last: int | None) -> str:
         """What the template writes behind the answer, less the end of turn that is there."""
@@ -78,7 +85,7 @@ class SuffixEncoder:
             what = f"the chat template refuses the turn: {error.what}"
             raise EpisodeError(what, fix="append text in place of messages, or use another chat_template") from error
         common = _common(without, whole)
-        end = self._end_of_answer(without[:common], calls="tool_calls" in answer)
+        end = self._end_of_answer(without[:common], answer) or self._end_of_word(whole)
         if end is None:
             what = "the chat template shows an answer differently once something follows it"
             raise EpisodeError(what, fix="append text in place of messages, or use another chat_template")
@@ -89,17 +96,28 @@ class SuffixEncoder:
                 raise EpisodeError(what, fix="append text in place of messages, or use another chat_template")
         return _cut(whole, ends if last in self._stops else begins)
 
-    def _end_of_answer(self, shared: str, *, calls: bool) -> tuple[int, int] | None:
+    def _end_of_answer(self, shared: str, answer: Message) -> tuple[int, int] | None:
         """Where the last end of turn begins and ends in what both renderings share; of a template without such a token
         both are where the answer's text ends. None: it is not shared."""
         found = [(shared.rfind(text), text) for text in self._stops.values()]
         at, text = max(found, default=(-1, ""))
-        word = shared.rfind(_WORD)
-        if at > word and at >= 0:
+        word, calls = shared.rfind(_WORD), answer.get("tool_calls", ())
+        said = max(word, *(shared.rfind(call["function"]["name"]) for call in calls), -1)
+        if at > said >= 0:
             return at, at + len(text)
         if word >= 0 and not calls:
             return word + len(_WORD), word + len(_WORD)
         return None
+
+    def _end_of_word(self, whole: str) -> tuple[int, int] | None:
+        """The same where the last answer is shown in another way than earlier ones (Qwen3: with empty thoughts)."""
+        word = whole.rfind(_WORD)
+        if word < 0:
+            return None
+        behind = word + len(_WORD)
+        skipped = behind + len(whole[behind:]) - len(whole[behind:].lstrip())
+        texts = [text for text in self._stops.values() if whole.startswith(text, skipped)]
+        return (skipped, skipped + len(max(texts, key=len))) if texts else (behind, behind)
 
     def encode_after(self, text: str) -> list[int]:
         """Ids of a text that others stand before: without a space that a tokenizer would put in front.

@@ -71,8 +71,6 @@ class Rewards:
             what = f"two rewards have the name '{min(twice)}'"
             raise ConfigError(what, where="rewards", fix='give one of them another: {"reward": ..., "name": ...}')
         self._parts, self._watch = list(parts), watch or Watch()
-        self.failures: dict[str, int] = dict.fromkeys(names, 0)
-        self.last_failure: dict[str, str] = {}
 
     @classmethod
     def from_settings(
@@ -111,6 +109,16 @@ class Rewards:
         """Of the rewards, in their order."""
         return [reward.name for reward, _ in self._parts]
 
+    @property
+    def failures(self) -> dict[str, int]:
+        """Of each reward, how many answers so far had no score because of an error, or zero in place of one."""
+        return {reward.name: reward.failures for reward, _ in self._parts}
+
+    @property
+    def last_failure(self) -> dict[str, str]:
+        """Of each reward that had one, the last of these errors."""
+        return {reward.name: reward.last_failure for reward, _ in self._parts if reward.failures}
+
     def score(self, batch: Sequence[Completion]) -> Scores:
         """The weighted sum of all rewards for each answer, and each one's own values.
 
@@ -144,8 +152,8 @@ class Rewards:
             return value
         if options.on_error == "raise":
             raise value
-        self.failures[reward.name] += 1
-        self.last_failure[reward.name] = str(value)
+        reward.failures += 1
+        reward.last_failure = str(value)
         return None
 
     def _all_values(self, batch: Sequence[Completion]) -> list[Sequence[Value | RewardError]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import ipaddress
 import json
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -67,7 +68,7 @@ class ServerReward(Reward):
         self._shown = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
         proxies: dict[str, str] | None = {} if _is_loopback(parts.hostname) else None
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), _NoRedirect())
-        self.failures = 0
+        self._lock = threading.Lock()
 
     def values(self, batch: Sequence[Completion], watch: Watch) -> list[Value | RewardError]:
         size = self._options.batch_size
@@ -86,10 +87,12 @@ class ServerReward(Reward):
         try:
             with watch.waiting(f"reward server {self._shown} for {len(answers)} answers"):
                 scores = self._scores(json.dumps(body).encode(), len(answers))
-        except RewardError:
+        except RewardError as error:
             if self._options.on_failure == "raise":
                 raise
-            self.failures += len(answers)
+            with self._lock:
+                self.failures += len(answers)
+                self.last_failure = str(error)
             return [0.0 if self._options.on_failure == "zeros" else None] * len(answers)
         return [
             checked(score, name=self.name, where=place(batch, index))

@@ -30,10 +30,12 @@ class Reward(ABC):
         name: by which reports and errors call it.
         waits: whether it mostly waits for something else (a server, other processes, a function with a time limit), so
             that it runs on a thread of its own while others compute.
+        failures, last_failure: answers that it gave a value in place of a score, by its own rule, and why.
     """
 
     def __init__(self, name: str, *, waits: bool = False) -> None:
         self.name, self.waits = name, waits
+        self.failures, self.last_failure = 0, ""
 
     @abstractmethod
     def values(self, batch: Sequence[Completion], watch: Watch) -> list[Value | RewardError]:

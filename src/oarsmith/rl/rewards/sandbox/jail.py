@@ -36,6 +36,7 @@ def main() -> None:
         namespaces.leave_machine()
     except OSError as error:
         _refuse(f"namespaces are not allowed here ({error.strerror})")
+    namespaces.die_with_parent()  # whoever changes its rights has to say so again
     child = os.fork()
     if child == 0:
         namespaces.die_with_parent()
@@ -43,6 +44,7 @@ def main() -> None:
             own = namespaces.open_own()
             namespaces.enter_root(request["root"], request["limits"]["files"], tuple(request["readable"]))
             namespaces.become_nobody(own)
+            namespaces.die_with_parent()
             namespaces.hide_memory()
             seccomp.install()
         except OSError as error:
@@ -59,6 +61,7 @@ def _weaker(request: dict[str, Any]) -> None:
         if os.geteuid() == 0:
             os.chown(request["root"], namespaces.NOBODY, namespaces.NOBODY)
         namespaces.become_nobody(namespaces.open_own())
+        namespaces.die_with_parent()
         namespaces.hide_memory()
         seccomp.install()
     except OSError as error:
@@ -111,7 +114,7 @@ def _run_case(request: dict[str, Any], case: dict[str, Any], *, alone: bool) -> 
     texts = {name: data.decode("utf-8", "replace") for name, data in read.items()}
     return {
         "limit": limit,
-        "exit": None if status is None or os.WIFSIGNALED(status) else os.WEXITSTATUS(status),
+        "exit": os.WEXITSTATUS(status) if limit is None and status is not None and os.WIFEXITED(status) else None,
         "signal": os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else None,
         "seconds": time.monotonic() - began,
         **texts,
@@ -136,11 +139,14 @@ def _follow(
     opened = set(ends.values())
     for end in opened:
         os.set_blocking(end, False)
+    status: int | None = None
     while True:
-        pid, status = os.waitpid(child, os.WNOHANG)
+        if status is None:
+            pid, found = os.waitpid(child, os.WNOHANG)
+            status = found if pid else None
         # What is in the pipes is read once more after the end; what others hold open is not waited for.
-        ready = select.select(list(opened), [], [], 0 if pid else 0.005)[0] if opened else []
-        if not opened and not pid:
+        ready = select.select(list(opened), [], [], 0.005 if status is None else 0)[0] if opened else []
+        if not opened and status is None:
             time.sleep(0.002)
         for end in ready:
             piece = _read(end)
@@ -153,10 +159,10 @@ def _follow(
                     status if pid else None,
                     {name: data[: limits["output"]] for name, data in read.items()},
                 )
-        if pid and not ready:
+        if status is not None and not ready:
             return None, status, read
-        if not pid and time.monotonic() - began > limits["seconds"]:
-            return "time", None, read
+        if time.monotonic() - began > limits["seconds"]:
+            return "time", status, read
 
 
 def _read(end: int) -> bytes:
@@ -228,7 +234,8 @@ class _Told:
 
 def _program(text: str, report: int, tests: int) -> int:
     """Run the program as ``__main__``, then the tests in its names; tests come over the pipe only after it has run."""
-    sys.stdin, sys.stdout, sys.stderr = (open(end, mode, closefd=False) for end, mode in ((0, "r"), (1, "w"), (2, "w")))
+    for end, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        setattr(sys, name, os.fdopen(end, mode, closefd=False))
     sys.argv = ["program.py"]
     sys.path[:] = [path for path in sys.path if path.startswith(sys.base_prefix)]
     module = type(sys)("__main__")
