@@ -123,3 +123,38 @@ def test_what_cannot_be_is_said_in_one_line(
     assert grpo(inputs, tmp_path / "run", **changes) == 2
     printed = capsys.readouterr()
     assert words in printed.err and "Traceback" not in printed.err
+
+
+ENVIRONMENT = '''
+from oarsmith.rl.environments.environment import Turn
+
+
+class Asks:
+    """Asks once more, and counts letters."""
+
+    def reset(self, row):
+        self.turns = 0
+        return [{"role": "user", "content": "Say something. " + row["tgt"]}]
+
+    def step(self, completion):
+        self.turns += 1
+        if self.turns == 2:
+            return Turn(done=True, reward=float(len(completion) % 3))
+        return Turn(messages=({"role": "user", "content": "And now?"},))
+'''
+
+
+def test_an_environment_speaks_between_turns_and_gives_the_reward(inputs: Inputs, tmp_path: Path) -> None:
+    (tmp_path / "asks.py").write_text(ENVIRONMENT, encoding="utf-8")
+    changes = {
+        "environment": f"{tmp_path / 'asks.py'}:Asks",
+        "rewards": "[]",
+        "max_length": 200,
+        "max_prompt_len": 100,
+        "max_steps": 2,
+    }
+    # Else what knows nothing never ends a turn.
+    changes |= {"temperature": 4.0, "max_new_tokens": 60, "samples_per_prompt": 8}
+    assert grpo(inputs, tmp_path / "run", **changes) == 0
+    records = read_lines(tmp_path / "run" / "log.jsonl")
+    assert all("reward" in record for record in records)

@@ -98,14 +98,20 @@ def test_limits_are_told() -> None:
 
 
 class Echo:
-    """Says three tokens after each turn, twice."""
+    """Says three tokens after each turn, twice, and gives a reward for each."""
 
     def __init__(self) -> None:
-        self.heard: list[str] = []
+        self.heard: list[list[int]] = []
+        self.cut = False
 
-    def continue_with(self, text: str) -> Sequence[int] | None:
-        self.heard.append(text)
-        return [5, 6, 7] if len(self.heard) < 3 else None
+    def continue_with(self, written: Sequence[int], *, truncated: bool) -> Sequence[int] | None:
+        self.heard.append(list(written))
+        self.cut = truncated
+        return [5, 6, 7] if len(self.heard) < 3 and not truncated else None
+
+    @property
+    def reward(self) -> float | None:
+        return 0.5 * len(self.heard)
 
 
 class Echoes:
@@ -120,15 +126,13 @@ class Echoes:
 def test_what_an_environment_says_is_not_the_models() -> None:
     model, others = tiny_decoder(), Echoes()
     stops = Sampling(max_new_tokens=4, temperature=1.0, stop_ids=tuple(range(0, 1120, 2)))
-    sampler = Sampler(
-        policy=sampler_of(model).policy, sampling=stops, max_length=64, conversations=others, max_turns=5
-    )
+    sampler = Sampler(policy=sampler_of(model).policy, sampling=stops, max_length=64, conversations=others)
     groups = sampler.sample(PROMPTS, 2, seed=2)
-    many = [written for group in groups for written in group if written.num_turns == 3]
+    many = [written for group in groups for written in group if written.num_turns == 3 and not written.truncated]
     assert many and len(others.made) == 6
     for written in many:
         said = [token for token, own in zip(written.ids, written.own, strict=True) if not own]
-        assert said == [5, 6, 7] * 2
+        assert said == [5, 6, 7] * 2 and written.reward == 1.5
         assert all(logprob == 0 for logprob, own in zip(written.logprobs, written.own, strict=True) if not own)
     answers = answers_of(PROMPTS, groups)
     batch = make_policy_batch(answers, count=1.0, facts={})
@@ -141,7 +145,7 @@ def test_what_an_environment_says_is_not_the_models() -> None:
 def test_turns_end_where_the_room_does() -> None:
     stops = Sampling(max_new_tokens=4, temperature=1.0, stop_ids=tuple(range(1120)))
     sampler = sampler_of(tiny_decoder())
-    tight = Sampler(policy=sampler.policy, sampling=stops, max_length=8, conversations=Echoes(), max_turns=5)
+    tight = Sampler(policy=sampler.policy, sampling=stops, max_length=8, conversations=Echoes())
     groups = tight.sample(PROMPTS[2:], 1, seed=2)
     assert groups[0][0].truncated and len(groups[0][0].ids) + 1 <= 8
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from .adapters import AdapterKeys
-from .base import Bool, Float, Floats, Int, JobConfig, rewards_of
+from .base import Bool, Float, Floats, Int, JobConfig, Strings, rewards_of
 from .groups import ModelKeys
 from .train import TrainConfig
 
@@ -152,8 +152,22 @@ class RewardKeys(JobConfig):
     title: ClassVar[str] = "Rewards"
 
     rewards: RewardSettings = Field(
+        (),
         description="What answers are worth; one or several: file.py:function, package.module:function, the name of a "
-        'built-in, an http address, the directory of a reward model, or an object {"reward": ..., "weight": ...}.'
+        'built-in, an http address, the directory of a reward model, or an object {"reward": ..., "weight": ...}.',
+    )
+    environment: str | None = Field(
+        None,
+        description="What speaks between the model's turns: file.py:Class or package.module:Class (docs/rewards.md). "
+        "What "
+        "it says is not learned.",
+    )
+    tools: Strings = Field(
+        (), description="Functions that the model may call, as file.py:function; repeat the key for several."
+    )
+    max_turns: Int = Field(8, ge=1, description="Most turns of the model, with an environment or tools.")
+    max_appended: Int = Field(
+        1024, ge=1, description="Most tokens of one turn of the environment; longer ones are cut."
     )
     reward_weights: Floats = Field((), description="A weight for each of several rewards. Not given: 1 each.")
     clip_range_score: Float | None = Field(

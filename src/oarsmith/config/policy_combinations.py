@@ -36,9 +36,21 @@ POLICY: tuple[Impossible[Any], ...] = (
     _not_here("do_predict", "there are no rows with answers to score", "false"),
     Impossible(
         PolicyConfig,
-        lambda c: not c.rewards,
+        lambda c: not c.rewards and c.environment is None,
         "nothing says what an answer is worth",
         "give rewards, such as reward.py:reward, a built-in's name, or the directory of a reward model",
+    ),
+    Impossible(
+        PolicyConfig,
+        lambda c: c.environment is not None and bool(c.tools),
+        "environment and tools both say what speaks between the model's turns",
+        "give one of them; an environment can call tools itself",
+    ),
+    Impossible(
+        PolicyConfig,
+        lambda c: c.raw and (c.environment is not None or bool(c.tools)),
+        "an environment's messages are rendered by the chat template, which raw leaves out",
+        "set raw to false",
     ),
     Impossible(
         PolicyConfig,
@@ -72,7 +84,9 @@ POLICY: tuple[Impossible[Any], ...] = (
     ),
     Impossible(
         PolicyConfig,
-        lambda c: c.optimizer_in_backward and (c.gradient_accumulation_steps > 1 or bool(c.per_device_train_batch_size)),
+        lambda c: (
+            c.optimizer_in_backward and (c.gradient_accumulation_steps > 1 or bool(c.per_device_train_batch_size))
+        ),
         "optimizer_in_backward updates weights in a single pass, and this splits updates",
         "remove per_device_train_batch_size and gradient_accumulation_steps",
     ),

@@ -121,7 +121,7 @@ def _completed(config: GrpoConfig, begin: Start, model: Decoder, data: TrainingD
     assert isinstance(data, parts.PolicyData), data
     watch = Watch()
     plan, judged = make_plan(config, share=data.share), config.kl_loss_coeff > 0 or config.kl_coeff > 0
-    sampler = parts.make_sampler(config, model, data.tokenizer)
+    sampler = parts.make_sampler(config, model, data)
     rewards = parts.make_rewards(config, data.tokenizer, watch)
     teacher = Teacher(
         estimator=config.preset.estimator,

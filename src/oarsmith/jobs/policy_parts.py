@@ -25,6 +25,11 @@ from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.sharing import shares_beginnings
 from oarsmith.rl.collect import Collector, Overlong
+from oarsmith.rl.conversations import Episodes
+from oarsmith.rl.environments.environment import Environment, find_environment
+from oarsmith.rl.environments.episode import EpisodeLimits
+from oarsmith.rl.environments.suffix import SuffixEncoder
+from oarsmith.rl.environments.tools import ToolEnvironment, find_tools
 from oarsmith.rl.evaluation import evaluate_policy
 from oarsmith.rl.experience import Scored
 from oarsmith.rl.policy import Policy
@@ -50,6 +55,7 @@ class PolicyData(TrainingData):
     prompts: Prompts
     tokenizer: Tokenizer
     share: bool
+    episodes: Episodes | None = None
     sampler: Sampler | None = None
     rewards: Rewards | None = None
 
@@ -72,7 +78,8 @@ class Unmade:
 
 def build_data(config: PolicyConfig, begin: Start, tokenizer: Tokenizer) -> PolicyData:
     """The prompts; batches follow with the model."""
-    prompts = read_all(config, tokenizer)
+    episodes = make_episodes(config, tokenizer)
+    prompts = read_all(config, tokenizer, episodes)
     family, spec = families.build_spec(begin.config)
     share = shares_beginnings(rewrite_of(config, begin.base)(family, spec) if config.has_adapter else spec)
     return PolicyData(
@@ -86,16 +93,38 @@ def build_data(config: PolicyConfig, begin: Start, tokenizer: Tokenizer) -> Poli
         prompts=prompts,
         tokenizer=tokenizer,
         share=share,
+        episodes=episodes,
     )
 
 
-def make_sampler(config: PolicyConfig, model: Decoder, tokenizer: Tokenizer) -> Sampler:
+def make_episodes(config: PolicyConfig, tokenizer: Tokenizer) -> Episodes | None:
+    """What speaks between the model's turns, if something does."""
+    if config.environment is None and not config.tools:
+        return None
+    limits = EpisodeLimits(
+        max_turns=config.max_turns,
+        max_tokens=config.max_length or config.max_prompt_len + config.max_new_tokens,
+        max_appended=config.max_appended,
+    )
+    if config.environment is not None:
+        factory: Callable[[], Environment] = find_environment(config.environment)
+        return Episodes(factory=factory, encoder=SuffixEncoder(tokenizer), limits=limits)
+    tools = find_tools(config.tools)
+    schemas = ToolEnvironment(tools, tokenizer).schemas
+    return Episodes(
+        factory=lambda: ToolEnvironment(tools, tokenizer),
+        encoder=SuffixEncoder(tokenizer, tools=schemas),
+        limits=limits,
+    )
+
+
+def make_sampler(config: PolicyConfig, model: Decoder, data: PolicyData) -> Sampler:
     """What answers prompts by the model's own weights."""
     assert config.max_length is not None, "settled where not given"
     count = config.prompts_per_step * config.samples_per_prompt
     policy = Policy(
         model,
-        tokenizer,
+        data.tokenizer,
         compute=config.rollout_compute,
         rows=config.rollout_max_num_seqs or min(count, _MOST_ROWS),
         max_length=config.max_length,
@@ -108,11 +137,13 @@ def make_sampler(config: PolicyConfig, model: Decoder, tokenizer: Tokenizer) -> 
         top_k=config.top_k,
         top_p=config.top_p,
     )
-    return Sampler(policy=policy, sampling=sampling, max_length=config.max_length)
+    return Sampler(policy=policy, sampling=sampling, max_length=config.max_length, conversations=data.episodes)
 
 
-def make_rewards(config: PolicyConfig, tokenizer: Tokenizer, watch: Watch) -> Rewards:
-    """What answers are worth."""
+def make_rewards(config: PolicyConfig, tokenizer: Tokenizer, watch: Watch) -> Rewards | None:
+    """What answers are worth; None: an environment says it."""
+    if not config.rewards:
+        return None
     return Rewards.from_settings(
         config.rewards, weights=config.reward_weights or None, tokenizer=tokenizer, watch=watch
     )
@@ -139,7 +170,7 @@ def make_batches(
     data: PolicyData,
     plan: Plan,
     sampler: Sampler,
-    rewards: Rewards,
+    rewards: Rewards | None,
     study: Study,
     watch: Watch,
     console: Console,
@@ -187,7 +218,7 @@ def make_batches(
 def evaluation_of(config: PolicyConfig, data: PolicyData) -> Callable[[], Mapping[str, float]] | None:
     """Rewards of answers to held-out prompts, drawn ones and greedy ones."""
     prompts = data.prompts.evaluation
-    if not prompts or data.sampler is None or data.rewards is None:
+    if not prompts or data.sampler is None:
         return None
     sampler, rewards = data.sampler, data.rewards
     if config.max_evaluate_steps > 0:

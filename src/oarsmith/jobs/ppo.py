@@ -112,7 +112,7 @@ def make_policy_loss(config: PpoConfig) -> PolicyLoss:
 def _completed(config: PpoConfig, begin: Start, model: Decoder, data: TrainingData, console: Console) -> TrainingData:
     assert isinstance(data, parts.PolicyData), data
     watch, plan, judged = Watch(), make_plan(config, share=data.share), config.kl_coeff > 0
-    sampler = parts.make_sampler(config, model, data.tokenizer)
+    sampler = parts.make_sampler(config, model, data)
     rewards = parts.make_rewards(config, data.tokenizer, watch)
     critic = make_critic(config, begin, model, data.tokenizer.plain_pad_id)
     agree = config.dtype == "fp32" and config.temperature == 1.0
@@ -167,9 +167,7 @@ def _hooks(config: PpoConfig, data: TrainingData) -> UpdateHooks | None:
         weight_decay=config.critic_weight_decay,
     )
     optimizer = AdamW(data.critic.module.named_parameters(), settings)
-    return CriticUpdates(
-        critic=data.critic, optimizer=optimizer, schedule=schedule, max_grad_norm=config.max_grad_norm
-    )
+    return CriticUpdates(critic=data.critic, optimizer=optimizer, schedule=schedule, max_grad_norm=config.max_grad_norm)
 
 
 def recipe(kept: list[Critic]) -> training.Recipe[PpoConfig]:
@@ -196,9 +194,7 @@ def recipe(kept: list[Critic]) -> training.Recipe[PpoConfig]:
         complete=_completed,
         weights=tuning.weights_of,
         plan=grpo.plan_in_words,
-        tokens_per_pass=lambda config: (
-            (config.max_length or 0) * grpo.per_update(config) * config.samples_per_prompt
-        ),
+        tokens_per_pass=lambda config: (config.max_length or 0) * grpo.per_update(config) * config.samples_per_prompt,
         extra_scores=grpo.evaluation,
         attach=attach,
         hooks=_hooks,
@@ -210,4 +206,3 @@ class NoCritic:
 
     def values(self, model: Decoder, hidden_TD: torch.Tensor | None, batch: object) -> torch.Tensor:
         raise AssertionError("the critic is made with the model")
-

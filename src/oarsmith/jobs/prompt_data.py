@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +14,9 @@ from oarsmith.config.policy import PolicyConfig
 from oarsmith.data.rows import fingerprint_of
 from oarsmith.data.spans import RefusedError, SpanEncoder
 from oarsmith.errors import DataError
-from oarsmith.jobs.prompt_rows import PromptRow, read_prompts
+from oarsmith.jobs.prompt_rows import Message, PromptRow, read_prompts
 from oarsmith.methods.data import hold_out
+from oarsmith.rl.conversations import Episodes
 from oarsmith.rl.prompts import Asked
 from oarsmith.text import Tokenizer
 
@@ -30,22 +33,24 @@ class Prompts:
     highest_id: tuple[int, str]
 
 
-def read_all(config: PolicyConfig, tokenizer: Tokenizer) -> Prompts:
-    """Read and encode.
+def read_all(config: PolicyConfig, tokenizer: Tokenizer, episodes: Episodes | None) -> Prompts:
+    """Read and encode; with ``episodes`` an environment begins each conversation.
 
     Raises:
         DataError: a row that cannot be read, nothing to ask, or too many rows left out.
     """
     source = config.dataset_name_or_path
     folder = Path(source).is_dir()
-    train, report, lines = _read(config, tokenizer, source, "train" if folder else None)
+    train, report, lines = _read(config, tokenizer, source, "train" if folder else None, episodes)
     reports: dict[str, object] = {"train": report}
     evaluation: tuple[Asked, ...] = ()
     if config.eval_dataset_path is not None or (
         folder and config.evaluation_strategy != "no" and config.eval_split_ratio == 0
     ):
         other = config.eval_dataset_path or source
-        evaluation, reports["eval"], more = _read(config, tokenizer, other, None if config.eval_dataset_path else "dev")
+        evaluation, reports["eval"], more = _read(
+            config, tokenizer, other, None if config.eval_dataset_path else "dev", episodes
+        )
         lines += [f"evaluation: {line}" for line in more]
     elif config.eval_split_ratio > 0:
         train, evaluation = hold_out(train, config.eval_split_ratio, config.seed)
@@ -62,7 +67,7 @@ def read_all(config: PolicyConfig, tokenizer: Tokenizer) -> Prompts:
 
 
 def _read(
-    config: PolicyConfig, tokenizer: Tokenizer, source: str, split: str | None
+    config: PolicyConfig, tokenizer: Tokenizer, source: str, split: str | None, episodes: Episodes | None
 ) -> tuple[tuple[Asked, ...], dict[str, object], list[str]]:
     found: list[Asked] = []
     left: Counter[str] = Counter()
@@ -72,7 +77,7 @@ def _read(
         rows += 1
         try:
             row, prompt = item.fields(), item.prompt()
-            ids = _encode(prompt, tokenizer, config.raw)
+            ids = _encode(prompt, tokenizer, config.raw) if episodes is None else _begun(prompt, row, episodes)
         except DataError as error:
             if config.on_malformed == "error":
                 raise
@@ -84,7 +89,7 @@ def _read(
             examples.setdefault("prompt longer than max_prompt_len", []).append(f"{prompt.where}: {len(ids)} tokens")
             continue
         text = tokenizer.decode(ids, skip_special_tokens=False)
-        found.append(Asked(ids=tuple(ids), text=text, row=row, where=prompt.where))
+        found.append(Asked(ids=tuple(ids), text=text, row=row, where=prompt.where, messages=_messages(prompt)))
     dropped = malformed + left.total()
     if not found or dropped > config.max_dropped_fraction * rows:
         why = ", ".join(f"{count} x {reason}" for reason, count in left.items()) or f"{malformed} x malformed"
@@ -109,6 +114,14 @@ def _read(
         f"tokens a prompt: median {percentiles['50']}, 90 % within {percentiles['90']}, longest {percentiles['100']}",
     ]
     return tuple(found), report, lines
+
+
+def _messages(prompt: PromptRow) -> tuple[Message, ...]:
+    return tuple(prompt.messages(None))
+
+
+def _begun(prompt: PromptRow, row: Mapping[str, Any], episodes: Episodes) -> list[int]:
+    return episodes.first(dict(row), _messages(prompt))
 
 
 def _encode(prompt: PromptRow, tokenizer: Tokenizer, raw: bool) -> list[int]:

@@ -43,6 +43,7 @@ class Collector:
     Args:
         prompts, samples: how many of a rollout, and answers to each.
         dynamic: groups in which all rewards are the same are left out, and others asked in their place (DAPO).
+        scorer: None: environments alone give rewards.
         most_batches: at most this many times as many prompts are asked.
         greedy: whether every prompt also gets a greedy answer, whose reward is its baseline.
         overlong: added to rewards.
@@ -51,7 +52,7 @@ class Collector:
 
     order: PromptOrder
     sampler: Sampler
-    scorer: Scorer
+    scorer: Scorer | None
     prompts: int
     samples: int
     seed: int
@@ -82,8 +83,8 @@ class Collector:
             greedy = self.sampler.sample(prompts, 1, seed, greedy=True) if self.greedy else []
         sampled = time.perf_counter()
         with self.waiting("the rewards"):
-            scores = self.scorer.score(completions_of(prompts, groups, version))
-            baselines = self.scorer.score(completions_of(prompts, greedy, version)).total if self.greedy else []
+            scores = score_groups(self.scorer, prompts, groups, version)
+            baselines = score_groups(self.scorer, prompts, greedy, version).total if self.greedy else []
         found.seconds = found.seconds[0] + sampled - begun, found.seconds[1] + time.perf_counter() - sampled
         found.take(numbers, prompts, groups, scores, baselines, only_varied, self.overlong)
 
@@ -141,6 +142,20 @@ class _Found:
             sampling_seconds=self.seconds[0],
             reward_seconds=self.seconds[1],
         )
+
+
+def score_groups(
+    scorer: Scorer | None, prompts: Sequence[Asked], groups: Sequence[Sequence[Written]], version: int
+) -> Scores:
+    """Of all answers, prompt by prompt: what the rewards give, and what an environment gave on the way."""
+    given = [written.reward for group in groups for written in group]
+    nothing = Scores([None] * len(given), {})
+    scores = nothing if scorer is None else scorer.score(completions_of(prompts, groups, version))
+    if all(value is None for value in given):
+        return scores
+    pairs = zip(scores.total, given, strict=True)
+    total = [own if more is None else more + (own or 0.0) for own, more in pairs]
+    return Scores(total, {**scores.parts, "environment": given})
 
 
 def completions_of(prompts: Sequence[Asked], groups: Sequence[Sequence[Written]], version: int) -> list[Completion]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from oarsmith.rl.collect import completions_of
+from oarsmith.rl.collect import score_groups
 from oarsmith.rl.completion import Scorer
 from oarsmith.rl.prompts import Asked
 from oarsmith.rl.rollout import Sampler
@@ -14,7 +14,7 @@ from oarsmith.training.seeds import keyed_seed
 
 
 def evaluate_policy(
-    sampler: Sampler, scorer: Scorer, prompts: Sequence[Asked], *, samples: int, seed: int, passing: float
+    sampler: Sampler, scorer: Scorer | None, prompts: Sequence[Asked], *, samples: int, seed: int, passing: float
 ) -> dict[str, float]:
     """As a record of the log: reward, share of answers that pass and length, of ``samples`` drawn answers to each
     prompt and of the greedy one. Every evaluation draws under the same seed."""
@@ -22,7 +22,7 @@ def evaluate_policy(
     found: dict[str, float] = {}
     for name, greedy in (("", False), ("greedy_", True)):
         groups = sampler.sample(prompts, 1 if greedy else samples, keyed_seed(seed, "evaluation", 0), greedy=greedy)
-        total = scorer.score(completions_of(prompts, groups, 0)).total
+        total = score_groups(scorer, prompts, groups, 0).total
         rewards = np.array([value for value in total if value is not None], dtype=np.float64)
         found[f"eval_{name}reward"] = float(rewards.mean()) if len(rewards) else 0.0
         found[f"eval_{name}pass_rate"] = float((rewards >= passing).mean()) if len(rewards) else 0.0

@@ -73,6 +73,7 @@ def scored_to_tensor(scored: Scored) -> Tensor:
                 "text": written.text,
                 "truncated": written.truncated,
                 "num_turns": written.num_turns,
+                "reward": written.reward,
             }
             for written in group
         ]

@@ -100,10 +100,7 @@ class PpoStudent:
             found_N = advantages.whitened(found_N, np.repeat(~np.isnan(scores_A), sizes))
         ends = np.cumsum(sizes)[:-1]
         parts = (np.split(x.astype(np.float32), ends) for x in (values_N, returns_N))
-        answers = [
-            replace(answer, values=own, returns=due)
-            for answer, own, due in zip(answers, *parts, strict=True)
-        ]
+        answers = [replace(answer, values=own, returns=due) for answer, own, due in zip(answers, *parts, strict=True)]
         kl = float(np.add.reduceat(ratios_N, np.cumsum([0, *sizes[:-1]])).mean())
         more = {"kl_of_answers": kl, "kl_coeff": self.kl.coef, "return": float(returns_N.mean())}
         self.kl.learn(kl, len(answers))

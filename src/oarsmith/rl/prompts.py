@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +19,14 @@ class Asked:
         ids: of its tokens; ``text``: what they spell.
         row: the data set's row, for rewards.
         where: file:line.
+        messages: that it was rendered from, for environments.
     """
 
     ids: tuple[int, ...]
     text: str
     row: Mapping[str, object]
     where: str
+    messages: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def num_trained(self) -> int:

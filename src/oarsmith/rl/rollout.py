@@ -22,9 +22,17 @@ from oarsmith.rl.prompts import Asked
 class Conversation(Protocol):
     """One answer's counterpart: an environment that speaks when the model's turn has ended."""
 
-    def continue_with(self, text: str) -> Sequence[int] | None:
-        """The tokens that follow the model's turn ``text``, up to where it may write again; None: the answer is
-        over."""
+    def continue_with(self, written: Sequence[int], *, truncated: bool) -> Sequence[int] | None:
+        """The tokens that follow the model's turn ``written``, up to where it may write again; None: the answer is
+        over. ``truncated``: a limit of length ended the turn, and it is over in any case."""
+
+    @property
+    def reward(self) -> float | None:
+        """What the turns were worth so far; None: nothing was said."""
+
+    @property
+    def cut(self) -> bool:
+        """Whether it was over by a limit."""
 
 
 class Conversations(Protocol):
@@ -43,6 +51,7 @@ class Written:
         text: without the model's end tokens.
         truncated: a limit ended it.
         num_turns: times that the model wrote.
+        reward: what an environment gave.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -51,6 +60,7 @@ class Written:
     text: str = ""
     truncated: bool = False
     num_turns: int = 0
+    reward: float | None = None
 
     def take(self, generated: Generated) -> None:
         """A turn of the model."""
@@ -88,14 +98,12 @@ class Sampler:
         sampling: of the answers; its ``n`` and ``seed`` are set here.
         max_length: tokens of a prompt with its whole answer, over all turns.
         conversations: who speaks between the model's turns; None: an answer is one turn.
-        max_turns: most turns of the model.
     """
 
     policy: Policy
     sampling: Sampling
     max_length: int
     conversations: Conversations | None = None
-    max_turns: int = 1
 
     def sample(self, prompts: Sequence[Asked], count: int, seed: int, *, greedy: bool = False) -> list[list[Written]]:
         """``count`` answers to each prompt. The same seed over the same weights gives the same answers."""
@@ -120,29 +128,29 @@ class Sampler:
         """Turn after turn, until every answer is over; those that go on are worked on together."""
         assert self.conversations is not None
         pairs = [(asked, written) for asked, group in zip(prompts, found, strict=True) for written in group]
-        active = [(asked, written, self.conversations.begin(asked), written.text) for asked, written in pairs]
-        for turn in range(1, self.max_turns + 1):
+        active = [(asked, written, self.conversations.begin(asked), 0) for asked, written in pairs]
+        turn = 0
+        while active:
+            turn += 1
             going = []
-            for asked, written, other, said in active:
-                more = None if written.truncated else other.continue_with(said)
-                if more is None:
-                    continue
-                room = self.max_length - len(asked.ids) - len(written.ids) - len(more)
-                if room < 1 or turn == self.max_turns:
-                    written.truncated = True
-                    continue
-                written.append(more, self._spell(more))
-                going.append((asked, written, other, room))
+            for asked, written, other, start in active:
+                more = other.continue_with(written.ids[start:], truncated=written.truncated)
+                room = self.max_length - len(asked.ids) - len(written.ids) - len(more or ())
+                written.reward, written.truncated = other.reward, other.cut or (more is not None and room < 1)
+                if more is not None and room > 0:
+                    written.append(more, self._spell(more))
+                    going.append((asked, written, other, room))
             if not going:
                 return
-            active = []
             # The shortest room bounds all of a turn: the others have as much left in their next one.
-            limit = min(sampling.max_new_tokens, *(room for *_, room in going)) if going else 1
+            limit = min(sampling.max_new_tokens, *(room for *_, room in going))
             step = replace(sampling, n=1, seed=seed + turn, max_new_tokens=limit)
             answers = self.policy.engine.generate([[*asked.ids, *written.ids] for asked, written, _, _ in going], step)
+            active = []
             for (asked, written, other, _), generated in zip(going, answers, strict=True):
+                start = len(written.ids)
                 written.take(generated)
-                active.append((asked, written, other, generated.text))
+                active.append((asked, written, other, start))
 
     def _spell(self, ids: Sequence[int]) -> str:
         tokenizer = self.policy.engine.tokenizer
