@@ -26,8 +26,9 @@ class PpoKeys(JobConfig):
     kl_horizon: Int = Field(10_000, ge=1, description="kl_target: answers over which kl_coeff follows.")
     clip_range_ratio: Float = Field(0.2, gt=0, lt=1, description="A ratio counts between 1 minus and 1 plus this.")
     clip_ratio_dual: Float | None = Field(
-        None, gt=1,
-        description="Dual clip: a bad token's loss is at most this times its advantage (3). Not given: none."
+        None,
+        gt=1,
+        description="Dual clip: a bad token's loss is at most this times its advantage (3). Not given: none.",
     )
     clip_range_score: Float | None = Field(
         10.0, gt=0, description="Scores are held within plus and minus this; null: they are not."
@@ -64,15 +65,18 @@ class CriticKeys(JobConfig):
         "given: the model that is trained.",
     )
     critic_learning_rate: Float | None = Field(
-        None, gt=0,
-        description="Highest learning rate of the critic. Not given: 5e-6, for a shared one 1e-3 (its head alone)."
+        None,
+        gt=0,
+        description="Highest learning rate of the critic. Not given: 5e-6, for a shared one 1e-3 (its head alone).",
     )
     critic_lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="How it falls; see lr_scheduler_type."
     )
     critic_warmup_ratio: Float = Field(0.0, ge=0, lt=1, description="The critic's warmup as a share of all steps.")
-    critic_min_learning_rate: Float = Field(0.0, ge=0,
-    description="The critic's rate at the end of a falling schedule.") critic_weight_decay: Float = Field(0.0, ge=0, description="The critic's weight decay.")
+    critic_min_learning_rate: Float = Field(
+        0.0, ge=0, description="The critic's rate at the end of a falling schedule."
+    )
+    critic_weight_decay: Float = Field(0.0, ge=0, description="The critic's weight decay.")
     critic_recompute: Bool = Field(False, description="Activation checkpointing in a separate critic; see recompute.")
 
 

@@ -43,8 +43,8 @@ def make_loop(
     tokens_per_pass: int,
     hooks: UpdateHooks | None = None,
 ) -> Loop:
-    """Wire the loop for this config. ``tokens_per_pass``: about how many go through the model at a time; ``hooks``: what
-    the method does around the optimizer."""
+    """Wire the loop for this config. ``tokens_per_pass``: about how many go through the model at a time; ``hooks``:
+    what the method does around the optimizer."""
     total = total_steps(config, loader)
     output_dir = store.output_dir
     optimizer = make_optimizer(config, model)

@@ -1,4 +1,5 @@
-"""What the report of a run shows that learns from rewards: pictures of rewards, entropy, KL, lengths, and some answers."""
+"""What the report of a run shows that learns from rewards: pictures of rewards, entropy, KL, lengths, and some
+answers."""
 
 from __future__ import annotations
 

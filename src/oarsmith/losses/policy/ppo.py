@@ -25,7 +25,8 @@ class Values(Protocol):
     """A critic: what is still to come of an answer's reward."""
 
     def values(self, model: Decoder, hidden_TD: Tensor | None, batch: PolicyBatch) -> Tensor:
-        """fp32 [N]: at the state from which each token was drawn. ``hidden_TD``: the policy's states, if they are there."""
+        """fp32 [N]: at the state from which each token was drawn. ``hidden_TD``: the policy's states, if they are
+        there."""
 
 
 @dataclass(frozen=True, kw_only=True)
