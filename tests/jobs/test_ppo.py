@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 import oarsmith
 from oarsmith import cli
 from policies import KEYS, write_inputs
-from tiny import assert_same_run, interrupted, read_lines, write_tiny_model
+from tiny import assert_same_run, interrupted, read_lines, write_rows, write_tiny_model
 
 Inputs = tuple[Path, Path, str]
 
@@ -140,3 +140,11 @@ def test_what_cannot_be_is_said_in_one_line(
     assert ppo(inputs, tmp_path / "run", **changes) == 2
     printed = capsys.readouterr()
     assert words in printed.err and "Traceback" not in printed.err
+
+
+def test_texts_beside_answers_are_learned(inputs: Inputs, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "texts.jsonl", 6)
+    changes = {"ptx_datasets": rows, "ptx_coeff": 5.0, "max_steps": 12, "ptx_max_length": 64, "save_strategy": "no"}
+    assert ppo(inputs, tmp_path / "run", **changes, gradient_accumulation_steps=2, learning_rate=3e-3) == 0
+    losses = [line["ptx_loss"] for line in read_lines(tmp_path / "run" / "log.jsonl")]
+    assert losses[-1] < losses[0] - 1

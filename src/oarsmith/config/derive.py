@@ -103,7 +103,6 @@ RULES: tuple[Rule[Any], ...] = (
     _rate(PolicyConfig, 1e-5, 1e-6),
     Rule(PolicyConfig, "evaluation_strategy", _policy_evaluation, "steps where eval data is named, else no"),
     Rule(PolicyConfig, "eval_steps", lambda c: max(20, c.logging_steps), "20, or logging_steps if more"),
-    Rule(PolicyConfig, "prompts_per_update", lambda c: c.prompts_per_step, "all of a rollout"),
     Rule(
         GrpoConfig, "clip_range_ratio_low", lambda c: c.clip_range_ratio or c.preset.clip_low, "as the algorithm has it"
     ),

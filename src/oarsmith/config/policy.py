@@ -111,11 +111,12 @@ class RolloutKeys(JobConfig):
     samples_per_prompt: Int = Field(
         8, ge=1, description="Answers drawn to each prompt: the group whose rewards are compared with one another."
     )
-    prompts_per_update: Int | None = Field(
-        None,
-        ge=1,
-        description="Prompts of one optimizer step: fewer than prompts_per_step makes several steps of a rollout. Not "
-        "given: all of them, one step.",
+    prompts_per_update: Int = Field(
+        -1,
+        ge=-1,
+        description="Prompts of one optimizer step: fewer than prompts_per_step makes several steps of a rollout. -1: "
+        "all "
+        "of them, one step.",
     )
     update_iters: Int = Field(1, ge=1, description="Times that a rollout is learned from.")
     max_staleness: Int = Field(

@@ -72,15 +72,9 @@ POLICY: tuple[Impossible[Any], ...] = (
     ),
     Impossible(
         PolicyConfig,
-        lambda c: c.prompts_per_update is not None and c.prompts_per_update > c.prompts_per_step,
-        "prompts_per_update {prompts_per_update} is more than a rollout has, prompts_per_step {prompts_per_step}",
-        "lower prompts_per_update",
-    ),
-    Impossible(
-        PolicyConfig,
-        lambda c: c.per_device_train_batch_size is not None and c.gradient_accumulation_steps > 1,
-        "per_device_train_batch_size and gradient_accumulation_steps both say how an update is split",
-        "give one of them: an update has prompts_per_update x samples_per_prompt answers in any case",
+        lambda c: c.prompts_per_update > c.prompts_per_step or c.prompts_per_update == 0,
+        "prompts_per_update is {prompts_per_update}, and a rollout has prompts_per_step {prompts_per_step}",
+        "choose from 1 to {prompts_per_step}, or -1 for all",
     ),
     Impossible(
         PolicyConfig,

@@ -45,6 +45,14 @@ class PpoKeys(JobConfig):
     )
     normalize_advantage: Bool = Field(True, description="Advantages of all tokens get mean 0 and deviation 1.")
     no_end_penalty: Float = Field(0.0, ge=0, description="Taken from the score of an answer that the limit ended.")
+    ptx_datasets: str | None = Field(
+        None,
+        description="Conversations that are learned as they are beside the answers (PTX), so that nothing else is "
+        "forgotten: "
+        "rows as for oarsmith sft.",
+    )
+    ptx_coeff: Float = Field(16.0, ge=0, description="Weight of their loss.")
+    ptx_max_length: Int = Field(1024, ge=4, description="Tokens of these texts in one pass.")
     loss_aggregation: Aggregation = Field(
         "token-mean", description="Whether every token counts alike, every answer, or sums of answers do."
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from oarsmith.data.answers import AnswerBatch, Answered, make_answer_batch
+from oarsmith.data.batch import Batch
 
 Floats = npt.NDArray[np.float32]
 
@@ -56,6 +57,7 @@ class PolicyBatch(AnswerBatch):
         sampled_N, old_N, reference_N, advantages_N, token_weights_N, values_N, returns_N: float32, see ``Learned``.
         sizes: tokens of each answer that the model wrote.
         facts: means over the whole rollout, such as its reward, which the log of its steps repeats.
+        companion: texts that are learned as they are beside the answers (PTX).
     """
 
     sampled_N: Tensor
@@ -67,10 +69,16 @@ class PolicyBatch(AnswerBatch):
     returns_N: Tensor
     sizes: tuple[int, ...]
     facts: Mapping[str, float]
+    companion: Batch | None = None
 
 
 def make_policy_batch(
-    answers: Sequence[Learned], *, count: float, facts: Mapping[str, float], share: bool = True
+    answers: Sequence[Learned],
+    *,
+    count: float,
+    facts: Mapping[str, float],
+    share: bool = True,
+    companion: Batch | None = None,
 ) -> PolicyBatch:
     """A batch of answers; those to one prompt that lie side by side share it.
 
@@ -95,6 +103,7 @@ def make_policy_batch(
         returns_N=joined("returns"),
         sizes=tuple(int(answer.own.sum()) for answer in answers),
         facts=facts,
+        companion=companion,
     )
 
 

@@ -62,7 +62,7 @@ def start(resolved: Resolved[P], device: torch.device) -> tuple[Resolved[P], Sta
 
 def per_update(config: PolicyConfig) -> int:
     """Prompts of one optimizer step."""
-    return min(config.prompts_per_update or config.prompts_per_step, config.prompts_per_step)
+    return config.prompts_per_update if config.prompts_per_update > 0 else config.prompts_per_step
 
 
 def make_plan(config: GrpoConfig, *, share: bool) -> Plan:

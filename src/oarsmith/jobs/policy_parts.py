@@ -174,9 +174,11 @@ def make_batches(
     study: Study,
     watch: Watch,
     console: Console,
+    *,
+    companion: Callable[[int], Batch] | None = None,
     **how: Any,
 ) -> RolloutBatches:
-    """The batches of the run. ``how``: further settings of the collector."""
+    """The batches of the run. ``companion``: see ``RolloutBatches``; ``how``: further settings of the collector."""
     order = PromptOrder(data.prompts.train, config.seed)
     overlong = None
     if config.overlong_buffer > 0:
@@ -210,6 +212,7 @@ def make_batches(
         fingerprint=data.prompts.fingerprint,
         told=told,
         rewind=samples.rewind,
+        companion=companion,
     )
     made.last_update = total_steps(config, made)
     return made

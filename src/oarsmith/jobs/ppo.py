@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -13,6 +16,10 @@ from oarsmith.checkpoint.config_file import read_config
 from oarsmith.checkpoint.hf import DTYPES, load_decoder, write_decoder
 from oarsmith.config.ppo import PpoConfig
 from oarsmith.config.resolved import Resolved
+from oarsmith.data.batch import Batch
+from oarsmith.data.dataset import build_samples
+from oarsmith.data.loader import Loader
+from oarsmith.data.samples import SampleOptions
 from oarsmith.jobs import grpo, tuning
 from oarsmith.jobs import policy_parts as parts
 from oarsmith.jobs import train as training
@@ -35,6 +42,7 @@ from oarsmith.rl.ppo import KLController, PpoStudent
 from oarsmith.rl.rewards.watch import Watch
 from oarsmith.rl.source import Plan
 from oarsmith.rl.study import Student
+from oarsmith.text import Tokenizer
 from oarsmith.training.objective import Objective
 from oarsmith.training.optimizer import AdamW, AdamWSettings
 from oarsmith.training.schedule import Schedule
@@ -99,6 +107,29 @@ def make_plan(config: PpoConfig, *, share: bool) -> Plan:
     )
 
 
+def make_companion(config: PpoConfig, tokenizer: Tokenizer, console: Console) -> Callable[[int], Batch] | None:
+    """Texts that are learned beside answers, by the number of their batch."""
+    if config.ptx_datasets is None or config.ptx_coeff == 0:
+        return None
+    split = "train" if Path(config.ptx_datasets).is_dir() else None
+    found = build_samples(
+        config.ptx_datasets, tokenizer, SampleOptions(max_length=config.ptx_max_length, split=split), None
+    )
+    for line in found.report.lines():
+        console.print(f"texts beside answers: {line}")
+    loader = Loader(found.samples, rows_per_batch=1, capacity=config.ptx_max_length, packing=True, seed=config.seed)
+
+    def batch(number: int) -> Batch:
+        for epoch in itertools.count():
+            size = loader.batches_per_epoch(epoch)
+            if number < size:
+                return loader.batch_at(epoch, number)
+            number -= size
+        raise AssertionError("there is always another epoch")
+
+    return batch
+
+
 def make_policy_loss(config: PpoConfig) -> PolicyLoss:
     """The policy's part of the loss."""
     clip = config.clip_range_ratio
@@ -139,7 +170,8 @@ def _completed(config: PpoConfig, begin: Start, model: Decoder, data: TrainingDa
         whiten=config.normalize_advantage,
         no_end_penalty=config.no_end_penalty,
     )
-    batches = parts.make_batches(config, data, plan, sampler, rewards, student, watch, console)
+    companion = make_companion(config, data.tokenizer, console)
+    batches = parts.make_batches(config, data, plan, sampler, rewards, student, watch, console, companion=companion)
     kind = "a head on the policy's states" if isinstance(critic, SharedCritic) else "a model of its own"
     console.print(f"critic: {kind}, {sum(p.numel() for p in critic.module.parameters()):,} parameters")
     console.print(
@@ -185,10 +217,11 @@ def recipe(kept: list[Critic]) -> training.Recipe[PpoConfig]:
             critic=NoCritic(),
             value_coef=config.value_coeff,
             value_clip=config.clip_range_value,
+            ptx_coef=config.ptx_coeff,
         ),
         start=grpo.start,
         tokenizer=make_tokenizer,
-        inputs=lambda config: [*tuning.inputs(config), config.critic_model_name_or_path],
+        inputs=lambda config: [*tuning.inputs(config), config.critic_model_name_or_path, config.ptx_datasets],
         build_data=parts.build_data,
         load_model=tuning.load_trainable,
         complete=_completed,

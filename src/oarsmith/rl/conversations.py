@@ -49,7 +49,7 @@ class Episodes:
         DataError: it begins with another prompt than it did for this row before: a group shares its prompt.
         """
         episode = Episode(self.factory(), self.encoder, self.limits)
-        if tuple(episode.begin(asked.row, list(asked.messages))) != asked.ids:
+        if tuple(episode.begin(asked.row, [dict(message) for message in asked.messages])) != asked.ids:
             what = "the environment begins differently each time, and answers to a prompt are compared with one another"
             raise DataError(what, where=asked.where, fix="let reset follow from the row alone")
         return EpisodeConversation(episode)

@@ -82,6 +82,7 @@ class RolloutBatches(KeepingBatches):
     Args:
         refresh: takes the model's weights for the next rollout.
         told: told of every rollout, the step that first learns from it, and its facts.
+        companion: texts for batch number so and so of the run, counted over all updates' passes; None: there are none.
         rewind: called with the step that a resume goes on from.
 
     Attributes:
@@ -99,9 +100,11 @@ class RolloutBatches(KeepingBatches):
         fingerprint: str,
         told: Callable[[Scored, int, Mapping[str, float]], None] = lambda scored, step, facts: None,
         rewind: Callable[[int], None] = lambda step: None,
+        companion: Callable[[int], Batch] | None = None,
     ) -> None:
         self._order, self._plan, self._collector, self._study = order, plan, collector, study
         self._refresh, self._fingerprint, self._told, self._rewind = refresh, fingerprint, told, rewind
+        self._companion = companion
         self.last_update: int | None = None
         self._epoch = self._position = self._updates = self._drawn = self._rollouts = 0
         self._left: list[list[int]] = []
@@ -128,11 +131,18 @@ class RolloutBatches(KeepingBatches):
         starts = np.cumsum([0, *experience.groups])
         answers = [experience.answers[at] for group in chosen for at in range(starts[group], starts[group + 1])]
         parts = np.array_split(np.arange(len(answers)), min(self._plan.passes, len(answers)))
-        for part in parts:
+        first = (self._updates - 1) * self._plan.passes
+        for number, part in enumerate(parts, first):
             own = [answers[at] for at in part]
             # Where nothing of a step counts its mean is 0, and not undefined.
             count = max(_count(own, self._plan), _NOTHING)
-            yield make_policy_batch(own, count=count, facts=experience.facts, share=self._plan.share)
+            yield make_policy_batch(
+                own,
+                count=count,
+                facts=experience.facts,
+                share=self._plan.share,
+                companion=None if self._companion is None else self._companion(number),
+            )
 
     def _next_rollout(self) -> None:
         """Learn from the one that is ready, or from one that is made now."""

@@ -51,7 +51,7 @@ REPORT, DOCUMENTS, BATCH, STATISTICS, WEIGHTS = (
     "weights",
 )
 # Of a batch: its size is that of its ids, and the places of its documents are in the file of these.
-_NOT_TENSORS = ("num_tokens", "where", "facts")
+_NOT_TENSORS = ("num_tokens", "where", "facts", "companion")
 
 
 @dataclass(frozen=True, kw_only=True)

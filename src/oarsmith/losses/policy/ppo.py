@@ -17,6 +17,7 @@ from oarsmith.losses.answers import answer_hidden
 from oarsmith.losses.policy.objective import PolicyLoss
 from oarsmith.losses.policy.scoring import score_hidden
 from oarsmith.losses.policy.value import value_loss
+from oarsmith.losses.token import token_cross_entropy
 from oarsmith.models.decoder import Decoder
 from oarsmith.training.objective import Outcome
 
@@ -36,12 +37,15 @@ class PpoLoss:
     Args:
         critic: its parameters get their gradients here, and are updated beside the policy's.
         value_clip: see ``value_loss``.
+        ptx_coef: weight of the mean negative log-likelihood of the batches' companions (InstructGPT, Ouyang et al.
+            2022, equation 2), where they have some.
     """
 
     policy: PolicyLoss
     critic: Values
     value_coef: float = 1.0
     value_clip: float | None = 0.2
+    ptx_coef: float = 0.0
 
     def __call__(self, model: Decoder, batch: Batch, scale: float) -> Outcome:
         assert isinstance(batch, PolicyBatch), type(batch)
@@ -61,4 +65,9 @@ class PpoLoss:
             totals = torch.stack([(values.detach() * weights_N).sum() for values in found.values()]).tolist()
         sums |= {name: value * share for name, value in zip(found, totals, strict=True)}
         whole = total + self.value_coef * value_total.to(total.device)
+        if batch.companion is not None:
+            texts = token_cross_entropy(model, batch.companion, 1.0 / batch.companion.num_trained)
+            # Each pass of a step has texts of its own; what the step minimises has the mean of their means.
+            whole = whole + self.ptx_coef * batch.num_trained * texts.loss
+            sums["ptx_loss"] = batch.num_trained * texts.total / batch.companion.num_trained
         return Outcome(loss=whole * scale, total=float(whole.detach()), count=batch.num_trained, sums=sums)
