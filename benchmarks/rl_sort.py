@@ -1,6 +1,6 @@
 """Learning by reward alone: a tiny llama sorts six digits.
 
-    python benchmarks/rl_sort.py FOLDER [--seeds 0,1,2] [--seconds 180] [KEY=VALUE ...]
+    python benchmarks/rl_sort.py FOLDER [--command grpo|ppo] [--seeds 0,1,2] [KEY=VALUE ...]
 
 Makes a model of 0.6 M parameters (3 layers, hidden 128) with a tokenizer of 13 tokens, warms it with `oarsmith sft`
 until it sorts 14 to 34 % of the questions right when it draws, and lets `oarsmith grpo` go on from there by a reward: 1
@@ -123,17 +123,67 @@ def accuracy(model: Path, held_out: Path, temperature: float) -> float:
     return sum(answer.text == row["tgt"] for answer, row in zip(answers, rows, strict=True)) / len(rows)
 
 
+def learn(folder: Path, warm: Path, seed: int, keys: dict[str, str]) -> dict[str, float]:
+    """One run; its seconds, updates a second, and accuracies on the held-out questions."""
+    command, output = keys["command"], folder / f"{keys['command']}-{seed}"
+    words = [f"--{key}={value}" for key, value in keys.items() if key != "command"]
+    words += [f"--rewards={folder / 'reward.py'}:reward", "--chat_template=none", "--dtype=fp32", f"--seed={seed}"]
+    words += [f"--output_dir={output}", "--overwrite_output_dir", "--save_strategy=no", "--disable_tqdm"]
+    seconds = oarsmith_command(command, str(warm), str(folder / "train.jsonl"), *words)
+    drawn, greedy = (accuracy(output, folder / "held_out.jsonl", temperature) for temperature in (1.0, 0.0))
+    steps = int(keys["max_steps"])
+    return {"seed": seed, "seconds": seconds, "steps/s": steps / seconds, "drawn": drawn, "greedy": greedy}
+
+
+DEFAULTS = {
+    "grpo": {"prompts_per_step": 8, "samples_per_prompt": 16, "max_steps": 900},
+    "ppo": {"prompts_per_step": 32, "samples_per_prompt": 4, "max_steps": 700, "kl_coeff": 0},
+}
+SHARED = {"max_new_tokens": 7, "learning_rate": 1.5e-4, "warmup_steps": 20, "logging_steps": 10, "pass_reward": 2}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--command", choices=sorted(DEFAULTS), default="grpo")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--warm-steps", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("keys", nargs="*")
+    parser.add_argument("keys", nargs="*", help="KEY=VALUE of the command")
     given = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warm, held_out = warm_up(given.folder, given.warm_steps), given.folder / "held_out.jsonl"
-    print(f"before: drawn {accuracy(warm, held_out, 1.0):.3f}, greedy {accuracy(warm, held_out, 0.0):.3f}")
+    print(f"before: drawn {accuracy(warm, held_out, 1.0):.3f}, greedy {accuracy(warm, held_out, 0.0):.3f}", flush=True)
+    chosen = {**SHARED, **DEFAULTS[given.command], **dict(word.split("=", 1) for word in given.keys)}
+    keys = {"command": given.command, **{key: str(value) for key, value in chosen.items()}}
+    rows = [learn(given.folder, warm, int(seed), keys) for seed in given.seeds.split(",")]
+    for row in rows:
+        print("  ".join(f"{name} {value:.3f}" if name != "seed" else f"seed {value}" for name, value in row.items()))
+    means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if name != "seed"}
+    print("mean    " + "  ".join(f"{name} {value:.3f}" for name, value in means.items()))
+    draw_curves(given.folder / f"{given.command}-curves.png", [given.folder / f"{given.command}-{row['seed']}" for row in rows])
+
+
+def draw_curves(picture: Path, runs: list[Path]) -> None:
+    """The share of drawn answers that are right over the steps, a line a seed."""
+    import matplotlib
+    import numpy
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from oarsmith.training.plots import running_mean
+
+    figure, ax = pyplot.subplots(figsize=(7, 3.5), dpi=150, layout="constrained")
+    for run in runs:
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        found = numpy.array([(line["step"], line["pass_rate"]) for line in lines if "pass_rate" in line])
+        ax.plot(found[:, 0], running_mean(found[:, 1]), label=run.name)
+    ax.set_xlabel("step")
+    ax.set_ylabel("drawn answers that are right")
+    ax.grid(axis="y", alpha=0.3)
+    ax.legend()
+    figure.savefig(picture)
+    print(f"picture: {picture}")
 
 
 if __name__ == "__main__":

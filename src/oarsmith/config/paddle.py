@@ -118,7 +118,6 @@ WITHOUT_EFFECT: dict[str, str] = {
     "per_device_reward_batch_size": _PASSES,
     "per_device_value_batch_size": _PASSES,
     "rl_algorithm": "the command says it: oarsmith ppo, or grpo with its key algorithm",
-    "clip_range_value": "there is no critic whose values could be clipped; oarsmith ppo has one",
     "wandb_api_key": "Weights & Biases reads its key from the environment or 'wandb login'; see report_to",
 }
 
@@ -170,7 +169,6 @@ NOT_BUILT: dict[str, NotBuilt] = {
     "normalize_score_during_training": _switch("scores divided by their running deviation"),
     "global_gen_batch_size": NotBuilt(_ONE, "another number of prompts for rollouts than for updates", "set it to -1"),
     "rollout_quant_type": NotBuilt(_OFF, "rollouts with quantized weights", 'set it to ""'),
-    "pg_loss_coeff": NotBuilt(frozenset({"1", "1.0"}), "weighing PPO's policy loss", "set it to 1; see value_coeff"),
     "quant_type": NotBuilt(_OFF, "quantized inference", 'set it to ""'),
 }
 

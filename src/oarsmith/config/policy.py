@@ -308,5 +308,7 @@ class GrpoConfig(PolicyLossKeys, PolicyConfig):
 
     title: ClassVar[str] = "GRPO and relatives"
     command: ClassVar[str] = "grpo"
+    # PaddleNLP's files have the critic's keys for every algorithm.
+    also_accepts: ClassVar[tuple[str, ...]] = ("ppo",)
 
     output_dir: str = Field("runs/grpo", description="The run folder: checkpoints, reports, resolved configuration.")

@@ -38,6 +38,7 @@ class PpoKeys(JobConfig):
     )
     gamma: Float = Field(1.0, gt=0, le=1, description="GAE: discount of later rewards.")
     gae_lambda: Float = Field(0.95, ge=0, le=1, description="GAE: 1 trusts rewards alone, 0 the critic.")
+    pg_loss_coeff: Float = Field(1.0, ge=0, description="Weight of the policy's loss.")
     value_coeff: Float = Field(1.0, gt=0, description="Weight of the critic's loss beside the policy's.")
     entropy_coeff: Float = Field(0.0, ge=0, description="Weight of an entropy bonus.")
     normalize_reward: Bool = Field(

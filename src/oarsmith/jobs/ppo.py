@@ -135,6 +135,7 @@ def make_policy_loss(config: PpoConfig) -> PolicyLoss:
     clip = config.clip_range_ratio
     return PolicyLoss(
         options=SurrogateOptions(clip_low=clip, clip_high=clip, dual_clip=config.clip_ratio_dual),
+        pg_coef=config.pg_loss_coeff,
         entropy_coef=config.entropy_coeff,
         temperature=config.temperature,
     )
