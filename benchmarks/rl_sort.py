@@ -160,7 +160,9 @@ def main() -> None:
         print("  ".join(f"{name} {value:.3f}" if name != "seed" else f"seed {value}" for name, value in row.items()))
     means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if name != "seed"}
     print("mean    " + "  ".join(f"{name} {value:.3f}" for name, value in means.items()))
-    draw_curves(given.folder / f"{given.command}-curves.png", [given.folder / f"{given.command}-{row['seed']}" for row in rows])
+    draw_curves(
+        given.folder / f"{given.command}-curves.png", [given.folder / f"{given.command}-{row['seed']}" for row in rows]
+    )
 
 
 def draw_curves(picture: Path, runs: list[Path]) -> None:

@@ -27,7 +27,11 @@ _FILE = f"--dataset_name_or_path={__file__}"
 CASES = [
     (GrpoConfig, "--z_loss 0.1", "z_loss is for training on texts"),
     (GrpoConfig, "--use_ssa", "use_ssa is for training on texts"),
-    (PpoConfig, "--use_pose_convert --rope_scaling_type yarn --rope_scaling_factor 2", "use_pose_convert is for training on texts"),
+    (
+        PpoConfig,
+        "--use_pose_convert --rope_scaling_type yarn --rope_scaling_factor 2",
+        "use_pose_convert is for training on texts",
+    ),
     (PpoConfig, "--neftune", "neftune is for training on texts"),
     (GrpoConfig, "--do_predict", "do_predict is for training on texts"),
     (GrpoConfig, "--rewards []", "nothing says what an answer is worth"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from oarsmith import cli
 from oarsmith.config.policy import PRESETS
 from policies import grpo, write_inputs
 from tiny import assert_same_run, interrupted, read_lines
@@ -158,3 +159,20 @@ def test_an_environment_speaks_between_turns_and_gives_the_reward(inputs: Inputs
     assert grpo(inputs, tmp_path / "run", **changes) == 0
     records = read_lines(tmp_path / "run" / "log.jsonl")
     assert all("reward" in record for record in records)
+
+
+def test_a_kept_step_is_run_again(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"learning_rate": 1e30, "max_grad_norm": 0, "update_iters": 4, "save_strategy": "no"}
+    assert grpo(inputs, tmp_path / "run", **changes) != 0
+    (kept,) = (tmp_path / "run").glob("failure-step-*")
+    capsys.readouterr()
+    # 1: what is not finite was found again.
+    assert cli.main(["replay", str(kept)]) == 1
+    assert "gradients that are not finite" in capsys.readouterr().out
+    assert cli.main(["replay", str(kept), "--document=1"]) == 1
+
+
+def test_the_saved_configuration_alone_repeats_the_run(inputs: Inputs, tmp_path: Path) -> None:
+    assert grpo(inputs, tmp_path / "run", max_steps=2, per_device_train_batch_size=5) == 0
+    assert cli.main(["grpo", str(tmp_path / "run" / "run.json"), f"--output_dir={tmp_path / 'again'}"]) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "again")

@@ -6,14 +6,14 @@ Shapes: N tokens that the model wrote, A answers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from oarsmith.data.answers import AnswerBatch, Answered, make_answer_batch
+from oarsmith.data.answers import AnswerBatch, Answered, make_answer_batch, only
 from oarsmith.data.batch import Batch
 
 Floats = npt.NDArray[np.float32]
@@ -104,6 +104,27 @@ def make_policy_batch(
         sizes=tuple(int(answer.own.sum()) for answer in answers),
         facts=facts,
         companion=companion,
+    )
+
+
+def only_answers(batch: PolicyBatch, keep_A: Tensor) -> PolicyBatch:
+    """The batch with these answers (bool [A]) alone; what its loss is divided by stays."""
+    keep_N = keep_A[batch.answers_N]
+    kept = only(batch, keep_A)
+    assert isinstance(kept, PolicyBatch), type(kept)
+    # Without a critic there are no values.
+    values_N, returns_N = (x[keep_N] if len(x) else x for x in (batch.values_N, batch.returns_N))
+    return replace(
+        kept,
+        num_trained=batch.num_trained,
+        sampled_N=batch.sampled_N[keep_N],
+        old_N=batch.old_N[keep_N],
+        reference_N=batch.reference_N[keep_N],
+        advantages_N=batch.advantages_N[keep_N],
+        token_weights_N=batch.token_weights_N[keep_N],
+        values_N=values_N,
+        returns_N=returns_N,
+        sizes=tuple(size for size, keep in zip(batch.sizes, keep_A.tolist(), strict=True) if keep),
     )
 
 

@@ -47,7 +47,9 @@ def start(resolved: Resolved[P], device: torch.device) -> tuple[Resolved[P], Sta
     resolved = starting.settle_dtype(resolved, device)
     context, wanted = begin.max_positions, config.max_prompt_len + config.max_new_tokens
     if config.max_length is None:
-        resolved = resolved.settle("prompt and answer, within the model's context", max_length=min(wanted, context))
+        length = min(wanted, context)
+        prompt = min(config.max_prompt_len, length - 1)
+        resolved = resolved.settle("within the model's context", max_length=length, max_prompt_len=prompt)
     elif config.max_length > context:
         what = f"max_length {config.max_length} is longer than the model's context of {context} tokens"
         raise ConfigError(what, where="max_length", fix=f"set max_length to at most {context}")

@@ -30,7 +30,7 @@ from oarsmith.checkpoint.safetensors_stream import SafetensorsWriter, TensorInfo
 from oarsmith.config.resolved import RUN_FILE
 from oarsmith.data.answers import AnswerBatch, only
 from oarsmith.data.batch import Batch
-from oarsmith.data.policy_batch import PolicyBatch
+from oarsmith.data.policy_batch import PolicyBatch, only_answers
 from oarsmith.errors import CheckpointError
 from oarsmith.models.decoder import Decoder
 from oarsmith.training.checkpoint import file_hash
@@ -298,6 +298,8 @@ def only_document(batches: Sequence[Batch], number: int) -> Batch:
     if not 0 <= number < len(places):
         raise CheckpointError(f"there is no document {number}", fix=f"count from 0 to {len(places) - 1}")
     batch, index = places[number]
+    if isinstance(batch, PolicyBatch):
+        return only_answers(batch, batch.prompts_A == index)
     if isinstance(batch, AnswerBatch):
         return only(batch, batch.prompts_A == index)
     start, stop = batch.bounds[index], batch.bounds[index + 1]
