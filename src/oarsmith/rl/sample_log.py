@@ -10,27 +10,36 @@ from oarsmith.rl.experience import Scored
 from oarsmith.training.log import read_log
 from oarsmith.training.policy_report import SAMPLES_FILE
 
+TIMES_FILE = "rollout_timing.jsonl"
+
 
 class SampleLog:
-    """Appends rows with ``step``, ``prompt``, ``answer``, ``reward``, and each reward function's own value.
+    """Beside them ``rollout_timing.jsonl``: seconds of drawing answers and of scoring them. Appends rows with ``step``,
+    ``prompt``, ``answer``, ``reward``, and each reward function's own value.
 
     Args:
         count: answers of a rollout; ``every``: of which rollouts.
     """
 
     def __init__(self, folder: Path, *, count: int, every: int) -> None:
-        self._path = folder / SAMPLES_FILE
+        self._path, self._times = folder / SAMPLES_FILE, folder / TIMES_FILE
         self._count, self._every = count, every
 
     def rewind(self, step: int) -> None:
         """Forget what came after ``step``."""
-        kept = [record for record in read_log(self._path) if record["step"] <= step]
-        if self._path.exists():
-            atomic_write_text(self._path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+        for path in (self._path, self._times):
+            kept = [record for record in read_log(path) if record["step"] <= step]
+            if path.exists():
+                atomic_write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
     def note(self, scored: Scored, step: int) -> None:
         """The first answers to the first prompts of a rollout that step ``step`` learns from."""
-        if self._count == 0 or step % self._every:
+        if step % self._every:
+            return
+        times = {"step": step, "sampling": scored.sampling_seconds, "rewards": scored.reward_seconds}
+        with self._times.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(times) + "\n")
+        if self._count == 0:
             return
         rows: list[dict[str, object]] = []
         at = 0
