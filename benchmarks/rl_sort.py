@@ -136,7 +136,7 @@ def learn(folder: Path, warm: Path, seed: int, keys: dict[str, str]) -> dict[str
 
 
 DEFAULTS = {
-    "grpo": {"prompts_per_step": 8, "samples_per_prompt": 16, "max_steps": 900},
+    "grpo": {"prompts_per_step": 8, "samples_per_prompt": 16, "max_steps": 800},
     "ppo": {"prompts_per_step": 32, "samples_per_prompt": 4, "max_steps": 700, "kl_coeff": 0},
 }
 SHARED = {"max_new_tokens": 7, "learning_rate": 1.5e-4, "warmup_steps": 20, "logging_steps": 10, "pass_reward": 2}
