@@ -78,6 +78,20 @@ COMMANDS: dict[str, Command] = {
         "CONFIG | MODEL DATA",
         "oarsmith reward runs/sft pairs.jsonl --lora",
     ),
+    "grpo": Command(
+        _TRAIN,
+        "learn from rewards: GRPO, DAPO, GSPO, RLOO, REINFORCE++ and relatives",
+        "oarsmith.jobs.grpo:run",
+        "CONFIG | MODEL PROMPTS",
+        "oarsmith grpo runs/sft prompts.jsonl --rewards reward.py:reward",
+    ),
+    "ppo": Command(
+        _TRAIN,
+        "learn from rewards with a critic: PPO",
+        "oarsmith.jobs.ppo:run",
+        "CONFIG | MODEL PROMPTS",
+        "oarsmith ppo runs/sft prompts.jsonl --rewards runs/reward --critic_model_name_or_path runs/reward",
+    ),
     "compare": Command(
         _TRAIN,
         "fine-tune by several methods on the same data: one table, one picture",

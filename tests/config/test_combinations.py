@@ -15,13 +15,52 @@ from oarsmith.config.dpo import DpoConfig, KtoConfig
 from oarsmith.config.eval import EvalConfig
 from oarsmith.config.inference import ChatConfig, GenerateConfig
 from oarsmith.config.load import load_config
+from oarsmith.config.policy import GrpoConfig
+from oarsmith.config.ppo import PpoConfig
 from oarsmith.config.preprocess import PreprocessConfig
 from oarsmith.config.pretrain import PretrainConfig
 from oarsmith.config.quantize import QuantizeConfig
 from oarsmith.config.sft import SftConfig
 from oarsmith.errors import ConfigError
 
+_FILE = f"--dataset_name_or_path={__file__}"
 CASES = [
+    (GrpoConfig, "--z_loss 0.1", "z_loss is for training on texts"),
+    (GrpoConfig, "--use_ssa", "use_ssa is for training on texts"),
+    (
+        PpoConfig,
+        "--use_pose_convert --rope_scaling_type yarn --rope_scaling_factor 2",
+        "use_pose_convert is for training on texts",
+    ),
+    (PpoConfig, "--neftune", "neftune is for training on texts"),
+    (GrpoConfig, "--do_predict", "do_predict is for training on texts"),
+    (GrpoConfig, "--rewards []", "nothing says what an answer is worth"),
+    (GrpoConfig, "--environment a.py:A --tools b.py:b", "environment and tools both say"),
+    (GrpoConfig, "--raw --tools b.py:b", "rendered by the chat template"),
+    (GrpoConfig, "--max_length 100", "max_prompt_len 512 leaves no room"),
+    (GrpoConfig, "--min_new_tokens 9 --max_new_tokens 8", "min_new_tokens 9 is more"),
+    (GrpoConfig, "--overlong_buffer 9 --max_new_tokens 8", "overlong_buffer 9 is more"),
+    (GrpoConfig, "--prompts_per_update 9", "prompts_per_update is 9"),
+    (PpoConfig, "--optimizer_in_backward --max_grad_norm 0 --per_device_train_batch_size 2", "in a single pass"),
+    (GrpoConfig, "--adapter_type loraga", "loraga begins from gradients on rows"),
+    (GrpoConfig, f"{_FILE} --evaluation_strategy steps", "no eval data is named"),
+    (GrpoConfig, "--max_staleness 1 --temperature 0.5", "those of temperature 1"),
+    (GrpoConfig, "--max_staleness 1 --ignore_data_skip", "the rollout that is made ahead"),
+    (PpoConfig, "--critic shared --critic_model_name_or_path c", "a shared critic is a head"),
+    (PpoConfig, "--critic_recompute", "for a critic of its own"),
+    (PpoConfig, "--adapter_type adalora", "adalora does things around the optimizer"),
+    (PpoConfig, "--optimizer_in_backward --max_grad_norm 0", "the critic is updated after the backward pass"),
+    (PpoConfig, "--dtype fp16", "the critic's gradients have no loss scale"),
+    (PpoConfig, "--kl_target 1 --kl_coeff 0", "0 cannot be moved"),
+    (GrpoConfig, "--max_staleness 1 --old_logprobs trainer", "are gone before the trainer could score"),
+    (GrpoConfig, "--temperature 0.5 --importance_sampling token_mask", "drawn at 0.5"),
+    (GrpoConfig, "--samples_per_prompt 1", "grpo compares answers to the same prompt"),
+    (
+        GrpoConfig,
+        "--clip_range_ratio 0.2 --clip_range_ratio_low 0.1 --clip_range_ratio_high 0.3",
+        "say three things",
+    ),
+    (GrpoConfig, "--kl_corrected", "kl_corrected changes a KL term"),
     (SftConfig, "--do_train 0 --do_eval 0", "nothing to do"),
     (SftConfig, "--overwrite_output_dir --resume_from_checkpoint runs/x", "starts anew"),
     (DpoConfig, "--metric_for_best_model perplexity", "perplexity is a number of single texts"),
@@ -198,6 +237,8 @@ BASE = {
     PretrainConfig: {"--model_name_or_path": "m", "--input_dir": "d"},
     SftConfig: {"--model_name_or_path": "m", "--dataset_name_or_path": "d"},
     DpoConfig: {"--model_name_or_path": "m", "--dataset_name_or_path": "d"},
+    GrpoConfig: {"--model_name_or_path": "m", "--dataset_name_or_path": "d", "--rewards": "r.py:r"},
+    PpoConfig: {"--model_name_or_path": "m", "--dataset_name_or_path": "d", "--rewards": "r.py:r"},
     KtoConfig: {"--model_name_or_path": "m", "--dataset_name_or_path": "d"},
     GenerateConfig: {"--model_name_or_path": "m", "--prompt": "hi"},
     ChatConfig: {"--model_name_or_path": "m"},
@@ -241,6 +282,12 @@ def test_several_processes(monkeypatch, line, message):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=message):
         load_config(SftConfig, None, words)
+
+
+def test_rewards_on_several_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="learning from rewards on several"):
+        load_config(GrpoConfig, None, ["m", "d", "--rewards", "length"])
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])

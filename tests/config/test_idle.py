@@ -10,6 +10,8 @@ from oarsmith.config.dpo import DpoConfig
 from oarsmith.config.idle import IDLE
 from oarsmith.config.inference import GenerateConfig
 from oarsmith.config.load import load_config
+from oarsmith.config.policy import GrpoConfig
+from oarsmith.config.ppo import PpoConfig
 from oarsmith.config.pretrain import PretrainConfig
 from oarsmith.config.reward import RewardConfig
 from oarsmith.config.sft import SftConfig
@@ -42,6 +44,14 @@ CASES = [
     (RewardConfig, "--reward_tokens a,b --step_separator x", "--process_reward"),
     (GenerateConfig, "--num_draft_tokens 3 --ngram_min 2 --ngram_max 5", "--speculative ngram"),
     (GenerateConfig, "--length_penalty 2 --early_stopping never", "--num_beams 2"),
+    (GrpoConfig, "--per_device_train_batch_size 4 --gradient_accumulation_steps 2", ""),
+    (GrpoConfig, "--max_turns 3 --max_appended 4", "--environment a.py:A"),
+    (GrpoConfig, "--overlong_penalty 2", "--overlong_buffer 4"),
+    (GrpoConfig, "--max_gen_batches 2", "--algorithm dapo"),
+    (GrpoConfig, "--importance_sampling_cap 3", "--importance_sampling token_mask"),
+    (GrpoConfig, "--gamma 0.9", "--algorithm reinforce++"),
+    (PpoConfig, "--kl_horizon 3", "--kl_target 1"),
+    (PpoConfig, "--ptx_coeff 3 --ptx_max_length 30", "--ptx_datasets x"),
     (GenerateConfig, "--mode static --cache_gib 2", "--mode dynamic"),
     (GenerateConfig, "--mode static --cache_dtype int8", "--mode dynamic"),
 ]
@@ -49,6 +59,8 @@ CASES = [
 
 def load(config_class, words):
     given = words.split()
+    if "rewards" in config_class.model_fields:
+        given += ["--rewards", "r.py:r"]
     return load_config(config_class, None, [*config_class.positional, *given])
 
 

@@ -9,6 +9,8 @@ from oarsmith.config.dpo import DpoConfig
 from oarsmith.config.load import load_config
 from oarsmith.config.names import canonical_key
 from oarsmith.config.paddle import NOT_BUILT, WITHOUT_EFFECT, refusal
+from oarsmith.config.policy import GrpoConfig
+from oarsmith.config.ppo import PpoConfig
 from oarsmith.config.pretrain import PretrainConfig
 from oarsmith.config.registry import CONFIG_CLASSES, config_class
 from oarsmith.config.sft import SftConfig
@@ -18,13 +20,16 @@ from oarsmith.errors import ConfigError
 FILES = sorted((Path(__file__).parents[1] / "fixtures" / "configs").glob("*.json"))
 SFT_FILE = next(path for path in FILES if "sft" in path.name)
 DPO_FILE = next(path for path in FILES if "dpo" in path.name)
+PPO_FILE = next(path for path in FILES if "ppo" in path.name)
+GRPO_FILE = PPO_FILE.with_name("qwen_grpo.yaml")
 PRETRAIN_FILE = next(path for path in FILES if "pretrain" in path.name)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_key_of_the_shipped_files_is_known(path):
-    assert len(FILES) == 3
-    ours = {*SftConfig.model_fields, *PretrainConfig.model_fields, *DpoConfig.model_fields}
+    assert len(FILES) == 4
+    kinds = (SftConfig, PretrainConfig, DpoConfig, PpoConfig)
+    ours = {key for kind in kinds for key in kind.model_fields}
     known = {*ours, *SWITCHES, *WITHOUT_EFFECT, *NOT_BUILT}
     for key in json.loads(path.read_text()):
         assert canonical_key(key, ours) in known, key
@@ -40,6 +45,31 @@ def test_the_dpo_file_runs_unchanged():
     with pytest.raises(ConfigError, match="the key 'beta' belongs to 'oarsmith dpo'"):
         load_config(SftConfig, DPO_FILE)
     assert {"tensor_parallel_degree", "flash_mask", "lazy"} <= set(resolved.without_effect) & given
+
+
+def test_the_ppo_file_runs_unchanged():
+    resolved = load_config(PpoConfig, PPO_FILE)
+    config = resolved.config
+    assert (config.model_name_or_path, config.rewards) == ("./models/sft", ("./models/reward",))
+    assert (config.critic_model_name_or_path, config.critic, config.critic_recompute) == (
+        "./models/reward",
+        "separate",
+        True,
+    )
+    assert (config.prompts_per_step, config.samples_per_prompt, config.max_new_tokens) == (2, 1, 1024)
+    assert (config.kl_coeff, config.clip_range_value, config.ptx_coeff) == (0.02, 5.0, 16.0)
+    assert (config.critic_learning_rate, config.normalize_reward) == (1.5e-6, True)
+    assert {"use_fusemt", "eval_mode", "gradient_accumulation_steps"} <= set(resolved.without_effect)
+
+
+def test_the_grpo_file_runs_unchanged():
+    resolved = load_config(GrpoConfig, GRPO_FILE)
+    config = resolved.config
+    assert (config.algorithm, config.rewards) == ("grpo", ("http://127.0.0.1:8731",))
+    assert (config.prompts_per_step, config.samples_per_prompt, config.prompts_per_update) == (4, 8, -1)
+    assert (config.max_new_tokens, config.min_new_tokens, config.max_length) == (4096, 32, 4608)
+    assert (config.kl_loss_coeff, config.clip_range_ratio_high, config.overlong_buffer) == (0.001, 0.2, 0)
+    assert {"balance_batch", "clip_range_value", "per_device_logprob_batch_size"} <= set(resolved.without_effect)
 
 
 def test_the_sft_file_runs_unchanged():

@@ -114,6 +114,18 @@ def _to_biases(value: object) -> object:
     return {_to_int(index): _to_float(number) for index, number in found.items()}
 
 
+def rewards_of(value: object) -> object:
+    """One reward or a list of them; text that begins like JSON is JSON."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            value = json.loads(value)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"must be JSON ({error})") from None
+    if isinstance(value, (str, dict)):
+        value = [value]
+    return tuple(value) if isinstance(value, list) else value
+
+
 Bool = Annotated[bool, BeforeValidator(_to_bool)]
 Int = Annotated[int, BeforeValidator(_to_int)]
 Float = Annotated[float, BeforeValidator(_to_float)]

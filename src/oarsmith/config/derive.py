@@ -13,6 +13,8 @@ from .adapters import AdapterKeys, SharedAdapterKeys
 from .base import JobConfig
 from .dpo import JudgedConfig
 from .groups import ModelKeys, SamplingKeys
+from .policy import GrpoConfig, PolicyConfig
+from .ppo import PpoConfig
 from .pretrain import PretrainConfig, split_shares
 from .reward import RewardConfig
 from .sft import SftConfig
@@ -33,6 +35,10 @@ class Rule(Generic[C]):
 
 def _evaluation_strategy(c: SftConfig | JudgedConfig) -> str:
     return "epoch" if c.eval_dataset_path or c.eval_split_ratio > 0 else "no"
+
+
+def _policy_evaluation(c: PolicyConfig) -> str:
+    return "steps" if c.eval_dataset_path or c.eval_split_ratio > 0 else "no"
 
 
 def _corpus_evaluation(c: PretrainConfig) -> str:
@@ -63,8 +69,8 @@ def _decode_strategy(c: SamplingKeys) -> str:
     return "sampling" if drawn else "greedy"
 
 
-def _rate(config: type[SftConfig] | type[JudgedConfig], adapter: float, whole: float) -> Rule[Any]:
-    def rate(c: SftConfig | JudgedConfig) -> float:
+def _rate(config: type[SftConfig] | type[JudgedConfig] | type[PolicyConfig], adapter: float, whole: float) -> Rule[Any]:
+    def rate(c: SftConfig | JudgedConfig | PolicyConfig) -> float:
         return PART_RATES.get(c.adapter_type or "", adapter) if c.has_adapter else whole
 
     words = f"{_short(adapter)} with an adapter, more for those that change no projections, {_short(whole)} without"
@@ -94,6 +100,34 @@ RULES: tuple[Rule[Any], ...] = (
     _rate(RewardConfig, 1e-4, 1e-5),
     _rate(JudgedConfig, 5e-5, 1e-6),
     Rule(JudgedConfig, "evaluation_strategy", _evaluation_strategy, "epoch where eval data is named, else no"),
+    _rate(PolicyConfig, 1e-5, 1e-6),
+    Rule(PolicyConfig, "evaluation_strategy", _policy_evaluation, "steps where eval data is named, else no"),
+    Rule(PolicyConfig, "eval_steps", lambda c: max(20, c.logging_steps), "20, or logging_steps if more"),
+    Rule(
+        GrpoConfig, "clip_range_ratio_low", lambda c: c.clip_range_ratio or c.preset.clip_low, "as the algorithm has it"
+    ),
+    Rule(
+        GrpoConfig,
+        "clip_range_ratio_high",
+        lambda c: c.clip_range_ratio or c.preset.clip_high,
+        "as the algorithm has it",
+    ),
+    Rule(
+        PpoConfig,
+        "critic",
+        lambda c: "separate" if c.critic_model_name_or_path else "shared",
+        "separate where critic_model_name_or_path is given, else shared",
+    ),
+    Rule(
+        PpoConfig,
+        "critic_learning_rate",
+        lambda c: 5e-6 if c.critic == "separate" else 1e-3,
+        "5e-6 for a critic of its own, 1e-3 for a head",
+    ),
+    Rule(GrpoConfig, "loss_aggregation", lambda c: c.preset.aggregation, "as the algorithm has it"),
+    Rule(GrpoConfig, "scale_rewards", lambda c: c.preset.scale, "as the algorithm has it"),
+    Rule(GrpoConfig, "dynamic_sampling", lambda c: c.preset.dynamic, "as the algorithm has it"),
+    Rule(GrpoConfig, "filter_truncated", lambda c: c.preset.filter_truncated, "as the algorithm has it"),
     Rule(PretrainConfig, "evaluation_strategy", _corpus_evaluation, "steps where split has a part for it, else no"),
     Rule(TrainConfig, "do_eval", lambda c: c.evaluation_strategy != "no", "true where there is an evaluation_strategy"),
     Rule(PretrainConfig, "eval_steps", lambda c: max(100, c.logging_steps), "100, or logging_steps if more"),

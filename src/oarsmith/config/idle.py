@@ -15,6 +15,8 @@ from .checkpoints import ConvertConfig
 from .dpo import DpoConfig
 from .inference import CacheKeys, GenerateConfig, ModeKeys, SpeculativeKeys
 from .parallel import LAYOUT_KEYS, num_processes
+from .policy import GrpoConfig, PolicyConfig
+from .ppo import PpoConfig
 from .preferences import ProcessKeys
 from .resolved import is_given
 from .reward import RewardConfig
@@ -106,6 +108,21 @@ IDLE: tuple[Idle[Any], ...] = (
         lambda c: not {"wandb", "mlflow"} & set(c.report_to),
         "only wandb and mlflow name their runs",
     ),
+    Idle(
+        PolicyConfig,
+        ("gradient_accumulation_steps",),
+        lambda c: c.per_device_train_batch_size is not None,
+        "prompts_per_update, samples_per_prompt and per_device_train_batch_size say how an update is split",
+    ),
+    Idle(
+        PolicyConfig, ("max_turns", "max_appended"), lambda c: c.environment is None and not c.tools, "no environment"
+    ),
+    Idle(PolicyConfig, ("overlong_penalty",), lambda c: c.overlong_buffer == 0, "overlong_buffer is 0"),
+    Idle(GrpoConfig, ("max_gen_batches",), lambda c: not c.dynamic_sampling, "dynamic_sampling is off"),
+    Idle(GrpoConfig, ("importance_sampling_cap",), lambda c: c.importance_sampling == "none", "nothing is corrected"),
+    Idle(GrpoConfig, ("gamma",), lambda c: c.algorithm != "reinforce++", "algorithm is another one"),
+    Idle(PpoConfig, ("kl_horizon",), lambda c: c.kl_target is None, "kl_target is not given"),
+    Idle(PpoConfig, ("ptx_coeff", "ptx_max_length"), lambda c: c.ptx_datasets is None, "ptx_datasets is not given"),
     Idle(GenerateConfig, ("length_penalty", "early_stopping"), lambda c: c.num_beams == 1, "num_beams is 1"),
     Idle(SpeculativeKeys, ("num_draft_tokens",), lambda c: c.speculative is None, "speculative is not given"),
     Idle(SpeculativeKeys, ("ngram_min", "ngram_max"), lambda c: c.speculative != "ngram", "speculative is not ngram"),

@@ -26,7 +26,7 @@ from .switches import SWITCHES, resolve_switches
 
 C = TypeVar("C", bound=JobConfig)
 # Commands whose files are easily taken for one another.
-_TRAINING = ("dpo", "kto", "reward", "sft", "pretrain")
+_TRAINING = ("dpo", "kto", "reward", "grpo", "ppo", "sft", "pretrain")
 
 
 def load_config(

@@ -19,6 +19,9 @@ _TUNING = "tunes how Paddle overlaps communication; torch's own parts do that he
 _LAYOUT = "how Paddle splits the work over devices; one process computes the same numbers without"
 _AMP = "a detail of Paddle's mixed precision; here weights and optimizer are kept exactly as the docs of dtype say"
 
+_ENGINE = "rollouts always come from the engine that serves; see the key rollout_compute"
+_PASSES = "passes without gradient take as many answers as fit; see per_device_train_batch_size for those with one"
+
 WITHOUT_EFFECT: dict[str, str] = {
     "use_flash_attention": _KERNEL,
     "use_fused_rms_norm": _KERNEL,
@@ -98,6 +101,16 @@ WITHOUT_EFFECT: dict[str, str] = {
     "normalizer_type": "only with normalize_score_during_training; see regularization for scores around 0",
     "momentum": "only with normalize_score_during_training; see regularization for scores around 0",
     "do_ptq": "quantizing always does; see the key algorithm",
+    "use_fusemt": _ENGINE,
+    "eval_mode": _ENGINE,
+    "use_fp32_compute": "log-probabilities are computed from fp32 logits in any case",
+    "balance_batch": "batches are never padded, so nothing is to be balanced",
+    "use_remove_padding": "batches are never padded",
+    "offload_level": "models that are frozen stay where they are; see the key offload_optim",
+    "per_device_logprob_batch_size": _PASSES,
+    "per_device_reward_batch_size": _PASSES,
+    "per_device_value_batch_size": _PASSES,
+    "rl_algorithm": "the command says it: oarsmith ppo, or grpo with its key algorithm",
     "wandb_api_key": "Weights & Biases reads its key from the environment or 'wandb login'; see report_to",
 }
 
@@ -140,6 +153,8 @@ NOT_BUILT: dict[str, NotBuilt] = {
     "autotuner_benchmark": _switch("a benchmark mode"),
     "ckpt_quant_stage": NotBuilt(frozenset({"o0", "none", ""}), "quantized optimizer states", "set it to O0"),
     "normalize_score_during_training": _switch("scores divided by their running deviation"),
+    "global_gen_batch_size": NotBuilt(_ONE, "another number of prompts for rollouts than for updates", "set it to -1"),
+    "rollout_quant_type": NotBuilt(_OFF, "rollouts with quantized weights", 'set it to ""'),
     "quant_type": NotBuilt(_OFF, "quantized inference", 'set it to ""'),
 }
 

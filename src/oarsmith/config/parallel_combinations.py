@@ -9,6 +9,7 @@ from .adapters import AdapterKeys
 from .groups import EvalRowKeys
 from .impossible import Impossible
 from .parallel import num_processes
+from .policy import PolicyConfig
 from .train import TrainConfig
 
 
@@ -41,6 +42,12 @@ SPREAD: tuple[Impossible[Any], ...] = (
             ("tensor_parallel_degree", "heads and columns"),
             ("context_parallel_degree", "the tokens of a stream"),
         )
+    ),
+    _spread(
+        lambda c: True,
+        "learning from rewards on several processes is not built yet",
+        "start one process; it uses all cores of this machine",
+        PolicyConfig,
     ),
     _spread(
         lambda c: c.optimizer_in_backward,

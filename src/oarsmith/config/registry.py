@@ -14,6 +14,8 @@ CONFIG_CLASSES: dict[str, tuple[str, str]] = {
     "dpo": ("dpo", "DpoConfig"),
     "kto": ("dpo", "KtoConfig"),
     "reward": ("reward", "RewardConfig"),
+    "grpo": ("policy", "GrpoConfig"),
+    "ppo": ("ppo", "PpoConfig"),
     "compare": ("compare", "CompareConfig"),
     "generate": ("inference", "GenerateConfig"),
     "chat": ("inference", "ChatConfig"),

@@ -58,6 +58,8 @@ SWITCHES = frozenset(
         "rslora_plus",
         "use_cpu",
         "use_long_sequence_strategies",
+        "enable_overlong_reward_buffer",
+        "use_rm_server",
         "smooth_piecewise_search",
         *_ADAPTERS,
         *_LOAD_IN,
@@ -83,6 +85,9 @@ def resolve_switches(given: dict[str, Entry], keys: Collection[str]) -> dict[str
         _resolve(result, "zero_padding", {"greedy_zero_padding": {True: True}})
     if "rope_scaling_type" in keys:
         _drop_unless_on(result, "use_long_sequence_strategies", "rope_scaling_type", "rope_scaling_factor")
+    if "overlong_buffer" in keys:
+        _drop_unless_on(result, "enable_overlong_reward_buffer", "overlong_buffer", "overlong_penalty")
+        _drop_unless_on(result, "use_rm_server", "rewards")
     if "adapter_type" in keys:
         _spread(result, "rslora_plus", _RSLORA_PLUS)
         _take_start(result)

@@ -50,7 +50,8 @@ class Engine:
         device, adapter: for a path; ``auto`` is the GPU where there is one; an adapter to put on top.
         weights: for a path: round them to ``int8`` or ``int4``, in groups of 32, each with its own scale.
         compute: for a path: ``native``: the compiled step, which CPUs have; ``torch``: PyTorch; ``auto``: the compiled
-            step where it can serve. Packed weights are kept for the next start.
+            step where it can serve. Packed weights are kept for the next start. A loaded decoder is served by PyTorch
+            from its own weights, with ``native`` by the compiled step from a copy of them.
         num_threads: for a path: of the compiled step; not given: as many as the process may run on.
         batch_size: most requests that are worked on at the same time; others wait.
         num_pages: pages of the key/value cache; not given: as many as ``batch_size`` requests can fill, but at most
@@ -342,7 +343,8 @@ class Engine:
         return score_steps(self.model, rows, reward_tokens)
 
     def forget(self) -> None:
-        """Compute everything anew from now on: the model's weights are others."""
+        """Compute everything anew from now on: the model's weights are others (the compiled step packs them again)."""
+        self._served.renew()
         self.runner.scheduler.forget()
 
     def add_adapter(self, name: str, path: AdapterSource) -> None:

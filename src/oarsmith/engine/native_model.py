@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 from collections.abc import Callable
@@ -43,6 +44,12 @@ class NativeModel:
     def facts(self) -> ModelFacts:
         return self.program.facts
 
+    def take(self, decoder: Decoder) -> None:
+        """Pack the weights that the decoder has now into the memory that the steps read."""
+        found = _pack(decoder, "auto", self.threads, Path())
+        assert not isinstance(found, str) and found[1].size == self.arena.size, found
+        ctypes.memmove(self.arena.address, found[1].address, self.arena.size)
+
     def backend(self, num_sequences: int, num_pages: int, page_size: int, *, form: CacheForm | None) -> NativeBackend:
         """What computes steps, with a cache of this size; ``form``: it is kept in 8 bits."""
         step = Step(
@@ -55,6 +62,12 @@ class NativeModel:
             form=form,
         )
         return NativeBackend(step)
+
+
+def pack_decoder(decoder: Decoder, threads: int) -> NativeModel | str:
+    """A decoder that is loaded already, its weights packed as they are now; or what keeps it from being served so."""
+    found = _pack(decoder, "auto", threads, Path())
+    return found if isinstance(found, str) else NativeModel(*found, threads)
 
 
 def num_threads() -> int:
@@ -137,7 +150,7 @@ def _pack(
     reason = refusal(decoder.spec)
     if reason is not None:
         return reason
-    own_form = read_cache_form(base, len(decoder.spec.layers))
+    own_form = read_cache_form(base, len(decoder.spec.layers)) if base != Path() else None
     return lower(decoder, _precision_of(decoder, precision), threads=threads, files=files, own_form=own_form)
 
 

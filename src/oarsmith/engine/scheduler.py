@@ -187,7 +187,7 @@ class Scheduler:
         assert table is not None, request.id
         while (copies := self.pool.grow(table, start, start + count + room)) is None:
             self.preempt(max(self.running, key=Request.order))
-            step.chunks = [chunk for chunk in step.chunks if chunk.request.table is not None]
+            step.drop_preempted()
             if request.table is None:
                 return
         step.copies += copies

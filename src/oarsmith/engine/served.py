@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from oarsmith.engine.native_model import (
     num_threads,
     obstacle,
     open_native,
+    pack_decoder,
 )
 from oarsmith.engine.options import NGRAM, Speculation
 from oarsmith.errors import ConfigError, ModelError
@@ -63,6 +64,7 @@ class Served:
     how: str = "PyTorch, on the decoder that was given"
     cache_form: CacheForm | None = None
     make: Callable[[], Decoder] = field(repr=False, kw_only=True)
+    renew: Callable[[], None] = field(default=lambda: None, repr=False, kw_only=True)
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -78,12 +80,7 @@ def serve(model: str | Path | Decoder, options: ModelOptions, page_size: int) ->
             or ``compute`` is native and that is not possible.
     """
     if not isinstance(model, (str, Path)):
-        if options != ModelOptions():
-            what = "dtype, device, adapter, weights and compute belong to a path, not to a model that is loaded already"
-            raise ConfigError(what, fix="give the engine the path, or load_model what it takes")
-        if model.training:
-            raise ModelError("the model is in training mode (dropout changes answers)", fix="call model.eval()")
-        return Served(ModelFacts.of(model.spec), make=lambda: model)
+        return _loaded(model, options, page_size)
 
     def to_pack() -> Decoder:
         from oarsmith.loading import load_model
@@ -124,6 +121,24 @@ def serve(model: str | Path | Decoder, options: ModelOptions, page_size: int) ->
     decoder = rounded()
     form = read_cache_form(resolve(model).base, len(decoder.spec.layers))
     return Served(ModelFacts.of(decoder.spec), None, how, form, make=lambda: decoder)
+
+
+def _loaded(model: Decoder, options: ModelOptions, page_size: int) -> Served:
+    """A decoder that is given; the compiled step serves it from a copy of its weights where that is asked for."""
+    if replace(options, compute="auto", num_threads=None) != ModelOptions() or options.compute == "torch":
+        what = "dtype, device, adapter and weights belong to a path, not to a model that is loaded already"
+        raise ConfigError(what, fix="give the engine the path, or load_model what it takes")
+    if model.training:
+        raise ModelError("the model is in training mode (dropout changes answers)", fix="call model.eval()")
+    if options.compute != "native":
+        return Served(ModelFacts.of(model.spec), make=lambda: model)
+    reason = obstacle(str(model.device), page_size)
+    found = pack_decoder(model, options.num_threads or num_threads()) if reason is None else reason
+    if isinstance(found, str):
+        what = f"the compiled step cannot serve this: {found}"
+        raise ConfigError(what, where="compute", fix="leave compute out: PyTorch serves it")
+    native = found
+    return Served(native.facts, native, describe(native), make=lambda: model, renew=lambda: native.take(model))
 
 
 def _native(

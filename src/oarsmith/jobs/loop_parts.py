@@ -28,6 +28,7 @@ from oarsmith.training.schedule import Schedule
 from oarsmith.training.speed import SpeedMeter, matmul_rate
 from oarsmith.training.spikes import SpikeDetector
 from oarsmith.training.trackers import make_tracker
+from oarsmith.training.update_hooks import UpdateHooks
 
 
 def make_loop(
@@ -43,8 +44,10 @@ def make_loop(
     decode: Decode,
     tokens_per_pass: int,
     ranks: Ranks = ALONE,
+    hooks: UpdateHooks | None = None,
 ) -> Loop:
-    """Wire the loop for this config. ``tokens_per_pass``: about how many go through the model at a time."""
+    """Wire the loop for this config. ``tokens_per_pass``: about how many go through the model at a time; ``hooks``:
+    what the method does around the optimizer."""
     total = total_steps(config, loader)
     output_dir = store.output_dir
     optimizer = make_optimizer(config, model, ranks)
@@ -77,7 +80,7 @@ def make_loop(
         spikes=SpikeDetector(config.loss_spike_factor),
         ema=None if config.ema_decay is None else Ema(optimizer, decay=config.ema_decay),
         scaler=LossScaler(scale=config.scale_loss) if config.dtype == "fp16" else None,
-        hooks=update_hooks(config, model, total),
+        hooks=update_hooks(config, model, total) if hooks is None else hooks,
         ranks=ranks,
     )
 

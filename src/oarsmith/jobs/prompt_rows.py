@@ -72,6 +72,16 @@ class InputRow:
             text = json.dumps(self.item.value, sort_keys=True, default=repr)
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
+    def fields(self) -> Mapping[str, Any]:
+        """All that the row has.
+
+        Raises:
+            DataError: the row cannot be read, with file:line.
+        """
+        if isinstance(self.item, DataError):
+            raise self.item
+        return self.item.value
+
     def prompt(self) -> PromptRow:
         """What it asks.
 
@@ -91,6 +101,15 @@ def read_rows(path: str) -> Iterator[InputRow]:
     """
     text = Path(path).suffix.lower() == ".txt" and Path(path).is_file()
     return map(InputRow, _lines(path) if text else read_items(path))
+
+
+def read_prompts(source: str, split: str | None) -> Iterator[InputRow]:
+    """As ``read_rows``, also of a folder's split or a dataset by name.
+
+    Raises:
+        DataError: the source is missing or is none that can be read.
+    """
+    return read_rows(source) if split is None else map(InputRow, read_items(source, split))
 
 
 def _lines(path: str) -> Iterator[Record | DataError]:

@@ -37,7 +37,7 @@ from oarsmith.training.statistics import StepStatistics, Summary, measure_step
 
 EXIT_NOT_FINITE = 1
 # Jobs whose steps can be kept; each module has a RECIPE.
-_JOBS = {job: f"oarsmith.jobs.{job}" for job in ("sft", "pretrain", "dpo", "kto", "reward")}
+_JOBS = {job: f"oarsmith.jobs.{job}" for job in ("sft", "pretrain", "dpo", "kto", "reward", "grpo")}
 _MOST_GRADIENTS = 12
 _VALUES: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 

@@ -38,6 +38,7 @@ from oarsmith.training.progress import Progress
 from oarsmith.training.ranks import ALONE, Ranks
 from oarsmith.training.report import write_report
 from oarsmith.training.run_folder import discard_run, open_run
+from oarsmith.training.update_hooks import UpdateHooks
 
 C = TypeVar("C", bound=TrainConfig)
 Evaluate = Callable[[], Mapping[str, float]]
@@ -56,6 +57,7 @@ class Recipe(Generic[C]):
         plan: the rows of a step, in words; ``tokens_per_pass``: about how many tokens one pass has.
         complete: the data with what only the loaded model can say of it, before it trains.
         extra_scores: further numbers of an evaluation, beside loss, perplexity and accuracy.
+        attach: the objective with what only the completed data has; ``hooks``: what else is updated beside the model.
     """
 
     objective: Callable[[C], Objective]
@@ -69,6 +71,8 @@ class Recipe(Generic[C]):
     tokens_per_pass: Callable[[C], int]
     complete: Callable[[C, Start, Decoder, TrainingData, Console], TrainingData] = lambda *given: given[3]
     extra_scores: Callable[[C, Decoder, Tokenizer, TrainingData], Evaluate | None] = lambda *_: None
+    attach: Callable[[Objective, TrainingData], Objective] = lambda objective, _: objective
+    hooks: Callable[[C, TrainingData], UpdateHooks | None] = lambda *_: None
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,7 @@ def train(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainRe
         weights = recipe.weights(config, start, tokenizer)
         objective = recipe.objective(config)
         data = recipe.complete(config, start, model, data, console)
+        objective = recipe.attach(objective, data)
         extra = recipe.extra_scores(config, model, tokenizer, data)
         loader = with_skipped_positions(config, start, data.train)
         if checkpoint is None:
@@ -145,6 +150,7 @@ def train(resolved: Resolved[C], recipe: Recipe[C], console: Console) -> TrainRe
             evaluate=evaluation_of(model, objective, data.evaluation, extra, ranks),
             decode=tokenizer.decode,
             tokens_per_pass=recipe.tokens_per_pass(config),
+            hooks=recipe.hooks(config, data),
             ranks=ranks,
         )
         console.print(_plan(config, recipe, loop.settings.total_steps))
@@ -197,11 +203,10 @@ def evaluate_only(resolved: Resolved[C], recipe: Recipe[C], console: Console) ->
         for line in data.lines:
             console.print(line)
         require_vocabulary(data.highest_id, start)
-        if data.evaluation is None:
+        if data.evaluation is None and not data.answers_evaluated:
             raise ConfigError("there is nothing to evaluate on", where="do_train false", fix="give eval_dataset_path")
         model = recipe.load_model(config, start, device)
         data = recipe.complete(config, start, model, data, console)
-        assert data.evaluation is not None
         extra = recipe.extra_scores(config, model, tokenizer, data)
         scores = evaluation_of(
             model, recipe.objective(config), data.evaluation, extra, split(config, model, mesh, console)
@@ -213,9 +218,10 @@ def evaluate_only(resolved: Resolved[C], recipe: Recipe[C], console: Console) ->
 def evaluation_of(
     model: Decoder, objective: Objective, batches: BatchSet | None, extra: Evaluate | None, ranks: Ranks = ALONE
 ) -> Evaluate | None:
-    """Everything an evaluation measures, as one record; None without data for it."""
+    """Everything an evaluation measures, as one record; None without data for it. ``extra`` alone is one where it looks
+    at answers."""
     if batches is None:
-        return None
+        return extra
 
     def score() -> Mapping[str, float]:
         record = evaluate(model, objective, batches(), ranks=ranks).record()
@@ -246,10 +252,14 @@ def _record(resolved: Resolved[C], output_dir: Path, data: TrainingData, model: 
 
 def _final_evaluation(loop: Loop, step: int) -> Mapping[str, float] | None:
     """The evaluation of the weights of ``step``: the one in the log, or made now and logged."""
-    known = [record for record in loop.log.records() if record["step"] == step and "eval_loss" in record]
+    known = [record for record in loop.log.records() if record["step"] == step and _is_evaluation(record)]
     if known or loop.evaluate is None:
         return known[-1] if known else None
     return loop.evaluate_now(step)
+
+
+def _is_evaluation(record: Mapping[str, float]) -> bool:
+    return any(key.startswith("eval_") for key in record)
 
 
 def _plan(config: C, recipe: Recipe[C], total: int) -> str:

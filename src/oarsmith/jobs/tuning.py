@@ -9,6 +9,7 @@ from rich.console import Console
 
 from oarsmith.config.adapter_virtual import UNMERGEABLE
 from oarsmith.config.dpo import JudgedConfig
+from oarsmith.config.policy import PolicyConfig
 from oarsmith.config.resolved import Resolved
 from oarsmith.config.sft import SftConfig
 from oarsmith.jobs import start as starting
@@ -20,8 +21,9 @@ from oarsmith.jobs.weights import Weights
 from oarsmith.models.decoder import Decoder
 from oarsmith.text import Tokenizer
 
-TuneConfig = SftConfig | JudgedConfig
-T = TypeVar("T", bound=TuneConfig)
+RowsConfig = SftConfig | JudgedConfig
+TuneConfig = RowsConfig | PolicyConfig
+T = TypeVar("T", bound=RowsConfig)
 
 
 def inputs(config: TuneConfig) -> list[str | None]:
@@ -48,14 +50,14 @@ def weights_of(config: TuneConfig, begin: Start, tokenizer: Tokenizer) -> Weight
     return weights.adapter(begin.base, tokenizer) if config.has_adapter else weights.whole_model(tokenizer)
 
 
-def plan(config: TuneConfig, *, alone: str) -> str:
+def plan(config: RowsConfig, *, alone: str) -> str:
     """The rows of a step; ``alone``: what a row holds where rows are not packed."""
     length = f"{config.max_length:,} tokens, packed" if config.zero_padding else f"one {alone} each"
     count = (config.per_device_train_batch_size or 1) * config.gradient_accumulation_steps
     return f"{count} {'row' if count == 1 else 'rows'} ({length})"
 
 
-def tokens_per_pass(config: TuneConfig) -> int:
+def tokens_per_pass(config: RowsConfig) -> int:
     """The most tokens that go through the model at once."""
     return (config.per_device_train_batch_size or 1) * config.max_length
 

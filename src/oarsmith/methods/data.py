@@ -23,6 +23,7 @@ class TrainingData:
     Attributes:
         reports: the account as JSON, by part (``train``, ``eval``, ``test``); ``lines``: as a person reads it.
         highest_id: the largest token id, and where it stands.
+        answers_evaluated: evaluations look at answers alone, and ``evaluation`` is None.
     """
 
     train: BatchSource
@@ -31,6 +32,7 @@ class TrainingData:
     reports: dict[str, object]
     lines: list[str]
     highest_id: tuple[int, str]
+    answers_evaluated: bool = False
 
 
 def hold_out(samples: Sequence[R], ratio: float, seed: int) -> tuple[tuple[R, ...], tuple[R, ...]]:

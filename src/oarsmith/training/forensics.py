@@ -30,6 +30,7 @@ from oarsmith.checkpoint.safetensors_stream import SafetensorsWriter, TensorInfo
 from oarsmith.config.resolved import RUN_FILE
 from oarsmith.data.answers import AnswerBatch, only
 from oarsmith.data.batch import Batch
+from oarsmith.data.policy_batch import PolicyBatch, only_answers
 from oarsmith.errors import CheckpointError
 from oarsmith.models.decoder import Decoder
 from oarsmith.training.checkpoint import file_hash
@@ -50,7 +51,7 @@ REPORT, DOCUMENTS, BATCH, STATISTICS, WEIGHTS = (
     "weights",
 )
 # Of a batch: its size is that of its ids, and the places of its documents are in the file of these.
-_NOT_TENSORS = ("num_tokens", "where")
+_NOT_TENSORS = ("num_tokens", "where", "facts", "companion")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,16 +272,19 @@ def _tensors_of(batch: Batch) -> dict[str, Tensor]:
 
 def _read_batches(tensors: Mapping[str, Tensor], documents: Sequence[Mapping[str, Any]]) -> list[Batch]:
     numbers = sorted({int(name.split("/")[0]) for name in tensors if "/" in name})
-    found = []
+    found: list[Batch] = []
     for number in numbers:
         prefix = f"{number}/"
         own: dict[str, Any] = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        for name in ("bounds", "bounds_E"):
+        for name in ("bounds", "bounds_E", "sizes"):
             if name in own:
                 own[name] = tuple(own[name].tolist())
         own |= {"num_trained": float(own["num_trained"]), "num_tokens": len(own["input_ids"])}
         own["where"] = tuple(str(entry["where"]) for entry in documents if entry["micro_batch"] == number)
-        found.append((AnswerBatch if "source_E" in own else Batch)(**own))
+        if "sampled_N" in own:
+            found.append(PolicyBatch(**own, facts={}))
+        else:
+            found.append((AnswerBatch if "source_E" in own else Batch)(**own))
     return found
 
 
@@ -294,6 +298,8 @@ def only_document(batches: Sequence[Batch], number: int) -> Batch:
     if not 0 <= number < len(places):
         raise CheckpointError(f"there is no document {number}", fix=f"count from 0 to {len(places) - 1}")
     batch, index = places[number]
+    if isinstance(batch, PolicyBatch):
+        return only_answers(batch, batch.prompts_A == index)
     if isinstance(batch, AnswerBatch):
         return only(batch, batch.prompts_A == index)
     start, stop = batch.bounds[index], batch.bounds[index + 1]

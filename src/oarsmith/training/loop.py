@@ -17,7 +17,7 @@ from oarsmith.data.batch import Batch
 from oarsmith.errors import StoppedError, TrainingError
 from oarsmith.kernels.memory import FreedMemory
 from oarsmith.models.decoder import Decoder
-from oarsmith.training.batches import BatchSource
+from oarsmith.training.batches import BatchSource, KeepingBatches
 from oarsmith.training.checkpoint import read_checkpoint
 from oarsmith.training.ema import Ema
 from oarsmith.training.evaluate import in_words
@@ -148,7 +148,8 @@ class Loop:
             self.ema.update()
         self.memory.look()
         state.note_step(result)
-        self.progress.step(state.step, result.total / result.count, result.num_tokens)
+        name, shown = headline(result)
+        self.progress.step(state.step, shown, result.num_tokens, name=name)
         if result.skipped:
             self._event(state.step, "skipped", f"gradients overflowed at a loss scale of {result.loss_scale:g}")
         self._log_if_due(state, result, lr)
@@ -214,7 +215,7 @@ class Loop:
             speed = self.meter.lap()
             self.log.append_timing({"step": state.step, **speed})
             self.tracker.log({"step": state.step, **speed})
-            self.progress.report(state.step, loss=record["loss"], learning_rate=lr, speed=speed)
+            self.progress.report(state.step, loss=record[headline(result)[0]], learning_rate=lr, speed=speed)
 
     def _evaluate_if_due(self, state: RunState, epoch_end: bool, last: bool, saving: bool) -> None:
         due = self.settings.due(self.settings.eval_when, self.settings.eval_steps, state.step, epoch_end)
@@ -239,6 +240,8 @@ class Loop:
             averages = self.ranks.whole(self.ema.state_tensors())
             tensors |= {f"{_EMA}{name}": tensor for name, tensor in averages.items()}
         tensors |= {f"{_HOOKS}{name}": tensor for name, tensor in self.hooks.state_tensors().items()}
+        if isinstance(self.loader, KeepingBatches):
+            tensors |= {f"{_LOADER}{name}": tensor for name, tensor in self.loader.state_tensors().items()}
         saved = {
             "run": asdict(state),
             "loader": self.loader.state(),
@@ -268,7 +271,7 @@ class Loop:
                     where=str(checkpoint),
                     fix="set ignore_load_lr_and_optim to true to go on with fresh states",
                 )
-            own = {name: tensor for name, tensor in tensors.items() if not name.startswith((_EMA, _HOOKS))}
+            own = {name: tensor for name, tensor in tensors.items() if not name.startswith((_EMA, _HOOKS, _LOADER))}
             self.optimizer.load_state(self.ranks.own(own), saved["optimizer_steps"])
         else:
             self.optimizer.adopt_weights()
@@ -277,6 +280,8 @@ class Loop:
         self.hooks.load_state(_part(tensors, _HOOKS))
         if self.settings.load_place:
             self.loader.load_state(saved["loader"])
+            if isinstance(self.loader, KeepingBatches):
+                self.loader.load_tensors(_part(tensors, _LOADER))
         self.spikes.load_state(saved.get("spikes", []))
         if self.scaler is not None and "scaler" in saved:
             self.scaler.load_state(saved["scaler"])
@@ -316,7 +321,13 @@ class Loop:
         )
 
 
-_EMA, _HOOKS = "ema/", "hooks/"
+def headline(result: StepResult) -> tuple[str, float]:
+    """The number of a step that tells most: the reward where there is one, else the loss."""
+    name = "reward" if "reward" in result.sums else "loss"
+    return name, result.sums.get(name, result.total) / result.count
+
+
+_EMA, _HOOKS, _LOADER = "ema/", "hooks/", "loader/"
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

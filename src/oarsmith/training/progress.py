@@ -26,7 +26,7 @@ class Progress:
         self._first = self._total = self._tokens = 0
         self._begin = self._line = time.perf_counter()
         self._loss: float | None = None
-        self._reported = ""
+        self._reported, self._name = "", "loss"
 
     def start(self, step: int, total: int) -> None:
         """Begin at ``step`` of ``total``."""
@@ -47,25 +47,26 @@ class Progress:
         self._bar.start()
         self._bar.add_task("training", total=total, completed=step, note="")
 
-    def step(self, step: int, loss: float, num_tokens: int) -> None:
-        """One update done."""
+    def step(self, step: int, loss: float, num_tokens: int, *, name: str = "loss") -> None:
+        """One update done. ``name``: of the number that is shown where it is no loss."""
+        self._name = name
         self._tokens += num_tokens
         # A running mean steadies the shown loss; the log has the exact ones.
         self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
         now = time.perf_counter()
         rest = self._reported or f"{self._tokens / max(now - self._begin, 1e-9):,.0f} tok/s"
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, note=f"loss {self._loss:.3f}  {rest}")
+            self._bar.update(self._bar.task_ids[0], completed=step, note=f"{name} {self._loss:.3f}  {rest}")
         elif now - self._line > _SILENCE:
-            self._print(step, f"loss {self._loss:.4f}  {rest}")
+            self._print(step, f"{name} {self._loss:.4f}  {rest}")
 
     def report(self, step: int, *, loss: float, learning_rate: float, speed: Mapping[str, float]) -> None:
         """A line of the log was written: ``loss`` is the mean since the one before, ``speed`` a lap of the meter."""
         self._reported = f"lr {learning_rate:.2e}  {show_speed(speed)}"
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], note=f"loss {self._loss or loss:.3f}  {self._reported}")
+            self._bar.update(self._bar.task_ids[0], note=f"{self._name} {self._loss or loss:.3f}  {self._reported}")
         else:
-            self._print(step, f"loss {loss:.4f}  {self._reported}")
+            self._print(step, f"{self._name} {loss:.4f}  {self._reported}")
 
     def message(self, text: str) -> None:
         """A line above the bar."""

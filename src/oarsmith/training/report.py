@@ -25,6 +25,7 @@ from oarsmith.training.numbers import (
     show_value,
 )
 from oarsmith.training.plots import draw_run
+from oarsmith.training.policy_report import POLICY_PICTURE, PolicySection, policy_section
 from oarsmith.training.run_parts import DataPart, LeftOut, LogRecord, RunParts, Timing, read_run
 
 REPORT_FILE = "report.html"
@@ -92,15 +93,18 @@ def write_report(output_dir: Path) -> Path:
     """
     run = read_run(output_dir)
     picture = draw_run(run.training, run.evaluations, run.events, loss_unit=_LOSS_UNITS.get(run.origin.job))
-    page = render(run, picture)
+    policy = policy_section(output_dir)
+    page = render(run, picture, policy)
     atomic_write_bytes(output_dir / PICTURE_FILE, picture)
+    if policy is not None:
+        atomic_write_bytes(output_dir / POLICY_PICTURE, policy.picture)
     target = output_dir / REPORT_FILE
     # A lone surrogate, which JSON can spell and UTF-8 cannot, becomes a question mark.
     atomic_write_bytes(target, page.translate(_CONTROLS).encode("utf-8", errors="replace"))
     return target
 
 
-def render(run: RunParts, picture: bytes) -> str:
+def render(run: RunParts, picture: bytes, policy: PolicySection | None = None) -> str:
     """The page as HTML. Every value is escaped: rows of data, names and answers may hold anything."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -118,6 +122,8 @@ def render(run: RunParts, picture: bytes) -> str:
         headlines=headlines(run),
         picture=base64.b64encode(picture).decode("ascii"),
         picture_text=picture_text(run),
+        policy=policy,
+        policy_picture="" if policy is None else base64.b64encode(policy.picture).decode("ascii"),
         evaluations=run.evaluations[-_MAX_EVALUATIONS:],
         num_evaluations=len(run.evaluations),
         generation=generation_columns(run.evaluations),

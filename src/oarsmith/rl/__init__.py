@@ -1,0 +1,1 @@
+"""Reinforcement learning: prompts to completions, completions to rewards, rewards to advantages."""

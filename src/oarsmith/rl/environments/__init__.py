@@ -1,0 +1,1 @@
+"""Conversations in which something answers what a model writes: environments, and tools that are Python functions."""

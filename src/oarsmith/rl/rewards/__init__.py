@@ -1,0 +1,1 @@
+"""What answers are worth: functions, reward models, servers and verifiers behind one ``Rewards``."""

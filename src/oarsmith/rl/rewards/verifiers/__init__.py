@@ -1,0 +1,1 @@
+"""Rewards that check an answer: maths, JSON, patterns, equality, shape, and code that is run."""
