@@ -61,7 +61,7 @@ _GAMMA = Parameter("gamma", float, 0.01, per_model=True, least=0, most=1)
 _RESCALE_BY = Parameter("rescale_by", str, "l1")
 _RANKS = Parameter("magnitude_ranks", str, "row")
 _TRIM_BY = Parameter("trim_by", str, "count")
-_OUTLIERS = Parameter("drop_without_outliers", bool, True)
+_OUTLIERS = Parameter("drop_without_outliers", bool, False)
 _THRESHOLD = Parameter("dot_threshold", float, 0.9995, least=0, most=1)
 _NORMALIZE_EPS = Parameter("normalize_eps", float, 1e-8, least=0)
 

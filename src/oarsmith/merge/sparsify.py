@@ -109,6 +109,7 @@ class Magnitude(Sparsifier):
         by_count = self.trim_by == "count"
         last = delta.numel - 1
         count = int(self.density * delta.numel) if by_count else last + 1 - math.ceil((1 - self.density) * last)
+        count = max(count, min(1, last + 1)) if self.density > 0 else 0
         if count >= delta.numel:
             return lambda: lambda part, values: values
         if count == 0:
@@ -124,15 +125,18 @@ class Breadcrumbs(Sparsifier):
     """The ``density`` share below the ``gamma`` share of largest magnitude (Davari and Belilovsky 2023).
 
     Attributes:
-        drop_without_outliers: mergekit drops a whole delta where ``gamma`` is less than one number of it.
+        drop_without_outliers: drop a whole delta where ``gamma`` is less than one number of it, as mergekit did before
+            it was corrected: to make an old merge again.
     """
 
     density: float
     gamma: float
-    drop_without_outliers: bool = True
+    drop_without_outliers: bool = False
     rescale: Rescale = "none"
 
     def begin(self, delta: Delta) -> Callable[[], Keep]:
+        if self.density >= 1:
+            return lambda: lambda part, values: values
         kept, top = int(self.density * delta.numel), int(self.gamma * delta.numel)
         top = max(min(top, delta.numel - kept), 0)
         if top == 0 and self.drop_without_outliers:
@@ -186,6 +190,8 @@ class MagnitudeDrop(Sparsifier):
     def begin(self, delta: Delta) -> Callable[[], Keep]:
         if self.density >= 1:
             return lambda: lambda part, values: values
+        if self.density <= 0:
+            return lambda: lambda part, values: values.zero_()
         if not self.width / 2 < self.density < 1 - self.width / 2:
             raise ModelError(
                 f"probabilities of {self.density:g} plus and minus {self.width / 2:g} leave (0, 1)",

@@ -74,8 +74,8 @@ def _arc(t: float, cosine: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def multislerp(job: TensorJob) -> Tensor:
-    """One step from the mean direction: the weighted mean in its tangent space, put back on the sphere, with the mean
-    of the lengths (the exponential map of Riemannian means; mergekit's multislerp)."""
+    """One step from the mean direction: the weighted mean of the directions' parts in its tangent space, put back on
+    the sphere by the exponential map, with the mean of the lengths (mergekit's multislerp)."""
     count, eps, deltas = len(job.tensors), float(job.shared["eps"]), job.base is not None
     weights_N = torch.tensor(job.weights, dtype=torch.float64)
     if job.shared["normalize_weights"]:
@@ -94,10 +94,8 @@ def multislerp(job: TensorJob) -> Tensor:
         )
     mean_N = weights_N / mean_length  # factors of directions
     dots_N = (units_NN @ mean_N).clamp(-1, 1)
-    angles_N = dots_N.acos()
     tangents_NN = torch.eye(count, dtype=torch.float64) - dots_N[:, None] * mean_N  # each a row of factors
-    sizes_N = torch.einsum("ij,jk,ik->i", tangents_NN, units_NN, tangents_NN).clamp(min=0).sqrt() + eps
-    step_N = (weights_N * angles_N / sizes_N) @ tangents_NN
+    step_N = weights_N @ tangents_NN
     size = float((step_N @ units_NN @ step_N).clamp(min=0).sqrt()) + eps
     result_N = (mean_N * math.cos(size) + step_N * math.sin(size) / size) * length / lengths_N
     factors = result_N.tolist()
@@ -105,8 +103,8 @@ def multislerp(job: TensorJob) -> Tensor:
 
 
 def karcher(job: TensorJob) -> Tensor:
-    """The point on the sphere with the least sum of squared distances (Karcher 1977), by iterating the step above
-    with equal weights, with the mean of the lengths. Tensors of no length are left out, as in mergekit."""
+    """The point on the sphere with the least sum of squared distances (Karcher 1977), by steps along the
+    mean of the logarithms, with equal weights and the mean of the lengths. Tensors of no length are left out, as in mergekit."""
     gram_NN = products(job, deltas=False)
     norms_N = gram_NN.diagonal().sqrt()
     chosen = [index for index, norm in enumerate(norms_N.tolist()) if norm > 1e-12]
