@@ -120,7 +120,10 @@ class PaddleKeys(JobConfig):
     reserve_p: Float = Field(0.7, gt=0, le=1, description="Share of a delta that is kept.")
     rescale: Bool = Field(True, description="Make up for what was dropped.")
     epsilon: Float = Field(
-        0.14, ge=0, lt=1, description="magprune: probabilities differ by this much between ranks; reserve_p must allow it."
+        0.14,
+        ge=0,
+        lt=1,
+        description="magprune: probabilities differ by this much between ranks; reserve_p must allow it.",
     )
     copy_file_list: Words = Field((), description="Further files to copy from the base, or else the first model.")
 
@@ -143,7 +146,9 @@ class SearchKeys(JobConfig):
     )
     search_range: Floats = Field((0.0, 1.0), description="Lowest and highest value.")
     search_steps: Int = Field(5, ge=2, description="grid: values of each parameter.")
-    search_groups: Int = Field(1, ge=1, description="Groups of layers with values of their own (anchors of a gradient).")
+    search_groups: Int = Field(
+        1, ge=1, description="Groups of layers with values of their own (anchors of a gradient)."
+    )
     search_trials: Int = Field(40, ge=1, description="Merges that are tried at most.")
     evaluate_rows: Int = Field(64, ge=1, description="Rows of each file, or windows of its text, that are used.")
     evaluate_length: Int = Field(512, ge=16, description="Tokens of a row or window at most.")
@@ -165,12 +170,19 @@ class MergeConfig(RecipeKeys, MixtureKeys, PaddleKeys, SearchKeys):
         "(SVD) for each weight. So adapters are merged into an adapter, or one is extracted from a fine-tuned model.",
     )
     adapter_tolerance: Float = Field(
-        0.0, ge=0, lt=1, description="Lower ranks where the singular values left out are below this share of the largest."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Lower ranks where the singular values left out are below this share of the largest.",
     )
     seed: Int = Field(0, ge=0, description="Random methods follow from it, the tensor's name and the model's place.")
     n_process: Int | None = Field(
-        None, ge=1, description="Tensors at a time. Not given: one for each core, at most 8. Results do not depend on it."
+        None,
+        ge=1,
+        description="Tensors at a time. Not given: one for each core, at most 8. Results do not depend on it.",
     )
     max_shard_gb: Float = Field(5.0, gt=0, description="Larger models are cut into files of about this many gigabytes.")
-    probe: Bool = Field(True, description="Compare the answers of the result with those of the models before it appears.")
+    probe: Bool = Field(
+        True, description="Compare the answers of the result with those of the models before it appears."
+    )
     overwrite: Bool = Field(False, description="Replace output_path if it exists.")

@@ -13,7 +13,7 @@ from oarsmith.config.merge import MergeConfig, PaddleKeys, RecipeKeys
 from oarsmith.config.resolved import Resolved
 from oarsmith.errors import ConfigError
 from oarsmith.jobs.console import make_console
-from oarsmith.jobs.convert import check_destination, describe, progress_bar
+from oarsmith.jobs.outputs import check_destination, describe, progress_bar
 from oarsmith.merge.card import write_card
 from oarsmith.merge.flags import Flags, recipe_of_flags
 from oarsmith.merge.models import find_model
@@ -59,7 +59,9 @@ def _names(keys: type[RecipeKeys] | type[PaddleKeys]) -> list[str]:
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if value is not None}
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if value is not None
+    }
 
 
 def _flags(config: MergeConfig, paths: list[str]) -> Flags:
@@ -101,9 +103,7 @@ def options_of(config: MergeConfig) -> Options:
     )
 
 
-def merge(
-    config: MergeConfig, recipe: Recipe, written: Mapping[str, Any], output: Path, console: Console
-) -> Merged:
+def merge(config: MergeConfig, recipe: Recipe, written: Mapping[str, Any], output: Path, console: Console) -> Merged:
     """Merge into a directory and say what was done."""
     with progress_bar(console) as show:
         report = merge_models(

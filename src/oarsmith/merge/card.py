@@ -73,4 +73,3 @@ def markdown_table(table: Sequence[Sequence[str]]) -> list[str]:
         f"| {' | '.join('---' for _ in head)} |",
         *(f"| {' | '.join(row)} |" for row in rows),
     ]
-

@@ -24,6 +24,8 @@ from oarsmith.merge.sparsify import (
     MagnitudeDrop,
     Rescale,
     Sparsifier,
+    above,
+    cuts,
     keeper,
 )
 
@@ -145,72 +147,71 @@ class _Mix:
         vote = torch.zeros_like(deltas[0])
         for delta in deltas:
             vote.add_(delta if self._elect == "sum" else delta.sign())
-        sign = torch.where(vote >= 0, 1.0, -1.0)
+        sign = torch.ones_like(vote).copysign_(vote)
         total, divisor = torch.zeros_like(vote), torch.zeros_like(vote)
         for delta, weight in zip(deltas, self._weights, strict=True):
-            agrees = delta * sign > 0
-            total.addcmul_(delta, agrees)
+            agreeing = delta.mul_(sign).clamp_min_(0)
+            total.add_(agreeing)
             if self._normalize:
-                divisor.add_(agrees, alpha=weight)
+                divisor.add_(agreeing.sign_(), alpha=weight)
+        total.mul_(sign)
         if self._normalize:
-            divisor.masked_fill_(divisor.abs() < _LEAST_DIVISOR, 1.0)
+            if min(self._weights) > _LEAST_DIVISOR:  # where nobody agrees the total is 0
+                divisor.clamp_min_(_LEAST_DIVISOR)
+            else:
+                divisor.masked_fill_(divisor.abs() < _LEAST_DIVISOR, 1.0)
             total.div_(divisor)
         return total
 
 
 def sce(job: TensorJob) -> Tensor:
     """Select where models vary most, calculate weights from squares, erase minority signs (Wan et al. 2024)."""
-    count, share = len(job.tensors), float(job.shared["select_topk"])
-    select = _selection(job, share)
-    weights = torch.zeros(count, dtype=torch.float64)
-    keep = select()
+    count = len(job.tensors)
+    selected = _selected(job, float(job.shared["select_topk"]))
+
+    def delta(index: int, part: slice) -> Tensor:
+        found = job.delta(index, part)
+        return found if selected is None else found.mul_(selected[part])
+
+    squares = [0.0] * count
     for part in blocks(job.numel):
-        mask = keep(part)
         for index in range(count):
-            delta = job.delta(index, part)
-            weights[index] += float((delta if mask is None else delta.mul_(mask)).square_().sum(dtype=torch.float64))
-    weights /= max(job.numel, 1)
-    total = float(weights.sum())
-    factors = [1 / count] * count if total < 1e-6 else (weights / total).tolist()
-    keep = select()
+            squares[index] += float(delta(index, part).square_().sum(dtype=torch.float64))
+    total = sum(squares) / max(job.numel, 1)
+    factors = [1 / count] * count if total < 1e-6 else [one / sum(squares) for one in squares]
 
     def block(part: slice) -> Tensor:
-        mask = keep(part)
-        deltas = [job.delta(index, part) for index in range(count)]
-        if mask is not None:
-            deltas = [delta.mul_(mask) for delta in deltas]
-        vote = torch.stack(deltas).sum(0)
-        sign = torch.where(vote >= 0, 1.0, -1.0)
+        deltas = [delta(index, part) for index in range(count)]
+        vote = deltas[0].clone()
+        for other in deltas[1:]:
+            vote.add_(other)
+        sign = torch.ones_like(vote).copysign_(vote)
         mixed, divisor = torch.zeros_like(vote), torch.zeros_like(vote)
-        for delta, factor in zip(deltas, factors, strict=True):
-            agrees = delta * sign > 0
-            mixed.addcmul_(delta, agrees, value=factor)
-            divisor.add_(agrees, alpha=factor)
-        return job.base_values(part).add_(mixed.div_(divisor.clamp_(min=1e-6)))
+        for one, factor in zip(deltas, factors, strict=True):
+            agreeing = one.mul_(sign).clamp_min_(0)
+            mixed.add_(agreeing, alpha=factor)
+            divisor.add_(agreeing.sign_(), alpha=factor)
+        return job.base_values(part).addcmul_(mixed.div_(divisor.clamp_(min=1e-6)), sign)
 
     return by_block(job, block)
 
 
-def _selection(job: TensorJob, share: float) -> Callable[[], Callable[[slice], Tensor | None]]:
-    """Begins a pass that says, block after block, which numbers are selected; None: all."""
+def _selected(job: TensorJob, share: float) -> Tensor | None:
+    """Which numbers are among the ``share`` that vary most, of those that vary at all; None: every one."""
     if share >= 1:
-        return lambda: lambda part: None
-
-    def variance(part: slice) -> Tensor:
-        deltas = torch.stack([job.delta(index, part) for index in range(len(job.tensors))])
-        return deltas.var(0, unbiased=False)
-
-    varying = sum(int(variance(part).count_nonzero()) for part in blocks(job.numel))
-    spread = Delta(variance, job.numel, job.row, False, 0, job.name)
-    # The share is of what varies at all; Magnitude takes a share of everything.
-    count = int(varying * share)
-    rule = Magnitude((count + 0.5) / max(job.numel, 1))
-    if count == 0:
-        return lambda: lambda part: torch.zeros(part.stop - part.start)
-    begin = rule.begin(spread)
-
-    def start() -> Callable[[slice], Tensor | None]:
-        keep = begin()
-        return lambda part: (keep(part, variance(part)) != 0).float()
-
-    return start
+        return None
+    count = len(job.tensors)
+    spread = torch.empty(job.numel)
+    for part in blocks(job.numel):
+        deltas = [job.delta(index, part) for index in range(count)]
+        mean = torch.stack(deltas).mean(0)
+        spread[part] = sum((delta.sub_(mean).square_() for delta in deltas[1:]), deltas[0].sub_(mean).square_())
+    chosen = int(int(spread.count_nonzero()) * share)
+    if chosen == 0:
+        return torch.zeros(job.numel, dtype=torch.bool)
+    whole = Delta(lambda part: spread[part].clone(), job.numel, job.row, False, 0, job.name)
+    keep = above(cuts(whole, [chosen])[0])
+    selected = torch.empty(job.numel, dtype=torch.bool)
+    for part in blocks(job.numel):
+        selected[part] = keep(part, spread[part]) != 0
+    return selected

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,11 +21,13 @@ from oarsmith.checkpoint.source import open_model, open_source
 from oarsmith.checkpoint.tensors import FLOATS, TensorSource
 from oarsmith.checkpoint.verify import digest
 from oarsmith.errors import CheckpointError, ModelError
-from oarsmith.merge.overlay import AdapterOverlay
 from oarsmith.model_path import resolve
 from oarsmith.models import families
 from oarsmith.models.names import Duplicate, NameMap
 from oarsmith.models.spec import DecoderSpec
+
+if TYPE_CHECKING:
+    from oarsmith.merge.overlay import AdapterOverlay
 
 _LAYER = re.compile(r"(?<![\w])(\d+)(?=\.)")
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers")
@@ -154,7 +156,12 @@ def open_for_merge(files: ModelFiles) -> MergeModel:
     infos = file_infos(spec, config, names, torch.float32)
     for name, file_name in actual.items():
         check_tensor(source, file_name, infos[name].shape)
-    overlay = None if files.adapter is None else AdapterOverlay(files.adapter, files.base, names)
+    overlay = None
+    if files.adapter is not None:
+        # Adapters are many files, which take 0.4 s to import.
+        from oarsmith.merge.overlay import AdapterOverlay
+
+        overlay = AdapterOverlay(files.adapter, files.base, names)
     return MergeModel(
         files=files,
         config=config,

@@ -59,7 +59,9 @@ def read_setting(value: object, where: str) -> Setting:
 def _plain(value: object, where: str) -> Value | Gradient:
     if isinstance(value, list):
         if not value or any(isinstance(one, (list, dict)) or one is None for one in value):
-            raise ConfigError("a gradient is a list of values, one for each anchor", where=where, fix="write [0, 0.5, 1]")
+            raise ConfigError(
+                "a gradient is a list of values, one for each anchor", where=where, fix="write [0, 0.5, 1]"
+            )
         return Gradient(tuple(_value(one, where) for one in value))
     return _value(value, where)
 

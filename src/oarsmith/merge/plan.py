@@ -187,7 +187,7 @@ class Planner:
             theirs = [name for name, place in model.places.items() if _outside(place.layer, place.last, last)]
             self._require_same(index, set(chosen), other, set(theirs))
         for name in chosen:
-            names = {other: name for other in involved}
+            names = dict.fromkeys(involved, name)
             yield self._task(one, name, names, 0.0)  # as mergekit: that of the first layer
 
     def _layer(self, one: _Slice, offset: int, out: int) -> Iterator[TensorTask]:
@@ -286,9 +286,7 @@ class Planner:
             config["vocab_size"] = self._vocabulary.num_rows
         return config
 
-    def _in_order(
-        self, tasks: Sequence[TensorTask], config: Mapping[str, Any], reference: int
-    ) -> Iterator[TensorTask]:
+    def _in_order(self, tasks: Sequence[TensorTask], config: Mapping[str, Any], reference: int) -> Iterator[TensorTask]:
         """In the order of the family's files, each in the dtype that a model of the recipe's has it in."""
         if self._models[reference].spec is None:
             yield from tasks
@@ -314,9 +312,7 @@ class Planner:
                     fix="merge models of one size",
                 )
             wanted = info.dtype if self._dtype is not None else task.dtype
-            yield TensorTask(
-                name, task.shape, wanted, task.sources, task.base, task.own, task.shared, task.vocabulary
-            )
+            yield TensorTask(name, task.shape, wanted, task.sources, task.base, task.own, task.shared, task.vocabulary)
 
     def _idle(self) -> tuple[str, ...]:
         """Parameters of other methods; unknown ones are refused."""

@@ -232,7 +232,9 @@ def _tokenizer(values: Mapping[str, Any]) -> TokenizerSpec | None:
     found = _object(spec, "tokenizer", ("source", "tokens", "pad_to_multiple_of"), ("source",))
     multiple = found.get("pad_to_multiple_of")
     if multiple is not None and (type(multiple) is not int or multiple < 1):
-        raise ConfigError(f"{multiple!r} is no whole number from 1", where="tokenizer.pad_to_multiple_of", fix="correct it")
+        raise ConfigError(
+            f"{multiple!r} is no whole number from 1", where="tokenizer.pad_to_multiple_of", fix="correct it"
+        )
     tokens = found.get("tokens") or {}
     if not isinstance(tokens, dict):
         raise ConfigError("must be an object of tokens", where="tokenizer.tokens", fix="write TOKEN: {source: MODEL}")

@@ -133,9 +133,7 @@ METHODS: dict[str, Method] = {
         _arithmetic("della_linear", "magnitude_drop", "none", normalize=False, rescale=True),
         _arithmetic("breadcrumbs", "breadcrumbs", "none", normalize=False, rescale=False),
         _arithmetic("breadcrumbs_ties", "breadcrumbs", "sum", normalize=False, rescale=False),
-        Method(
-            "sce", sce, "required", 1, None, (Parameter("select_topk", float, 1.0, least=0, most=1), _INT8_MASK)
-        ),
+        Method("sce", sce, "required", 1, None, (Parameter("select_topk", float, 1.0, least=0, most=1), _INT8_MASK)),
         Method("model_stock", model_stock, "required", 2, None, (Parameter("filter_wise", bool, False),)),
         Method("nearswap", nearswap, "required", 1, 1, (Parameter("t", float, least=0),)),
         Method("arcee_fusion", arcee_fusion, "required", 1, 1),

@@ -13,7 +13,6 @@ from typing import Any
 
 from oarsmith.atomic import TEMPORARY_PREFIX, atomic_directory, atomic_write_text
 from oarsmith.checkpoint.convert import DTYPE_NAMES, copy_side_files
-from oarsmith.checkpoint.gguf.convert import convert_gguf
 from oarsmith.checkpoint.safetensors_stream import MAX_SHARD_BYTES
 from oarsmith.errors import CheckpointError
 from oarsmith.merge.models import MergeModel, ModelFiles, find_model, open_for_merge
@@ -207,6 +206,8 @@ def _as_directory(files: ModelFiles, folder: Path, progress: Progress) -> ModelF
     name = hashlib.sha256(f"{files.base.resolve()} {files.base.stat().st_mtime_ns}".encode()).hexdigest()[:16]
     target = folder / name
     if not target.is_dir():
+        from oarsmith.checkpoint.gguf.convert import convert_gguf
+
         convert_gguf(files.base, target, "auto", lambda done, total: progress("reading GGUF", done, total))
     return replace(files, base=target)
 
@@ -215,9 +216,7 @@ def _vocabulary(recipe: Recipe, files: Sequence[ModelFiles]) -> Vocabulary | Non
     if recipe.tokenizer is None:
         return None
     folders = [
-        one.adapter
-        if one.adapter is not None and (one.adapter / "tokenizer_config.json").is_file()
-        else one.base
+        one.adapter if one.adapter is not None and (one.adapter / "tokenizer_config.json").is_file() else one.base
         for one in files
     ]
     return align_vocabularies(recipe.tokenizer, [one.reference for one in files], folders, recipe.base)

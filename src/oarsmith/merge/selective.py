@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from oarsmith.merge.job import TensorJob, blocks, by_block
-from oarsmith.merge.sparsify import Delta, cuts
+from oarsmith.merge.sparsify import Delta, cuts, number_of
 
 _TINY = 1e-8
 
@@ -28,17 +28,13 @@ def arcee_fusion(job: TensorJob) -> Tensor:
     last = job.numel - 1
     ranks = [int(share * last) for share in (0.25, 0.5, 0.75)]
     whole = Delta(lambda part: found[part].clone(), job.numel, job.row, False, 0, job.name)
-    low, middle, high = (_number(cut.bits) for cut in cuts(whole, [job.numel - rank for rank in ranks]))
+    low, middle, high = (number_of(cut.bits) for cut in cuts(whole, [job.numel - rank for rank in ranks]))
     threshold = middle + 1.5 * (high - low)
 
     def block(part: slice) -> Tensor:
         return job.base_values(part).addcmul_(job.delta(0, part), found[part] >= threshold)
 
     return by_block(job, block)
-
-
-def _number(bits: int) -> float:
-    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
 
 
 def ram(job: TensorJob) -> Tensor:

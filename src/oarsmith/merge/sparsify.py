@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from oarsmith.errors import ModelError
 from oarsmith.merge.job import blocks
@@ -79,17 +80,16 @@ def keeper(sparsifier: Sparsifier | None, delta: Delta) -> Callable[[], Keep]:
         return begin
     before = after = 0.0
     keep = begin()
+    # The mask is kept, a byte a number: to draw and to sort again costs more than to remember.
+    mask = torch.empty(delta.numel, dtype=torch.bool)
     for part in blocks(delta.numel, delta.row if sparsifier.by_rows else 1):
         values = delta.values(part)
         before += float(values.abs().sum(dtype=torch.float64))
-        after += float(keep(part, values).abs().sum(dtype=torch.float64))
-    factor = before / after if after > 1e-8 else 1.0
-
-    def scaled() -> Keep:
-        inner = begin()
-        return lambda part, values: inner(part, values).mul_(factor)
-
-    return scaled
+        kept = keep(part, values)
+        mask[part] = kept != 0
+        after += float(kept.abs_().sum(dtype=torch.float64))
+    factor = before / after if min(before, after) >= 1e-7 else 1.0
+    return lambda: lambda part, values: values.mul_(mask[part]).mul_(factor)
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ class Magnitude(Sparsifier):
             return lambda: lambda part, values: values.zero_()
         (cut,) = cuts(delta, [count])
         if not by_count:
-            cut = replace(cut, equal=delta.numel)
-        return lambda: _between(cut, None)
+            cut = replace(cut, equal=cut.present)
+        return lambda: above(cut)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,14 @@ class Breadcrumbs(Sparsifier):
         if kept == 0:
             return lambda: lambda part, values: values.zero_()
         low, high = cuts(delta, [min(kept + top, delta.numel), max(top, 1)])
-        return lambda: _between(low, high if top else None)
+        if not top:
+            return lambda: above(low)
+
+        def start() -> Keep:
+            lows, highs = above(low), above(high)
+            return lambda part, values: lows(part, values).sub_(highs(part, values))
+
+        return start
 
 
 @dataclass(frozen=True)
@@ -219,10 +226,12 @@ class MagnitudeDrop(Sparsifier):
 
 @dataclass(frozen=True)
 class Cut:
-    """The ``k`` largest of a delta: those whose magnitude is above ``bits``, and the first ``equal`` of those at it."""
+    """The ``k`` largest of a delta: those whose magnitude is above ``bits``, and the first ``equal`` of the ``present``
+    ones at it."""
 
     bits: int
     equal: int
+    present: int
 
 
 def magnitude_bits(values: Tensor) -> Tensor:
@@ -242,14 +251,16 @@ def cuts(delta: Delta, counts: Sequence[int]) -> list[Cut]:
     for part in blocks(delta.numel):
         bits = magnitude_bits(delta.values(part))
         for one, found in lower.items():
-            found += torch.bincount(bits[bits >> _LOW_BITS == one] & (_HALF - 1), minlength=_HALF)
+            inside = bits ^ (one << _LOW_BITS)  # below 2^16 where the upper bits are these
+            found += torch.bincount(inside[inside < _HALF], minlength=_HALF)
     made = []
     for count, place, one in zip(counts, places, bins, strict=True):
         rest = count - int(from_top[place] - upper[one])
         within = lower[one].flip(0).cumsum(0)
         inner = _reached(within, rest)
         low = _HALF - 1 - inner
-        made.append(Cut(one << _LOW_BITS | low, rest - int(within[inner] - lower[one][low])))
+        present = int(lower[one][low])
+        made.append(Cut(one << _LOW_BITS | low, rest - (int(within[inner]) - present), present))
     return made
 
 
@@ -258,36 +269,28 @@ def _reached(sums: Tensor, count: int) -> int:
     return min(int(torch.searchsorted(sums, max(count, 1))), len(sums) - 1)
 
 
-def _between(low: Cut, high: Cut | None) -> Keep:
-    """Those above ``low`` that are not above ``high``."""
-    lows, highs = _Above(low), None if high is None else _Above(high)
+def above(cut: Cut) -> Keep:
+    """Zeros but for those that a cut takes; the values stay as they are."""
+    number, left = number_of(cut.bits), cut.equal
+    if cut.equal >= cut.present:  # all at the cut belong to it: those above the number before
+        lower = number_of(cut.bits - 1) if cut.bits else 0.0
+        return lambda part, values: functional.hardshrink(values, lower)
 
     def keep(part: slice, values: Tensor) -> Tensor:
-        bits = magnitude_bits(values)
-        mask = lows(bits)
-        if highs is not None:
-            mask &= ~highs(bits)
-        return values.mul_(mask)
+        nonlocal left
+        kept = functional.hardshrink(values, number)
+        if left > 0 and number:
+            places = (values.abs() == number).nonzero().squeeze(1)[:left]
+            left -= len(places)
+            kept[places] = values[places]
+        return kept
 
     return keep
 
 
-class _Above:
-    """Whether numbers, block after block, are above a cut."""
-
-    def __init__(self, cut: Cut) -> None:
-        self._bits, self._left = cut.bits, cut.equal
-
-    def __call__(self, bits: Tensor) -> Tensor:
-        mask = bits > self._bits
-        if self._left > 0:
-            same = bits == self._bits
-            count = int(same.sum())
-            if count > self._left:
-                same &= same.cumsum(0) <= self._left
-            self._left -= min(count, self._left)
-            mask |= same
-        return mask
+def number_of(bits: int) -> float:
+    """The float32 of these bits."""
+    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
 
 
 def _draws(key: int) -> Callable[[int], Tensor]:
