@@ -76,8 +76,8 @@ class RecipeKeys(JobConfig):
     )
     sparsify_type: str | None = Field(
         None,
-        description="What is done to each model's delta before any method: none, trim (keep the largest), dare (drop at "
-        "random), magprune (drop at random by rank), breadcrumbs (drop the largest and the smallest).",
+        description="What is done to each model's delta before any method: none, trim (keep the largest), dare (drop "
+        "at random), magprune (drop at random by rank), breadcrumbs (drop the largest and the smallest).",
     )
 
 
@@ -123,7 +123,7 @@ class PaddleKeys(JobConfig):
         0.14,
         ge=0,
         lt=1,
-        description="magprune: probabilities differ by this much between ranks; reserve_p must allow it.",
+        description="magprune: probabilities differ by this much between ranks.",
     )
     copy_file_list: Words = Field((), description="Further files to copy from the base, or else the first model.")
 
@@ -133,8 +133,8 @@ class SearchKeys(JobConfig):
 
     evaluate: Strings = Field(
         (),
-        description="Files to judge the models and the result by: text (perplexity), rows with answers (loss), or pairs "
-        "of answers (how often the better one is likelier). Repeat the key for several.",
+        description="Files to judge the models and the result by: text (perplexity), rows with answers (loss), or "
+        "pairs of answers (how often the better one is likelier). Repeat the key for several.",
     )
     search: Literal["none", "grid", "evolution"] = Field(
         "none",

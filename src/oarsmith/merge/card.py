@@ -17,6 +17,11 @@ LINEAGE = "merge_lineage.json"
 RECIPE = "merge_recipe.yaml"
 
 
+def recipe_text(recipe: Mapping[str, Any]) -> str:
+    """YAML of a recipe."""
+    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
+
+
 def write_card(
     folder: Path, report: Merged, recipe: Mapping[str, Any], seed: int, table: Sequence[Sequence[str]] = ()
 ) -> None:
@@ -26,7 +31,7 @@ def write_card(
         recipe: as it can be given to ``oarsmith merge`` again.
         table: of an evaluation, its header first.
     """
-    text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
+    text = recipe_text(recipe)
     atomic_write_text(folder / RECIPE, text)
     lineage = {
         "tool": f"oarsmith {__version__}",

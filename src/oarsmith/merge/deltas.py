@@ -1,7 +1,7 @@
 """Merges of what models add to a base: task arithmetic, with any sparsifier and with or without election of signs.
 
-Task arithmetic (Ilharco et al. 2022), TIES (Yadav et al. 2023), DARE (Yu et al. 2023), DELLA (Deep et al. 2024) and Model
-Breadcrumbs (Davari and Belilovsky 2023) are choices of the two.
+Task arithmetic (Ilharco et al. 2022), TIES (Yadav et al. 2023), DARE (Yu et al. 2023), DELLA (Deep et al. 2024) and
+Model Breadcrumbs (Davari and Belilovsky 2023) are choices of the two.
 """
 
 from __future__ import annotations

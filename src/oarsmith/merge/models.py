@@ -1,7 +1,7 @@
 """The models of a merge: opened by path, read tensor by tensor, with their adapters on them.
 
-Names are those of the family's files, whichever of its spellings a file uses. Of a family that is not known they are the
-file's own, and layers are found by the first number in a name.
+Names are those of the family's files, whichever of its spellings a file uses. Of a family that is not known they are
+the file's own, and layers are found by the first number in a name.
 """
 
 from __future__ import annotations

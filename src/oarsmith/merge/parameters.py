@@ -1,7 +1,7 @@
 """Values of a recipe's parameters: one number, a gradient over layers, or by parts of tensor names.
 
-The language is mergekit's (https://github.com/arcee-ai/mergekit, docs/config_reference.md): a setting is a value, a list
-of anchors that layers interpolate between, or a list of ``{filter, value}`` of which the first that fits counts.
+The language is mergekit's (https://github.com/arcee-ai/mergekit, docs/config_reference.md): a setting is a value, a
+list of anchors that layers interpolate between, or a list of ``{filter, value}`` of which the first that fits counts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Value = bool | float | int | str
 
 @dataclass(frozen=True)
 class Gradient:
-    """Anchors spread evenly from the first layer to the last. Numbers are interpolated, others taken from the nearest."""
+    """Anchors spread evenly from the first layer to the last. Numbers are interpolated, others are the nearest."""
 
     anchors: tuple[Value, ...]
 
@@ -59,9 +59,7 @@ def read_setting(value: object, where: str) -> Setting:
 def _plain(value: object, where: str) -> Value | Gradient:
     if isinstance(value, list):
         if not value or any(isinstance(one, (list, dict)) or one is None for one in value):
-            raise ConfigError(
-                "a gradient is a list of values, one for each anchor", where=where, fix="write [0, 0.5, 1]"
-            )
+            raise ConfigError("a gradient is a list of values, one an anchor", where=where, fix="write [0, 0.5, 1]")
         return Gradient(tuple(_value(one, where) for one in value))
     return _value(value, where)
 
@@ -83,6 +81,19 @@ def _choice(entry: Mapping[str, Any], where: str) -> Choice:
     if chosen is not None and not isinstance(chosen, str):
         raise ConfigError(f"{chosen!r} is no part of a name", where=where, fix="quote it")
     return Choice(None if chosen == "*" else chosen, _plain(entry["value"], f"{where}.value"))
+
+
+def settings_values(settings: Settings) -> dict[str, Any]:
+    """Settings as YAML has them."""
+    return {name: _written(setting) for name, setting in settings.items()}
+
+
+def _written(setting: Setting) -> Any:
+    if isinstance(setting, Gradient):
+        return list(setting.anchors)
+    if isinstance(setting, tuple):
+        return [{"filter": one.filter or "*", "value": _written(one.value)} for one in setting]
+    return setting
 
 
 def value_of(setting: Setting, name: str, place: float) -> Value | None:

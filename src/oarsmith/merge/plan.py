@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from oarsmith.checkpoint.fill import file_infos
 from oarsmith.checkpoint.hf import DTYPES
@@ -38,6 +39,7 @@ class TensorTask:
     Attributes:
         sources: the models that the method merges, in its order; ``base`` beside them.
         vocabulary: its rows are tokens and are aligned first.
+        value: the tensor itself, where it comes from no model (a router).
     """
 
     name: str
@@ -48,6 +50,7 @@ class TensorTask:
     own: tuple[Mapping[str, Any], ...]
     shared: Mapping[str, Any]
     vocabulary: bool = False
+    value: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Planner:
         self._recipe, self._models, self._method, self._vocabulary = recipe, models, method, vocabulary
         self._number = {model.reference: index for index, model in enumerate(models)}
         self._parameters = {one.name: one for one in method.parameters}
-        self._dtype = _dtype(recipe.out_dtype or recipe.dtype)
+        self._dtype = dtype_of(recipe.out_dtype or recipe.dtype)
 
     def plan(self) -> Plan:
         """The plan.
@@ -338,7 +341,12 @@ def _outside(layer: int | None, behind: bool, last: bool) -> bool:
     return layer is None and behind is last
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype that a recipe names; None: each tensor's own.
+
+    Raises:
+        ConfigError: no such dtype.
+    """
     if name is None or name == "auto":
         return None
     short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(name, name)

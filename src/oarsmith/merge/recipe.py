@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from oarsmith.errors import ConfigError
-from oarsmith.merge.parameters import Settings, read_setting
+from oarsmith.merge.parameters import Settings, read_setting, settings_values
 
 
 @dataclass(frozen=True)
@@ -263,3 +263,52 @@ def _token(value: object, where: str) -> TokenSpec:
         )
     token = inner["token_id"] if "token_id" in inner else str(inner["token"])
     return TokenSpec(model_name(inner["model"], f"{where}.source.model"), token, force)
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as YAML has it, so that it can be given again."""
+    values: dict[str, Any] = {"merge_method": recipe.method}
+    one = recipe.slices[0]
+    if len(recipe.slices) == 1 and not one.parameters and one.base is None and one.sources[0].layers is None:
+        values["models"] = [_source_values(source) for source in one.sources]
+    else:
+        values["slices"] = [_slice_values(one) for one in recipe.slices]
+    tokenizer = None
+    if recipe.tokenizer is not None:
+        tokens = {token: _token_values(spec) for token, spec in recipe.tokenizer.tokens.items()}
+        multiple = recipe.tokenizer.pad_to_multiple_of
+        tokenizer = _filled(source=recipe.tokenizer.source, tokens=tokens, pad_to_multiple_of=multiple)
+    general: dict[str, Any] = {}
+    for settings in reversed(recipe.parameters):
+        general |= settings_values(settings)
+    return values | _filled(
+        base_model=recipe.base,
+        parameters=general,
+        sparsify_type=None if recipe.sparsify == "none" else recipe.sparsify,
+        dtype=recipe.dtype,
+        out_dtype=recipe.out_dtype,
+        tokenizer=tokenizer,
+        chat_template=recipe.chat_template,
+    )
+
+
+def _filled(**values: Any) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value not in (None, {}, ())}
+
+
+def _source_values(source: SourceSpec) -> dict[str, Any]:
+    layers = None if source.layers is None else list(source.layers)
+    return _filled(model=source.model, layer_range=layers, parameters=settings_values(source.parameters))
+
+
+def _slice_values(one: SliceSpec) -> dict[str, Any]:
+    sources = [_source_values(source) for source in one.sources]
+    return _filled(sources=sources, base_model=one.base, parameters=settings_values(one.parameters))
+
+
+def _token_values(spec: TokenSpec) -> dict[str, Any]:
+    source: Any = {"kind": "zero"} if spec.source is None else spec.source
+    if spec.source is not None and spec.token is not None:
+        key = "token_id" if isinstance(spec.token, int) else "token"
+        source = {"kind": "model_token", "model": spec.source, key: spec.token}
+    return {"source": source, "force": spec.force}

@@ -80,7 +80,13 @@ Card = Callable[[Path, Merged], None]
 
 
 def merge_models(
-    recipe: Recipe, output: Path, options: Options, *, progress: Progress, card: Card | None = None
+    recipe: Recipe,
+    output: Path,
+    options: Options,
+    *,
+    progress: Progress,
+    card: Card | None = None,
+    make_plan: Callable[[Sequence[MergeModel]], Plan] | None = None,
 ) -> Merged:
     """Merge models into a directory, which appears complete and verified, or not at all.
 
@@ -88,6 +94,7 @@ def merge_models(
 
     Args:
         card: writes what is to stand beside the weights.
+        make_plan: from the recipe's models to another plan than that of its method.
 
     Raises:
         OarsmithError: a recipe, model or result that cannot be; names the tensor or key.
@@ -103,7 +110,7 @@ def merge_models(
             models.append(open_for_merge(one))
             stack.callback(models[-1].close)
         vocabulary = _vocabulary(recipe, files)
-        plan = Planner(recipe, models, method, vocabulary).plan()
+        plan = Planner(recipe, models, method, vocabulary).plan() if make_plan is None else make_plan(models)
         for model in models:
             model.close()
         work = Work(files, recipe.method, recipe.sparsify, options.seed, vocabulary, staging, {})

@@ -104,7 +104,7 @@ def multislerp(job: TensorJob) -> Tensor:
 
 def karcher(job: TensorJob) -> Tensor:
     """The point on the sphere with the least sum of squared distances (Karcher 1977), by steps along the
-    mean of the logarithms, with equal weights and the mean of the lengths. Tensors of no length are left out, as in mergekit."""
+    mean of the logarithms, with equal weights and the mean of the lengths. Tensors of no length are left out."""
     gram_NN = products(job, deltas=False)
     norms_N = gram_NN.diagonal().sqrt()
     chosen = [index for index, norm in enumerate(norms_N.tolist()) if norm > 1e-12]

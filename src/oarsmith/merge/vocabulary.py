@@ -1,7 +1,7 @@
 """Vocabularies that differ, aligned token by token: the result has the union of tokens, or those of one model.
 
-A token that a model lacks gets there the embedding that the base has for it, or else the only model that has it, or else
-the mean of those that have it; a recipe can say otherwise for single tokens (mergekit's rules).
+A token that a model lacks gets there the embedding that the base has for it, or else the only model that has it, or
+else the mean of those that have it; a recipe can say otherwise for single tokens (mergekit's rules).
 """
 
 from __future__ import annotations
