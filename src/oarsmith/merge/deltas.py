@@ -88,7 +88,8 @@ def sparsified(job: TensorJob, kind: Kind) -> TensorJob:
         for part in blocks(job.numel, row):
             flat[part] = keep(part, job.delta(index, part)).add_(job.base_values(part))
         tensors.append(made)
-    return replace(job, tensors=tuple(tensors))
+    # In place of what the method would do of itself.
+    return replace(job, tensors=tuple(tensors), own=tuple({**own, "density": 1.0} for own in job.own))
 
 
 def arithmetic(kind: Kind, elect: Elect) -> Callable[[TensorJob], Tensor]:

@@ -187,12 +187,19 @@ def with_sparsifier(method: Method, word: str) -> Method:
         extra += [_GAMMA, _OUTLIERS]
     elif kind == "magnitude":
         extra.append(_TRIM_BY)
-    known, alike = set(method.names), method.base == "one of them"
+    alike, names = method.base == "one of them", {one.name for one in extra}
+    if "epsilon" in names and any(one.name == "epsilon" and not one.per_model for one in method.parameters):
+        raise ConfigError(
+            f"epsilon means one thing to {method.name} and another to {word}",
+            where="sparsify_type",
+            fix="use dare or trim",
+        )
     return replace(
         method,
         base="required",
         least=2 if alike else method.least,
         most=2 if alike else method.most,
         merge=lambda job: method.merge(sparsified(job, kind)),
-        parameters=(*method.parameters, *(one for one in extra if one.name not in known)),
+        # What both know is the sparsifier's: it stands in for the method's own.
+        parameters=(*(one for one in method.parameters if one.name not in names), *extra),
     )

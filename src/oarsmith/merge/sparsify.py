@@ -108,7 +108,7 @@ class Magnitude(Sparsifier):
     def begin(self, delta: Delta) -> Callable[[], Keep]:
         by_count = self.trim_by == "count"
         last = delta.numel - 1
-        count = int(self.density * delta.numel) if by_count else last + 1 - math.ceil((1 - self.density) * last)
+        count = int(self.density * delta.numel) if by_count else last + 1 - math.ceil((1 - self.density) * last - 1e-9)
         count = max(count, min(1, last + 1)) if self.density > 0 else 0
         if count >= delta.numel:
             return lambda: lambda part, values: values
