@@ -238,3 +238,19 @@ def test_a_destination_that_is_an_input(models, tmp_path, capsys):
     recipe = write_recipe(tmp_path / "r.yaml", values)
     assert cli.main(["merge", recipe, str(models[0]), "--overwrite"]) == 2
     assert "is read" in capsys.readouterr().err
+
+
+def test_routers_are_the_states_of_prompts(models, tmp_path):
+    """Of one prompt each: what the base brings into a layer at the prompt's last token, of length 1."""
+    texts = ["some text", "another one"]
+    experts = [
+        {"source_model": str(model), "positive_prompts": [text]} for model, text in zip(models[1:], texts, strict=True)
+    ]
+    values = {"base_model": str(models[0]), "experts": experts}
+    out = tmp_path / "out"
+    assert cli.main(["merge", write_recipe(tmp_path / "r.yaml", values), str(out)]) == 0
+    tokenizer, table = oarsmith.load_tokenizer(models[0]), weights(models[0])["model.embed_tokens.weight"]
+    gate_ND = weights(out)["model.layers.0.block_sparse_moe.gate.weight"]
+    for row_D, text in zip(gate_ND, texts, strict=True):
+        state_D = table[tokenizer.encode(text)[-1]]  # into the first layer go embeddings
+        torch.testing.assert_close(row_D, state_D / state_D.norm(), atol=1e-5, rtol=0)

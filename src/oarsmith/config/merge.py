@@ -181,6 +181,7 @@ class MergeConfig(RecipeKeys, MixtureKeys, PaddleKeys, SearchKeys):
         ge=1,
         description="Tensors at a time. Not given: one for each core, at most 8. Results do not depend on it.",
     )
+    device: Literal["cpu"] = Field("cpu", description="Merges are bound by reading and writing, and run on the CPU.")
     max_shard_gb: Float = Field(5.0, gt=0, description="Larger models are cut into files of about this many gigabytes.")
     probe: Bool = Field(
         True, description="Compare the answers of the result with those of the models before it appears."

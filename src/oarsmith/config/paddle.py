@@ -105,7 +105,6 @@ WITHOUT_EFFECT: dict[str, str] = {
     "normalizer_type": "only with normalize_score_during_training; see regularization for scores around 0",
     "momentum": "only with normalize_score_during_training; see regularization for scores around 0",
     "do_ptq": "quantizing always does; see the key algorithm",
-    "device": "this command computes on the CPU: it is bound by reading and writing",
     "tensor_type": "tensors are always PyTorch's",
     "merge_prefix": "the files of weights are found by what they are, not by a prefix",
     "split_pieces": "large tensors are always computed with in blocks",

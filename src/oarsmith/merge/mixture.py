@@ -185,7 +185,7 @@ def _states(home: MergeModel) -> Callable[[list[int]], Tensor]:
 
     def catch(index: int) -> Callable[..., None]:
         def hook(module: object, inputs: tuple[Any, ...]) -> None:
-            caught[index] = inputs[0].detach().reshape(-1, inputs[0].shape[-1])[-1].float()
+            caught[index] = inputs[0].detach().float().clone()  # what comes may be written over
 
         return hook
 
@@ -195,7 +195,8 @@ def _states(home: MergeModel) -> Callable[[list[int]], Tensor]:
     @torch.no_grad()
     def states(ids: list[int]) -> Tensor:
         model(torch.tensor([ids]))
-        return torch.stack([caught[index] for index in range(home.num_layers)])
+        # Rows behind the text's are padding.
+        return torch.stack([caught[index][len(ids) - 1] for index in range(home.num_layers)])
 
     return states
 
