@@ -18,7 +18,7 @@ from oarsmith.merge.card import RECIPE, recipe_text, write_card
 from oarsmith.merge.flags import Flags, recipe_of_flags
 from oarsmith.merge.models import ModelFiles, find_model
 from oarsmith.merge.plan import dtype_of
-from oarsmith.merge.recipe import Recipe, SliceSpec, SourceSpec, model_name, read_recipe, recipe_values
+from oarsmith.merge.recipe import Recipe, SliceSpec, SourceSpec, model_name, read_recipe, read_tokenizer, recipe_values
 from oarsmith.merge.run import Card, Merged, Options, merge_models
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ def recipe_of(config: MergeConfig) -> Recipe:
         return read_recipe(given)
     if config.models or config.slices or config.modules:
         raise ConfigError("models are named twice: in a recipe and by flags", where="model_path_list", fix="keep one")
-    return recipe_of_flags(_flags(config, paths))
+    made = recipe_of_flags(_flags(config, paths))
+    return replace(made, tokenizer=read_tokenizer(config.model_dump()), chat_template=config.chat_template)
 
 
 def _flags(config: MergeConfig, paths: list[str]) -> Flags:
@@ -175,7 +176,7 @@ def _adapter(
     base = files[recipe.models.index(recipe.base)]
     if base.adapter is not None or base.base.is_file():
         raise ConfigError("the base of an adapter is a model directory", where="base_model", fix="name one")
-    exact = Recipe(**{**vars(recipe), "out_dtype": "float32", "tokenizer": None, "chat_template": None})
+    exact = replace(recipe, out_dtype="float32", chat_template=None)
     with temporary_directory(output) as staged, progress_bar(console) as show:
         options = Options(options_of(config).num_processes, seed=config.seed, probe=False)
         report = merge_models(exact, staged / "model", options, progress=show)

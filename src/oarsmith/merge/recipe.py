@@ -122,7 +122,7 @@ def read_recipe(values: Mapping[str, Any]) -> Recipe:
         parameters=tuple(settings),
         dtype=values.get("dtype"),
         out_dtype=values.get("out_dtype"),
-        tokenizer=_tokenizer(values),
+        tokenizer=read_tokenizer(values),
         chat_template=values.get("chat_template"),
         sparsify=values.get("sparsify_type") or "none",
     )
@@ -221,7 +221,12 @@ def model_name(value: object, where: str) -> str:
     return value
 
 
-def _tokenizer(values: Mapping[str, Any]) -> TokenizerSpec | None:
+def read_tokenizer(values: Mapping[str, Any]) -> TokenizerSpec | None:
+    """What a recipe's ``tokenizer`` or ``tokenizer_source`` says.
+
+    Raises:
+        ConfigError: both, or a value that makes no sense.
+    """
     source, spec = values.get("tokenizer_source"), values.get("tokenizer")
     if source is not None and spec is not None:
         raise ConfigError("tokenizer and tokenizer_source say the same", where="tokenizer", fix="keep one of them")
