@@ -7,7 +7,8 @@ from typing import Any
 from .impossible import Impossible
 from .merge import MergeConfig, PaddleKeys
 
-FLAGS = tuple(name for name in PaddleKeys.model_fields if name not in ("copy_file_list", "base_model_path"))
+_ANYWHERE = ("model_path_list", "model_path_str", "lora_model_path", "copy_file_list", "base_model_path")
+FLAGS = tuple(name for name in PaddleKeys.model_fields if name not in _ANYWHERE)
 SEARCH = ("search_over", "search_range", "search_steps", "search_groups", "search_trials")
 
 

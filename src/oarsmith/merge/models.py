@@ -23,6 +23,7 @@ from oarsmith.checkpoint.verify import digest
 from oarsmith.errors import CheckpointError, ModelError
 from oarsmith.model_path import resolve
 from oarsmith.models import families
+from oarsmith.models.fresh import LAYER_COUNTS, LAYER_LISTS
 from oarsmith.models.names import Duplicate, NameMap
 from oarsmith.models.spec import DecoderSpec
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from oarsmith.merge.overlay import AdapterOverlay
 
 _LAYER = re.compile(r"(?<![\w])(\d+)(?=\.)")
-_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers")
 
 
 @dataclass(frozen=True)
@@ -234,15 +234,16 @@ def with_layers(config: Mapping[str, Any], chosen: list[int], num_layers: int) -
     Raises:
         ModelError: the config does not say how many layers there are.
     """
-    keys = [key for key in _LAYER_KEYS if config.get(key) == num_layers]
+    keys = [key for key in LAYER_COUNTS if config.get(key) == num_layers]
     if not keys:
         raise ModelError(
             f"config.json does not say that there are {num_layers} layers, so their number cannot be changed",
             where="config.json",
-            fix=f"one of {', '.join(_LAYER_KEYS)} says it in files that can be stacked",
+            fix=f"one of {', '.join(LAYER_COUNTS)} says it in files that can be stacked",
         )
     made = {**config, **dict.fromkeys(keys, len(chosen))}
-    for key, value in config.items():
-        if isinstance(value, list) and len(value) == num_layers and key.startswith(("layer", "no_rope", "mlp_layer")):
+    for key in LAYER_LISTS:
+        value = config.get(key)
+        if isinstance(value, list) and len(value) == num_layers:
             made[key] = [value[index] for index in chosen]
     return made

@@ -89,6 +89,7 @@ class Worker:
     def __init__(self, work: Work) -> None:
         self._work = work
         self._models: dict[int, MergeModel] = {}
+        self._aligning: dict[int, Tensor] = {}
         self._merge = with_sparsifier(find_method(work.method), work.sparsify).merge
 
     def _model(self, index: int) -> MergeModel:
@@ -105,6 +106,7 @@ class Worker:
         """
         if task.value is not None:
             return Done(task.name, self._write(task.name, task.value), ())
+        self._aligning.clear()
         base = None if task.base is None else self._read(task.base, task)
         job = TensorJob(
             name=task.name,
@@ -123,7 +125,14 @@ class Worker:
     def _read(self, source: Source, task: TensorTask) -> Tensor:
         if not task.vocabulary or self._work.vocabulary is None:
             return self._model(source.model).read(source.name)
-        return self._work.vocabulary.align(source.model, lambda i: self._model(i).read(source.name), source.name)
+
+        def read(model: int) -> Tensor:
+            # Rows of any model may stand in for those that another lacks.
+            if model not in self._aligning:
+                self._aligning[model] = self._model(model).read(source.name)
+            return self._aligning[model]
+
+        return self._work.vocabulary.align(source.model, read, source.name)
 
     def _inputs(self, task: TensorTask) -> Iterator[tuple[int, str, str]]:
         used = {one.model for one in task.sources} | ({task.base.model} if task.base is not None else set())
