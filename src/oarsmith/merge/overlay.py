@@ -31,11 +31,11 @@ class AdapterOverlay:
     """
 
     def __init__(self, directory: Path, base: Path, names: NameMap) -> None:
-        require_base(directory, base)
         config = read_adapter_config(directory)
         self._method = find_method(config)
         self._directory, self._config = directory, config
         self._source = SafetensorsSource(require_inside(directory, directory / WEIGHTS))
+        require_base(directory, base)
         places, biases = projection_places(names), {place.file for place in names.places}
         endings = sorted(self._method.change.keys.values(), key=len, reverse=True)
         self._stored: dict[str, dict[str, str]] = {}

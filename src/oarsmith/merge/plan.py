@@ -130,6 +130,9 @@ class Planner:
             layers.append(stop - start)
             models.append(self._number[source.model])
             starts.append(start)
+        if len(set(models)) != len(models):
+            twice = next(one.model for i, one in enumerate(spec.sources) if models.index(models[i]) != i)
+            raise ConfigError(f"{twice} is named twice", where=where, fix="name it once, with the sum of its weights")
         name = spec.base or self._recipe.base
         base = None if name is None else self._number[name]
         if base is not None and base not in models:

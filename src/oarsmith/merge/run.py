@@ -111,6 +111,7 @@ def merge_models(
             stack.callback(models[-1].close)
         vocabulary = _vocabulary(recipe, files)
         plan = Planner(recipe, models, method, vocabulary).plan() if make_plan is None else make_plan(models)
+        _check_side_files(recipe, models[plan.reference], models, vocabulary, options)
         for model in models:
             model.close()
         work = Work(files, recipe.method, recipe.sparsify, options.seed, vocabulary, staging, {})
@@ -237,6 +238,27 @@ def _write_config(folder: Path, plan: Plan, reference: MergeModel) -> None:
     atomic_write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
+def _check_side_files(
+    recipe: Recipe,
+    reference: MergeModel,
+    models: Sequence[MergeModel],
+    vocabulary: Vocabulary | None,
+    options: Options,
+) -> None:
+    """Refuse what `_side_files` would, before the work is done."""
+    if vocabulary is not None:
+        vocabulary.require_writable()
+    if recipe.chat_template is not None:
+        tokenizer = load_tokenizer(reference.files.base) if vocabulary is None else vocabulary.tokenizer
+        with_recipe_template(tokenizer, recipe.chat_template, [model.files.base for model in models])
+    for name in options.copy_files:
+        source = reference.files.base / name
+        if Path(name).name != name or not source.is_file():
+            raise CheckpointError(
+                "there is no such file to copy", where=str(source), fix="name files of the first or base model"
+            )
+
+
 def _side_files(
     recipe: Recipe,
     folder: Path,
@@ -258,10 +280,5 @@ def _side_files(
         made.save(folder)
         notes += [note] if note else []
     for name in options.copy_files:
-        source = home / name
-        if Path(name).name != name or not source.is_file():
-            raise CheckpointError(
-                "there is no such file to copy", where=str(source), fix="name files of the first or base model"
-            )
-        shutil.copyfile(source, folder / name)
+        shutil.copyfile(home / name, folder / name)
     return notes

@@ -66,6 +66,19 @@ class Vocabulary:
             made[count:] = made[:count].float().mean(0).to(own.dtype)
         return made
 
+    def require_writable(self) -> None:
+        """Refuse tokens of other models that the tokenizer has no place for.
+
+        Raises:
+            CheckpointError: there are such tokens, and it is not a ``tokenizer.json``.
+        """
+        if self.extra and not (Path(self.tokenizer.name_or_path) / _TOKENIZER).is_file():
+            raise CheckpointError(
+                f"{len(self.extra)} tokens of other models cannot be added to this kind of tokenizer",
+                where=self.tokenizer.name_or_path,
+                fix="use tokenizer_source: base, or models with a tokenizer.json",
+            )
+
     @staticmethod
     def _require(own: Tensor, rows: Tensor, name: str) -> None:
         last = int(rows.max()) if rows.numel() else -1
@@ -207,21 +220,11 @@ def _chosen(
 
 
 def write_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
-    """Write the tokenizer of the result, with tokens that other models brought.
-
-    Raises:
-        CheckpointError: there are such tokens, and the tokenizer is not a ``tokenizer.json``.
-    """
+    """Write the tokenizer of the result, with tokens that other models brought (see ``require_writable``)."""
     vocabulary.tokenizer.save(folder)
     if not vocabulary.extra:
         return
     path = folder / _TOKENIZER
-    if not path.is_file():
-        raise CheckpointError(
-            f"{len(vocabulary.extra)} tokens of other models cannot be added to this kind of tokenizer",
-            where=str(vocabulary.tokenizer.name_or_path),
-            fix="use tokenizer_source: base, or models with a tokenizer.json",
-        )
     content: dict[str, Any] = read_json_object(path)
     added = content.setdefault("added_tokens", [])
     for token, (index, special) in vocabulary.extra.items():
