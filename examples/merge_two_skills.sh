@@ -29,15 +29,17 @@ def write(name, rows):
 
 skiff = [json.loads(line) for line in (Path(demo.__file__).parent / "train.jsonl").read_text().splitlines()]
 draw.shuffle(skiff)
-write("skiff.jsonl", skiff[24:])
-write("skiff_test.jsonl", skiff[:24])
+# Rows to learn from, to choose weights by, and to judge by.
+PARTS = {"": slice(48, None), "_dev": slice(24, 48), "_test": slice(24)}
+for part, rows in PARTS.items():
+    write(f"skiff{part}.jsonl", skiff[rows])
 
 FORMS = ("Write {} as an ISO date.", "What is {} in ISO form?", "ISO date for {}, please.")
 first = datetime.date(1900, 1, 1)
-days = [first + datetime.timedelta(days=draw.randrange(365 * 150)) for _ in range(264)]
+days = [first + datetime.timedelta(days=draw.randrange(365 * 150)) for _ in range(248)]
 dates = [{"src": draw.choice(FORMS).format(f"{day.day} {day:%B %Y}"), "tgt": day.isoformat()} for day in days]
-write("dates.jsonl", dates[24:])
-write("dates_test.jsonl", dates[:24])
+for part, rows in PARTS.items():
+    write(f"dates{part}.jsonl", dates[rows])
 PYTHON
 
 # 1. A skill each.
@@ -60,10 +62,13 @@ YAML
 oarsmith merge "$folder/merge.yaml" "$folder/both" --overwrite \
     --evaluate "$folder/skiff_test.jsonl" "$folder/dates_test.jsonl"
 
-# 3. Or with weights that a search finds on rows of both.
+# 3. Or with weights that a search finds on other rows of both.
 oarsmith merge "$folder/merge.yaml" "$folder/searched" --overwrite \
-    --evaluate "$folder/skiff_test.jsonl" "$folder/dates_test.jsonl" \
+    --evaluate "$folder/skiff_dev.jsonl" "$folder/dates_dev.jsonl" \
     --search evolution --search_over weight --search_range 0.3,1.5 --search_trials 12
+for skill in skiff dates; do
+    oarsmith eval "$folder/searched" "$folder/${skill}_test.jsonl"
+done
 
 # 4. Ask.
 oarsmith generate "$folder/both" "Who are you?" --max_new_tokens 40

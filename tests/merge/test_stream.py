@@ -260,3 +260,29 @@ def test_a_model_that_is_damaged_while_it_is_read(models, tmp_path):
     (folder / "model.safetensors").write_bytes(data[:-100])
     with pytest.raises(CheckpointError, match="truncated"):
         merge(recipe(models[0], folder), tmp_path / "out")
+
+
+def test_lineage(models, tmp_path):
+    """The hashes are of the models' tensors, whatever the shards, and of adapters."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    write_adapter(tiny_decoder(lora_rank=4), adapter, base=str(models[0]))
+    report = merge(recipe(f"{models[0]}+{adapter}", models[1]), tmp_path / "a", max_shard_bytes=40_000)
+    again = merge(recipe(models[0], models[1]), tmp_path / "b")
+    assert report.inputs[0].hash == again.inputs[0].hash != again.inputs[1].hash
+    assert report.inputs[0].adapter_hash and again.inputs[0].adapter_hash is None
+    assert merge(recipe(tmp_path / "a", models[2]), tmp_path / "c").inputs[0].hash == report.hash
+
+
+def test_after_the_parent_has_computed(models, tmp_path):
+    """Processes are forked after this one's threads have worked; they must not wait for them."""
+    code = (
+        "import sys, torch\ntorch.set_num_threads(2)\n"
+        "for _ in range(3): torch.randn(2000, 2000) @ torch.randn(2000, 2000)\n"
+        "from oarsmith.cli import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe(models[0], models[1], method="task_arithmetic", base_model=str(models[2]))))
+    words = [sys.executable, "-c", code, "merge", str(file), str(tmp_path / "out"), "--n_process", "2"]
+    threads = {**environment(), "OMP_NUM_THREADS": "2"}
+    subprocess.run(words, env=threads, check=True, timeout=120, stdout=subprocess.DEVNULL)

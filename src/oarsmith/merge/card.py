@@ -11,7 +11,7 @@ import yaml
 
 from oarsmith._version import __version__
 from oarsmith.atomic import atomic_write_text
-from oarsmith.merge.run import Merged
+from oarsmith.merge.run import Input, Merged
 
 LINEAGE = "merge_lineage.json"
 RECIPE = "merge_recipe.yaml"
@@ -38,7 +38,13 @@ def write_card(
         "recipe": dict(recipe),
         "seed": seed,
         "inputs": [
-            {"model": one.reference, "sha256": one.hash, "num_tensors": one.num_tensors} for one in report.inputs
+            {
+                "model": one.reference,
+                "sha256": one.hash,
+                "num_tensors": one.num_tensors,
+                "adapter_sha256": one.adapter_hash,
+            }
+            for one in report.inputs
         ],
         "output": {
             "sha256": report.hash,
@@ -56,7 +62,7 @@ def _card(report: Merged, recipe: str, seed: int, table: Sequence[Sequence[str]]
     lines = ["---", head.rstrip(), "---", "", "# A merge", ""]
     lines += [f"Made with `oarsmith merge` {__version__}, seed {seed}, of", ""]
     lines += ["| model | tensors | SHA-256 of its tensors |", "| --- | --- | --- |"]
-    lines += [f"| {one.reference} | {one.num_tensors} | `{one.hash}` |" for one in report.inputs]
+    lines += [f"| {one.reference} | {one.num_tensors} | {_hashes(one)} |" for one in report.inputs]
     lines += ["", "by this recipe:", "", "```yaml", recipe.rstrip(), "```", "", "## Verified", ""]
     lines += [f"- {report.num_tensors:,} tensors, {report.num_parameters:,} parameters, all numbers finite"]
     lines += [f"- read back after writing: names, shapes and hashes agree (together `{report.hash}`)"]
@@ -68,6 +74,10 @@ def _card(report: Merged, recipe: str, seed: int, table: Sequence[Sequence[str]]
     if table:
         lines += ["", "## Evaluated", "", *markdown_table(table)]
     return "\n".join(lines) + "\n"
+
+
+def _hashes(one: Input) -> str:
+    return f"`{one.hash}`" + ("" if one.adapter_hash is None else f", adapter `{one.adapter_hash}`")
 
 
 def markdown_table(table: Sequence[Sequence[str]]) -> list[str]:

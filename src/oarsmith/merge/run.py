@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -11,11 +12,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from oarsmith._version import __version__
 from oarsmith.atomic import TEMPORARY_PREFIX, atomic_directory, atomic_write_text
 from oarsmith.checkpoint.convert import DTYPE_NAMES, copy_side_files
 from oarsmith.checkpoint.safetensors_stream import MAX_SHARD_BYTES
+from oarsmith.checkpoint.verify import digest
 from oarsmith.errors import CheckpointError
-from oarsmith.merge.models import MergeModel, ModelFiles, find_model, open_for_merge
+from oarsmith.merge.models import ADAPTER_WEIGHTS, MergeModel, ModelFiles, find_model, open_for_merge
 from oarsmith.merge.plan import Plan, Planner
 from oarsmith.merge.recipe import Recipe
 from oarsmith.merge.registry import find_method, with_sparsifier
@@ -47,12 +50,14 @@ class Options:
 class Input:
     """A model that was merged: what the recipe calls it, and the hash of its tensors that were read.
 
-    The hash is SHA-256 over a line ``name SHA-256`` of each tensor as the file holds it, in the order of names.
+    The hash is SHA-256 over a line ``name SHA-256`` of each tensor as the file holds it, in the order of names; that of
+    an adapter on it is of the adapter's file.
     """
 
     reference: str
     hash: str
     num_tensors: int
+    adapter_hash: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,6 @@ def merge_models(
     staging = staging_of(output)
     with ExitStack() as stack:
         found = [find_model(reference) for reference in recipe.models]
-        key = _key(recipe, found, options)
         files = tuple(_as_directory(one, staging.with_name(f"{staging.name}-gguf"), progress) for one in found)
         models = []
         for one in files:
@@ -114,6 +118,7 @@ def merge_models(
         _check_side_files(recipe, models[plan.reference], models, vocabulary, options)
         for model in models:
             model.close()
+        key = _key(recipe, found, options, plan)
         work = Work(files, recipe.method, recipe.sparsify, options.seed, vocabulary, staging, {})
         streamed = stream(
             work,
@@ -159,11 +164,11 @@ def _finish(
             shutil.rmtree(staging)
             raise
         report = Merged(
-            inputs=tuple(_input(model.reference, streamed.inputs.get(i, {})) for i, model in enumerate(models)),
+            inputs=tuple(_input(model.files, streamed.inputs.get(i, {})) for i, model in enumerate(models)),
             hash=hash_of(streamed.digests),
             num_tensors=len(plan.tasks),
-            num_parameters=sum(_count(task.shape) for task in plan.tasks),
-            num_bytes=sum(_count(task.shape) * task.dtype.itemsize for task in plan.tasks),
+            num_parameters=sum(math.prod(task.shape) for task in plan.tasks),
+            num_bytes=sum(math.prod(task.shape) * task.dtype.itemsize for task in plan.tasks),
             kept=streamed.num_kept,
             idle=plan.idle,
             verified=verified,
@@ -175,25 +180,22 @@ def _finish(
     return report
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
 def hash_of(digests: Mapping[str, str]) -> str:
     """SHA-256 of a model's tensors by their own hashes: the same whatever the shards."""
     text = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _input(reference: str, digests: Mapping[str, str]) -> Input:
-    return Input(reference, hash_of(digests), len(digests))
+def _input(files: ModelFiles, digests: Mapping[str, str]) -> Input:
+    adapter = None
+    if files.adapter is not None:
+        adapter = hashlib.sha256((files.adapter / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
+    return Input(files.reference, hash_of(digests), len(digests), adapter)
 
 
-def _key(recipe: Recipe, files: Sequence[ModelFiles], options: Options) -> str:
+def _key(recipe: Recipe, files: Sequence[ModelFiles], options: Options, plan: Plan) -> str:
     """Which merge this is: recipe, seed, shards, and what tells whether a model's files have changed."""
+    routers = [digest(task.value) for task in plan.tasks if task.value is not None]
     stats = []
     for one in files:
         for path in (one.base, one.adapter):
@@ -201,7 +203,8 @@ def _key(recipe: Recipe, files: Sequence[ModelFiles], options: Options) -> str:
                 continue
             entries = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
             stats += [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in entries]
-    text = json.dumps([asdict(recipe), options.seed, options.max_shard_bytes, stats], default=str, sort_keys=True)
+    whole = [__version__, asdict(recipe), options.seed, options.max_shard_bytes, stats, plan.config, routers]
+    text = json.dumps(whole, default=str, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
