@@ -137,6 +137,13 @@ COMMANDS: dict[str, Command] = {
         "MODEL FOLDER",
         "oarsmith export model/ compiled/",
     ),
+    "merge": Command(
+        _REWRITE,
+        "merge models, by any method, tensor by tensor; stack layers, make a mixture, extract an adapter",
+        "oarsmith.jobs.merge:run",
+        "RECIPE OUT",
+        "oarsmith merge recipe.yaml merged/",
+    ),
     "merge-adapter": Command(
         _REWRITE,
         "put an adapter into its base model and prove the merge, or take it off again",

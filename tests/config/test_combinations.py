@@ -15,6 +15,7 @@ from oarsmith.config.dpo import DpoConfig, KtoConfig
 from oarsmith.config.eval import EvalConfig
 from oarsmith.config.inference import ChatConfig, GenerateConfig
 from oarsmith.config.load import load_config
+from oarsmith.config.merge import MergeConfig
 from oarsmith.config.policy import GrpoConfig
 from oarsmith.config.ppo import PpoConfig
 from oarsmith.config.preprocess import PreprocessConfig
@@ -83,6 +84,12 @@ CASES = [
     (SftConfig, "--adapter_type bottleneck --qat w8a8", "bottleneck cannot be merged"),
     (SftConfig, "--lora --qat w8a8 --lora_dropout 0.1", "which has no dropout"),
     (SftConfig, "--lora --qat_group_size 32", "qat_group_size is given, but has no effect without qat"),
+    (MergeConfig, "--search grid", "nothing to judge merges by"),
+    (MergeConfig, "--experts [{}] --adapter_rank 2", "neither searched nor judged"),
+    (MergeConfig, "--experts [{}] --sparsify_type dare", "nothing is sparsified"),
+    (MergeConfig, "--model_path_list a,b --parameters {}", "names for the parameters"),
+    (MergeConfig, "--base_model_path a", "base_model_path belongs to flags"),
+    (MergeConfig, "--adapter_rank 2 --tokenizer_source union", "vocabulary"),
     (QuantizeConfig, "--damp_percent 0.1", "damp_percent is given, but has no effect without algorithm gptq or gptaq"),
     (QuantizeConfig, "--act_order false", "act_order is given, but has no effect without algorithm gptq or gptaq"),
     (QuantizeConfig, "--static_groups false", "static_groups is given, but has no effect"),
@@ -233,6 +240,7 @@ CASES = [
     (EvalConfig, "--dataset_name_or_path t.txt --max_length 8 --stride 9", "stride 9 is longer"),
 ]
 BASE = {
+    MergeConfig: {"--output_path": "o"},
     PreprocessConfig: {"--input_path": "in"},
     PretrainConfig: {"--model_name_or_path": "m", "--input_dir": "d"},
     SftConfig: {"--model_name_or_path": "m", "--dataset_name_or_path": "d"},
@@ -300,8 +308,8 @@ def test_trackers_must_be_installed(monkeypatch, name):
 
 
 def test_every_line_is_tested():
-    # The three by environment above have their own tests.
-    assert len({message for _, _, message in CASES}) + 3 + len(SPREAD_CASES) >= len(IMPOSSIBLE)
+    # The four by environment above have their own tests.
+    assert len({message for _, _, message in CASES}) + 4 + len(SPREAD_CASES) >= len(IMPOSSIBLE)
     for line in IMPOSSIBLE:
         assert line.reason and line.fix
 

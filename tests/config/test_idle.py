@@ -10,6 +10,7 @@ from oarsmith.config.dpo import DpoConfig
 from oarsmith.config.idle import IDLE
 from oarsmith.config.inference import GenerateConfig
 from oarsmith.config.load import load_config
+from oarsmith.config.merge import MergeConfig
 from oarsmith.config.policy import GrpoConfig
 from oarsmith.config.ppo import PpoConfig
 from oarsmith.config.pretrain import PretrainConfig
@@ -54,6 +55,26 @@ CASES = [
     (PpoConfig, "--ptx_coeff 3 --ptx_max_length 30", "--ptx_datasets x"),
     (GenerateConfig, "--mode static --cache_gib 2", "--mode dynamic"),
     (GenerateConfig, "--mode static --cache_dtype int8", "--mode dynamic"),
+    (
+        MergeConfig,
+        "--weight_list 1,2 --normalize false --merge_type ties --slerp_alpha 0.2 --slerp_normalize_eps 1e-6 "
+        "--slerp_dot_threshold 0.9 --ties_elect_type count --reserve_p 0.5 --rescale false --epsilon 0.1",
+        "--model_path_list a,b",
+    ),
+    (
+        MergeConfig,
+        "--evaluate x --search_over t --search_range 0,2 --search_groups 2 --search_trials 3",
+        "--search grid",
+    ),
+    (MergeConfig, "--evaluate x --search evolution --search_steps 4", "--search grid"),
+    (MergeConfig, "--evaluate_rows 5 --evaluate_length 64", "--evaluate x"),
+    (MergeConfig, "--gate_mode random --experts_per_token 3", "--experts [{}]"),
+    (MergeConfig, "--adapter_tolerance 0.1", "--adapter_rank 4"),
+    (
+        MergeConfig,
+        "--adapter_rank 4 --copy_file_list x --chat_template auto --max_shard_gb 2 --probe false",
+        "",
+    ),
 ]
 
 

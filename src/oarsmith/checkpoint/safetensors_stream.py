@@ -68,6 +68,40 @@ class StoredTensor:
     end: int
 
 
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """A file before it is written: its first bytes, where the data of each tensor begins, and its size."""
+
+    header: bytes
+    starts: Mapping[str, int]
+    num_bytes: int
+
+
+def file_layout(
+    tensors: Mapping[str, TensorInfo], *, where: str, metadata: Mapping[str, str] | None = None
+) -> SafetensorsFile:
+    """The layout of a file that holds these tensors.
+
+    Raises:
+        CheckpointError: a dtype the format does not have.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    offset, offsets = 0, {}
+    # Wide dtypes first: each tensor then begins at a multiple of its item size, as memory maps want.
+    for name, info in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
+        if info.dtype not in SAFETENSORS_DTYPES:
+            raise CheckpointError(f"safetensors cannot hold {info.dtype}", where=f"{where}: {name}")
+        end = offset + info.num_bytes
+        offsets[name] = offset
+        code = SAFETENSORS_DTYPES[info.dtype]
+        header[name] = {"dtype": code, "shape": list(info.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    first = len(text).to_bytes(8, "little") + text
+    return SafetensorsFile(first, {name: len(first) + start for name, start in offsets.items()}, len(first) + offset)
+
+
 class SafetensorsWriter:
     """Write one safetensors file, tensors in any order, one in memory at a time. A context manager.
 
@@ -87,27 +121,12 @@ class SafetensorsWriter:
         self._tensors = dict(tensors)
         self._missing = set(self._tensors)
         self._stack = ExitStack()
-        header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
-        offset = 0
-        self._starts: dict[str, int] = {}
-        # Wide dtypes first: each tensor then begins at a multiple of its item size, as memory maps want.
-        for name, info in sorted(self._tensors.items(), key=lambda item: -item[1].dtype.itemsize):
-            if info.dtype not in SAFETENSORS_DTYPES:
-                raise CheckpointError(f"safetensors cannot hold {info.dtype}", where=f"{path}: {name}")
-            end = offset + info.num_bytes
-            self._starts[name] = offset
-            code = SAFETENSORS_DTYPES[info.dtype]
-            header[name] = {"dtype": code, "shape": list(info.shape), "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-        text += b" " * (-len(text) % 8)
-        self._header = len(text).to_bytes(8, "little") + text
-        self._num_bytes = len(self._header) + offset
+        self._layout = file_layout(self._tensors, where=str(path), metadata=metadata)
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> SafetensorsWriter:
-        self._file = self._stack.enter_context(atomic_file(self._path, num_bytes=self._num_bytes))
-        self._file.write(self._header)
+        self._file = self._stack.enter_context(atomic_file(self._path, num_bytes=self._layout.num_bytes))
+        self._file.write(self._layout.header)
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -121,7 +140,7 @@ class SafetensorsWriter:
         self._missing.remove(name)
         if tensor.numel() == 0:
             return
-        self._file.seek(len(self._header) + self._starts[name])
+        self._file.seek(self._layout.starts[name])
         flat = tensor.detach().to("cpu").contiguous().reshape(-1)
         self._file.write(flat.view(torch.uint8).numpy().data)
 
@@ -163,14 +182,11 @@ class ShardedSafetensorsWriter:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self._directory, self._stem = directory, stem
-        groups = split_into_shards(tensors, max_shard_bytes)
         self._total = sum(info.num_bytes for info in tensors.values())
         self._file_of: dict[str, str] = {}
         self._writers: dict[str, SafetensorsWriter] = {}
         self._stack = ExitStack()
-        for index, names in enumerate(groups, start=1):
-            part = "" if len(groups) == 1 else f"-{index:05}-of-{len(groups):05}"
-            file = f"{stem}{part}.safetensors"
+        for file, names in shard_names(tensors, max_shard_bytes, stem).items():
             self._file_of.update(dict.fromkeys(names, file))
             chosen = {name: tensors[name] for name in names}
             self._writers[file] = SafetensorsWriter(directory / file, chosen, metadata=metadata)
@@ -199,6 +215,22 @@ def write_index(path: Path, file_of: Mapping[str, str], total: int) -> None:
     """The index of a sharded model: which file holds each tensor, and the number of bytes in all."""
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
     atomic_write_text(path, json.dumps(index, indent=2) + "\n")
+
+
+def sharded_files(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> dict[str, SafetensorsFile]:
+    """The files of a model, by name, for writers that fill them in any order."""
+    return {
+        file: file_layout({name: tensors[name] for name in names}, where=file)
+        for file, names in shard_names(tensors, max_shard_bytes).items()
+    }
+
+
+def shard_names(tensors: Mapping[str, TensorInfo], max_shard_bytes: int, stem: str = "model") -> dict[str, list[str]]:
+    """File -> names of its tensors: one file, or numbered shards."""
+    groups = split_into_shards(tensors, max_shard_bytes)
+    count = len(groups)
+    parts = ["" if count == 1 else f"-{index:05}-of-{count:05}" for index in range(1, count + 1)]
+    return {f"{stem}{part}.safetensors": names for part, names in zip(parts, groups, strict=True)}
 
 
 def split_into_shards(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> list[list[str]]:

@@ -146,6 +146,7 @@ class JobConfig(BaseModel):
 
     * ``command``: the command that uses it.
     * ``positional``: keys that the command line accepts without their name, in this order.
+    * ``several``: keys that on the command line take all words up to the next key.
     * ``also_accepts``: jobs whose files can be given unchanged; their further keys are listed as having no effect.
     """
 
@@ -156,6 +157,7 @@ class JobConfig(BaseModel):
     title: ClassVar[str] = "Keys"
     command: ClassVar[str] = ""
     positional: ClassVar[tuple[str, ...]] = ()
+    several: ClassVar[tuple[str, ...]] = ()
     also_accepts: ClassVar[tuple[str, ...]] = ()
 
 

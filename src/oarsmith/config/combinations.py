@@ -17,6 +17,7 @@ from .eval import EvalConfig
 from .groups import DataKeys, SamplingKeys
 from .impossible import Impossible
 from .inference import GenerateConfig, ModeKeys, SpeculativeKeys, WeightKeys
+from .merge_combinations import MERGE
 from .policy_combinations import POLICY
 from .preferences import PreferenceDataKeys
 from .preprocess_combinations import PREPROCESS
@@ -39,6 +40,7 @@ IMPOSSIBLE: tuple[Impossible[Any], ...] = (
     ),
     *QUANTIZE,
     *POLICY,
+    *MERGE,
     Impossible(
         DataKeys,
         lambda c: c.src_length is not None and c.src_length >= c.max_length,

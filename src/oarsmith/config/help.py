@@ -8,7 +8,15 @@ import textwrap
 from .base import JobConfig, groups_of, value_choices, value_types
 from .names import aliases_of
 
-_KINDS = {bool: "true|false", int: "whole number", float: "number", str: "text", tuple: "list", dict: "JSON object"}
+_KINDS = {
+    bool: "true|false",
+    int: "whole number",
+    float: "number",
+    str: "text",
+    tuple: "list",
+    list: "list",
+    dict: "JSON object",
+}
 
 
 def kind_of(config_class: type[JobConfig], key: str) -> str:

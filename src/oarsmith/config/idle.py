@@ -14,6 +14,8 @@ from .base import JobConfig
 from .checkpoints import ConvertConfig
 from .dpo import DpoConfig
 from .inference import CacheKeys, GenerateConfig, ModeKeys, SpeculativeKeys
+from .merge import MergeConfig
+from .merge_combinations import FLAGS, SEARCH, by_flags
 from .parallel import LAYOUT_KEYS, num_processes
 from .policy import GrpoConfig, PolicyConfig
 from .ppo import PpoConfig
@@ -41,6 +43,18 @@ def _only_of(key: str, *losses: str) -> Idle[DpoConfig]:
 
 
 IDLE: tuple[Idle[Any], ...] = (
+    Idle(MergeConfig, FLAGS, lambda c: not by_flags(c), "a recipe says such numbers in its parameters"),
+    Idle(MergeConfig, SEARCH, lambda c: c.search == "none", "nothing is searched"),
+    Idle(MergeConfig, ("search_steps",), lambda c: c.search == "evolution", "an evolution has no steps"),
+    Idle(MergeConfig, ("evaluate_rows", "evaluate_length"), lambda c: not c.evaluate, "nothing is evaluated"),
+    Idle(MergeConfig, ("gate_mode", "experts_per_token"), lambda c: not c.experts, "there are no experts"),
+    Idle(MergeConfig, ("adapter_tolerance",), lambda c: c.adapter_rank is None, "a model is written"),
+    Idle(
+        MergeConfig,
+        ("copy_file_list", "chat_template", "max_shard_gb", "probe"),
+        lambda c: c.adapter_rank is not None,
+        "an adapter is written",
+    ),
     Idle(
         TrainConfig,
         ("adam_beta1", "adam_beta2", "adam_epsilon"),

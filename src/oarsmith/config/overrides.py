@@ -41,6 +41,10 @@ def parse_overrides(config_class: type[JobConfig], words: Sequence[str], rank: i
                 assert following is not None
                 value = following
                 position += 1
+                while key in config_class.several and position < len(words) and not words[position].startswith("--"):
+                    found.append(Entry(name, value, COMMAND_LINE, rank))
+                    value = words[position]
+                    position += 1
             elif key in keys and key not in switches:
                 raise ConfigError(f"--{name} needs a value", where=COMMAND_LINE, fix=f"write --{name} VALUE")
             else:

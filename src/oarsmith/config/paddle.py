@@ -111,6 +111,10 @@ WITHOUT_EFFECT: dict[str, str] = {
     "per_device_reward_batch_size": _PASSES,
     "per_device_value_batch_size": _PASSES,
     "rl_algorithm": "the command says it: oarsmith ppo, or grpo with its key algorithm",
+    "tensor_type": "tensors are always PyTorch's",
+    "merge_prefix": "the files of weights are found by what they are, not by a prefix",
+    "split_pieces": "large tensors are always computed with in blocks",
+    "max_tensor_mem": "large tensors are always computed with in blocks",
     "wandb_api_key": "Weights & Biases reads its key from the environment or 'wandb login'; see report_to",
 }
 
@@ -130,6 +134,7 @@ class NotBuilt:
     fix: str
 
 
+_ONE = frozenset({"1", "-1", "0", "", "none"})
 _OFF = frozenset({"false", "0", "no", "off", "", "none"})
 
 

@@ -23,6 +23,7 @@ CONFIG_CLASSES: dict[str, tuple[str, str]] = {
     "request": ("request", "RequestConfig"),
     "convert": ("checkpoints", "ConvertConfig"),
     "merge-adapter": ("checkpoints", "MergeAdapterConfig"),
+    "merge": ("merge", "MergeConfig"),
     "quantize": ("quantize", "QuantizeConfig"),
     "preview": ("tools", "PreviewConfig"),
     "eval": ("eval", "EvalConfig"),

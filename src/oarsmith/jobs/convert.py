@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from oarsmith.adapters.paddle_layout import (
     is_paddle_adapter,
@@ -31,11 +27,10 @@ from oarsmith.config.checkpoints import ConvertConfig
 from oarsmith.config.resolved import Resolved
 from oarsmith.errors import CheckpointError
 from oarsmith.jobs.console import make_console
+from oarsmith.jobs.outputs import Show, check_destination, check_file, describe, progress_bar
 from oarsmith.loading import pick_dtype
 from oarsmith.model_path import resolve
 from oarsmith.models import families
-
-Show = Callable[[str, int, int], None]
 
 
 def run(resolved: Resolved[ConvertConfig]) -> int:
@@ -182,34 +177,12 @@ def probe(a: Path, b: Path, show: Show) -> Difference:
     return difference(before, before if a == b else streamed_logits(b, ids))
 
 
-def describe(found: Difference) -> str:
-    """One line."""
-    if found.none:
-        return "logits are the same, max |dlogit| 0"
-    return f"max |dlogit| {found.max_logit:.3g}, KL {found.kl:.2g} nats, same best token {found.top1:.0%}"
-
-
 def gguf_to_directory(src: Path, dst: Path, dtype: str, console: Console, *, overwrite: bool = False) -> None:
     """Convert with a progress bar."""
     with progress_bar(console) as show:
         report = convert_gguf(src, dst, dtype, lambda done, total: show("converting", done, total), overwrite=overwrite)
     for note in report.notes:
         console.print(f"note:  {note}")
-
-
-@contextmanager
-def progress_bar(console: Console) -> Iterator[Show]:
-    """What is being done, how far it is and how long it will take."""
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading headers", total=None)
-
-        def show(what: str, done: int, total: int) -> None:
-            if bar.tasks[0].description != what:
-                bar.reset(task, total=total, description=what)
-            bar.update(task, completed=done, total=total)
-
-        yield show
 
 
 def _target(config: ConvertConfig) -> Target:
@@ -220,31 +193,3 @@ def _target(config: ConvertConfig) -> Target:
             return "bin"
         case _:
             return "hf"
-
-
-def check_file(dst: Path, overwrite: bool) -> None:
-    """Refuse a file that is there already, unless it may be replaced."""
-    if dst.is_dir() or (dst.exists() and not overwrite):
-        raise CheckpointError("the destination exists", where=str(dst), fix="choose another, or add --overwrite")
-
-
-def check_destination(dst: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
-    """Refuse a destination that holds something, unless it is a model that may be replaced.
-
-    It is replaced only when the new model is complete, so a command that fails costs nothing.
-    """
-    if not dst.exists() or (dst.is_dir() and not any(dst.iterdir())):
-        return
-    if not overwrite:
-        raise CheckpointError("the destination is not empty", where=str(dst), fix="choose another, or add --overwrite")
-    if not is_paddle_adapter(dst) and not any((dst / name).is_file() for name in ("config.json", PEFT_CONFIG)):
-        raise CheckpointError(
-            "the destination holds something else than a model, so it is not replaced",
-            where=str(dst),
-            fix="choose another",
-        )
-    for path in inputs:
-        if dst.resolve() == path.resolve() or dst.resolve() in path.resolve().parents:
-            raise CheckpointError(
-                f"replacing the destination would delete {path}, which is read", where=str(dst), fix="choose another"
-            )

@@ -18,7 +18,7 @@ from oarsmith.config.checkpoints import MergeAdapterConfig
 from oarsmith.config.resolved import Resolved
 from oarsmith.errors import CheckpointError, ModelError
 from oarsmith.jobs.console import make_console
-from oarsmith.jobs.convert import check_destination
+from oarsmith.jobs.outputs import check_destination
 from oarsmith.jobs.unmerge_adapter import print_unmerged, unmerge
 from oarsmith.loading import load_model
 from oarsmith.model_path import adapter_directory, find_tokenizer, resolve

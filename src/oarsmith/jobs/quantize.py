@@ -19,7 +19,7 @@ from oarsmith.config.resolved import Resolved
 from oarsmith.engine import Engine, Sampling
 from oarsmith.errors import CheckpointError, ConfigError, ModelError
 from oarsmith.jobs.console import make_console
-from oarsmith.jobs.convert import check_destination, check_file
+from oarsmith.jobs.outputs import check_destination, check_file
 from oarsmith.jobs.quantize_plan import GGUF, Plan, layout_name, make_plan, open_output, write_parts
 from oarsmith.jobs.quantize_text import Documents, read_texts
 from oarsmith.jobs.row_progress import RowProgress

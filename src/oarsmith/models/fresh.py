@@ -9,9 +9,10 @@ from oarsmith.errors import ModelError
 
 _VOCABULARY = ("padded_vocab_size", "vocab_size")
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "model_max_length", "seq_length")
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
-# One entry a layer.
-_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+"""What configs call the number of layers."""
+LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Lists with one entry a layer."""
 
 
 def fresh_config(
@@ -34,10 +35,10 @@ def fresh_config(
         if isinstance(result.get(key), int):
             result[key] = max(result[key], num_positions)
     if num_layers is not None:
-        for key in _LAYERS:
+        for key in LAYER_COUNTS:
             if key in result:
                 result[key] = num_layers
-        for key in _LAYER_LISTS:
+        for key in LAYER_LISTS:
             if isinstance(result.get(key), list):
                 if len(result[key]) < num_layers:
                     raise ModelError(f"{key} names the kinds of {len(result[key])} blocks", where="num_hidden_layers")
