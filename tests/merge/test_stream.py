@@ -286,3 +286,20 @@ def test_after_the_parent_has_computed(models, tmp_path):
     words = [sys.executable, "-c", code, "merge", str(file), str(tmp_path / "out"), "--n_process", "2"]
     threads = {**environment(), "OMP_NUM_THREADS": "2"}
     subprocess.run(words, env=threads, check=True, timeout=120, stdout=subprocess.DEVNULL)
+
+
+def test_a_process_that_is_killed(models, tmp_path):
+    """One error line, and what was done is kept; the processes of a killed merge end with it."""
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(recipe(models[0], models[1])))
+    code = (
+        "import os, signal, sys\nfrom oarsmith.merge import stream\nrun = stream.Worker.run\n"
+        "def killed(self, task):\n"
+        "    if task.name == 'model.norm.weight': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return run(self, task)\n"
+        "stream.Worker.run = killed\nfrom oarsmith.cli import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    words = [sys.executable, "-c", code, "merge", str(file), str(out), "--n_process", "2"]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2 and "ended from outside" in done.stderr and not out.exists()
+    assert merge(recipe(models[0], models[1]), out, max_shard_bytes=int(5e9)).kept > 0

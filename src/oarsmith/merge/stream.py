@@ -11,8 +11,12 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,10 +175,18 @@ def require_finite(tensor: Tensor, name: str) -> None:
 _worker: list[Worker] = []
 
 
-def _begin(work: Work) -> None:
-    """In a new process. One thread each: the processes share the cores."""
+def _begin(work: Work, parent: int) -> None:
+    """In a new process. One thread each: the processes share the cores. It ends with its parent, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     _worker[:] = [Worker(work)]
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _run(task: TensorTask) -> Done:
@@ -226,10 +238,22 @@ def _results(work: Work, tasks: Sequence[TensorTask], num_processes: int, stack:
         return map(worker.run, tasks)
     # Forked, so that no process imports PyTorch again; their one thread each needs no pool of the parent's.
     context = multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
-    pool = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_begin, initargs=(work,))
+    pool = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_begin, initargs=(work, os.getpid()))
     stack.callback(pool.shutdown, cancel_futures=True)
     futures: list[Future[Done]] = [pool.submit(_run, task) for task in tasks]
-    return (future.result() for future in as_completed(futures))
+    return _finished(futures)
+
+
+def _finished(futures: Sequence[Future[Done]]) -> Iterator[Done]:
+    try:
+        for future in as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise ModelError(
+            "a process of the merge was ended from outside, most likely for lack of memory",
+            where="n_process",
+            fix="lower n_process and give the command again: it goes on from what is written",
+        ) from error
 
 
 def _resume(folder: Path, files: Mapping[str, SafetensorsFile], key: str, total: int) -> Streamed:
@@ -263,7 +287,7 @@ def _entry(line: str) -> Done | None:
     """A line of the journal; the last one may be cut off."""
     try:
         name, digest, inputs = json.loads(line)
-    except ValueError:
+    except (ValueError, TypeError):
         return None
     return Done(name, digest, tuple((model, tensor, known) for model, tensor, known in inputs))
 
