@@ -292,6 +292,11 @@ def test_several_processes(monkeypatch, line, message):
         load_config(SftConfig, None, words)
 
 
+def test_machines_must_know_where_to_meet():
+    with pytest.raises(ConfigError, match="where to meet"):
+        load_config(SftConfig, None, ["m", "d", "--nnodes", "2"])
+
+
 def test_rewards_on_several_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="learning from rewards on several"):
@@ -308,8 +313,8 @@ def test_trackers_must_be_installed(monkeypatch, name):
 
 
 def test_every_line_is_tested():
-    # The four by environment above have their own tests.
-    assert len({message for _, _, message in CASES}) + 4 + len(SPREAD_CASES) >= len(IMPOSSIBLE)
+    # The five by environment above have their own tests.
+    assert len({message for _, _, message in CASES}) + 5 + len(SPREAD_CASES) >= len(IMPOSSIBLE)
     for line in IMPOSSIBLE:
         assert line.reason and line.fix
 

@@ -42,7 +42,6 @@ class LaunchKeys(JobConfig):
         pattern=r"^[1-9]\d*(:[1-9]\d*)?$",
         description="Machines that take part; 'MIN:MAX' lets the run go on with fewer. Start the same command on each.",
     )
-    node_rank: Int = Field(0, ge=0, description="Number of this machine, from 0; needed with master_addr alone.")
     rdzv_endpoint: str | None = Field(
         None, description="host:port of the machine where all of them meet. Needed with several machines."
     )
@@ -50,7 +49,7 @@ class LaunchKeys(JobConfig):
         0, ge=0, description="How often all processes start again after one has failed; they go on from the checkpoint."
     )
     ddp_timeout: Int = Field(
-        600, ge=1, description="Seconds to wait for another process before the run ends and names who is missing."
+        600, ge=1, description="Seconds to wait for another process before the run ends with an error."
     )
 
 

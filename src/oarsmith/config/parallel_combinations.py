@@ -31,6 +31,11 @@ def _splits_weights(c: TrainConfig) -> bool:
 
 
 SPREAD: tuple[Impossible[Any], ...] = (
+    _spread(
+        lambda c: c.nnodes != "1" and c.rdzv_endpoint is None,
+        "nnodes {nnodes}: the machines do not know where to meet",
+        "give rdzv_endpoint HOST:29500 with the name of one of them, the same on each",
+    ),
     *(
         _spread(
             _over_one(key),

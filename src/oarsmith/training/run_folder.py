@@ -40,7 +40,6 @@ _FREE_KEYS = frozenset(
         "gradient_accumulation_steps",
         "nproc_per_node",
         "nnodes",
-        "node_rank",
         "rdzv_endpoint",
         "max_restarts",
         "ddp_timeout",
