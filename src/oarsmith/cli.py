@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from oarsmith import processes
 from oarsmith._version import __version__
 from oarsmith.commands import COMMANDS, Command
 from oarsmith.errors import ConfigError, OarsmithError
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
 
 CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
 EXIT_BAD_INPUT = 2
-_OTHERS_WAIT_S = 3.0
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+# Seconds that other processes of a run leave the main one to say what is wrong.
+_OTHERS_WAIT_S = 3.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,11 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OarsmithError as error:
         if _debugging():
             raise
-        rank = os.environ.get("RANK", "0")
-        if rank != "0":
+        if not processes.is_main():
             # Most errors are everybody's. The main process speaks first, and its end ends the others.
             time.sleep(_OTHERS_WAIT_S)
-        print(_block(error) if rank == "0" else f"[process {rank}] {_block(error)}", file=sys.stderr)
+            print(f"[process {processes.rank()}]", file=sys.stderr)
+        print(_block(error), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -99,7 +101,7 @@ def _starts_others(config: JobConfig) -> bool:
     """Whether the command is to run as several processes, and this is not one of them yet."""
     from oarsmith.config.parallel import ParallelKeys
 
-    return isinstance(config, ParallelKeys) and config.spreads and "RANK" not in os.environ
+    return isinstance(config, ParallelKeys) and config.spreads and not processes.started_by_an_agent()
 
 
 def load(name: str, words: Sequence[str]) -> Resolved[Any]:
@@ -182,7 +184,7 @@ def _command_help(name: str, command: Command) -> str:
 
 def _mention(resolved: Resolved[Any]) -> None:
     """Say once what was read but changes nothing."""
-    if os.environ.get("RANK", "0") != "0":
+    if not processes.is_main():
         return
     for note in resolved.notes:
         print(f"note: {note}", file=sys.stderr)

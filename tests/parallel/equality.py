@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from oarsmith.parallel.shard import shard
 from oarsmith.training.optimizers.adamw import AdamW, AdamWSettings
 from oarsmith.training.ranks import ALONE, Ranks
 from oarsmith.training.step import run_step
+from oarsmith.training.update_hooks import UpdateHooks
 from tiny import CONFIGS, batches_of, random_samples, tiny_decoder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "families"
@@ -53,28 +54,31 @@ def batches_for(model: Decoder, step: int) -> list[Batch]:
     return batches_of(samples, 2)
 
 
+class FirstGradients(UpdateHooks):
+    """Keeps the gradients of the first update."""
+
+    def __init__(self) -> None:
+        self.grads: dict[str, Tensor] = {}
+
+    def adjusted(self, grads: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if not self.grads:
+            self.grads = {name: grad.clone() for name, grad in grads.items()}
+        return grads
+
+
 def steps(model: Decoder, ranks: Ranks, *, clip: float) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
     """(loss, gradient norm) of some updates, and the first gradients of the whole step, by name."""
     trained = [(name, ranks.local(p)) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = AdamW(trained, AdamWSettings(weight_decay=0.1))  # type: ignore[arg-type]
-    seen: dict[str, Tensor] = {}
-    numbers = []
+    first, numbers = FirstGradients(), []
     for step in range(STEPS):
         torch.manual_seed(step)
-        plain = optimizer.step
-
-        def keep(grads: Any, *, lr: float, grad_scale: float, plain: Any = plain) -> None:
-            if not seen:
-                seen.update({name: grad.clone() for name, grad in grads.items()})
-            plain(grads, lr=lr, grad_scale=grad_scale)
-
-        optimizer.step = keep  # type: ignore[method-assign]
+        batches = batches_for(model, step)
         result = run_step(
-            model, TokenCrossEntropy(), batches_for(model, step), optimizer, lr=1e-3, max_grad_norm=clip, ranks=ranks
+            model, TokenCrossEntropy(), batches, optimizer, lr=1e-3, max_grad_norm=clip, ranks=ranks, hooks=first
         )
-        optimizer.step = plain  # type: ignore[method-assign]
         numbers.append((result.total / result.count, result.grad_norm))
-    return numbers, seen
+    return numbers, first.grads
 
 
 def compare(cases: Sequence[dict[str, Any]]) -> None:

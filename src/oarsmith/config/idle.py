@@ -10,13 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from oarsmith import processes
+
 from .base import JobConfig
 from .checkpoints import ConvertConfig
 from .dpo import DpoConfig
 from .inference import CacheKeys, GenerateConfig, ModeKeys, SpeculativeKeys
 from .merge import MergeConfig
 from .merge_combinations import FLAGS, SEARCH, by_flags
-from .parallel import LAYOUT_KEYS, num_processes
+from .parallel import LAYOUT_KEYS
 from .policy import GrpoConfig, PolicyConfig
 from .ppo import PpoConfig
 from .preferences import ProcessKeys
@@ -64,7 +66,7 @@ IDLE: tuple[Idle[Any], ...] = (
     Idle(
         TrainConfig,
         LAYOUT_KEYS,
-        lambda c: num_processes() == 1 and not c.spreads,
+        lambda c: processes.count() == 1 and not c.spreads,
         "how the work is split over processes; this one computes the same numbers alone",
     ),
     Idle(TrainConfig, ("scale_loss",), lambda c: c.dtype != "fp16", "only fp16 scales the loss"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
@@ -23,12 +22,6 @@ def _to_stage(value: object) -> object:
 
 Degree = Annotated[Int, BeforeValidator(_to_degree)]
 Stage = Annotated[Literal["none", "stage1", "stage2", "stage3"], BeforeValidator(_to_stage)]
-
-
-def num_processes() -> int:
-    """How many processes were started together (torchrun says it in the environment)."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    return int(text) if text.isdigit() else 1
 
 
 class LaunchKeys(JobConfig):

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from oarsmith import processes
+
 from .adapters import AdapterKeys
 from .groups import EvalRowKeys
 from .impossible import Impossible
-from .parallel import num_processes
 from .policy import PolicyConfig
 from .train import TrainConfig
 
 
 def _several(c: TrainConfig) -> bool:
-    return num_processes() > 1 or c.spreads
+    return processes.count() > 1 or c.spreads
 
 
 def _spread(when: Callable[[Any], bool], reason: str, fix: str, keys: type[Any] = TrainConfig) -> Impossible[Any]:

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import torch
 from rich.console import Console
 
-from oarsmith.config.parallel import num_processes
+from oarsmith import processes
 from oarsmith.config.train import TrainConfig
 from oarsmith.models.decoder import Decoder
 from oarsmith.parallel.mesh import Degrees, Mesh, degrees_of
+from oarsmith.parallel.start import joined
 from oarsmith.training.ranks import ALONE, Ranks
 
 
@@ -21,31 +22,24 @@ def degrees(config: TrainConfig) -> Degrees:
     Raises:
         ConfigError: their number does not fit the degrees.
     """
-    world_size = num_processes()
-    if world_size == 1:
+    if processes.count() == 1:
         return Degrees()
     return degrees_of(
-        world_size=world_size,
+        world_size=processes.count(),
         stage=config.sharding,
         shard=config.sharding_parallel_degree,
         replicate=config.data_parallel_degree,
-        context=config.context_parallel_degree,
-        tensor=config.tensor_parallel_degree,
     )
 
 
 def batches_per_step(config: TrainConfig) -> int:
     """Batches of one update, over all processes."""
-    found = degrees(config)
-    return config.gradient_accumulation_steps * found.replicate * found.shard
+    return config.gradient_accumulation_steps * degrees(config).world_size
 
 
 @contextmanager
 def spread(config: TrainConfig, device: torch.device) -> Iterator[Mesh]:
     """This process's place in the run's mesh; the group is left at the end."""
-    # Not at the top: PyTorch's distributed parts take a second to import.
-    from oarsmith.parallel.start import joined
-
     with joined(degrees(config), device, timeout_s=config.ddp_timeout) as mesh:
         yield mesh
 
@@ -55,6 +49,7 @@ def split(config: TrainConfig, model: Decoder, mesh: Mesh, console: Console) -> 
     if mesh.size == 1:
         return ALONE
     console.print(f"processes: {mesh.size}, {mesh.degrees.describe()}")
+    # Not at the top: FSDP and DTensor take a second to import.
     from oarsmith.parallel.ranks import MeshRanks
     from oarsmith.parallel.shard import shard
 

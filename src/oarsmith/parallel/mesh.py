@@ -1,26 +1,23 @@
 """The processes of a run as a mesh of axes, each with its group.
 
 From the outermost axis to the innermost: ``replicate`` (whole copies), ``shard`` (parameters, gradients and states
-split, FSDP), ``context`` (the tokens of a stream split), ``tensor`` (heads and columns split). Neighbouring ranks,
-which sit in one machine, share the innermost axis: it communicates most.
+split, FSDP). Neighbouring ranks, which sit in one machine, share the innermost axis: it communicates most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from oarsmith.errors import ConfigError
 
-AxisName = Literal["replicate", "shard", "context", "tensor"]
-AXES: tuple[AxisName, ...] = ("replicate", "shard", "context", "tensor")
+AXES = ("replicate", "shard")
 Stage = Literal["none", "stage1", "stage2", "stage3"]
 
 
@@ -30,50 +27,24 @@ class Degrees:
 
     replicate: int = 1
     shard: int = 1
-    context: int = 1
-    tensor: int = 1
 
     @property
     def world_size(self) -> int:
-        size = 1
-        for field in fields(self):
-            size *= int(getattr(self, field.name))
-        return size
+        return self.replicate * self.shard
 
     def describe(self) -> str:
         """The axes that split something, in words."""
-        words = {
-            "replicate": "{} copies",
-            "shard": "sharded over {}",
-            "context": "context over {}",
-            "tensor": "tensors over {}",
-        }
-        found = [words[axis].format(size) for axis in AXES if (size := int(getattr(self, axis))) > 1]
-        return ", ".join(found) or "one process"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Axis:
-    """One axis as this process sees it: its place on it, and the group of those that differ in this axis alone."""
-
-    rank: int = 0
-    size: int = 1
-    group: dist.ProcessGroup | None = None
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the axis, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor, group=self.group)
-        return tensor
+        copies = f"{self.replicate} copies" if self.replicate > 1 else ""
+        parts = f"sharded over {self.shard}" if self.shard > 1 else ""
+        return ", ".join(filter(None, (copies, parts))) or "one process"
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place in all axes. Without other processes every axis has one place and no group."""
+    """This process's place among all of them; one process needs no ``device_mesh``."""
 
     degrees: Degrees
-    rank: int
-    axes: Mapping[AxisName, Axis]
+    rank: int = 0
     device_mesh: DeviceMesh | None = None
 
     @property
@@ -85,19 +56,16 @@ class Mesh:
         """Whether this process speaks and writes for all."""
         return self.rank == 0
 
-    @property
-    def data_size(self) -> int:
-        """How many ways the batches of a step are dealt out."""
-        return self.degrees.replicate * self.degrees.shard
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
-    @property
-    def data_rank(self) -> int:
-        return self.axes["replicate"].rank * self.degrees.shard + self.axes["shard"].rank
-
-    def sum(self, tensor: Tensor, *names: AxisName) -> Tensor:
-        """The sum over some axes, in place."""
-        for name in names:
-            self.axes[name].sum(tensor)
+    def sum_over_shards(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes that hold one copy together, in place."""
+        assert self.device_mesh is not None, "one process has nothing to split"
+        dist.all_reduce(tensor, group=self.device_mesh.get_group("shard"))
         return tensor
 
     @contextmanager
@@ -121,61 +89,32 @@ class Mesh:
             dist.barrier()
 
 
-ALONE = Mesh(Degrees(), 0, {name: Axis() for name in AXES})
+ALONE = Mesh(Degrees())
 
 
 def make_mesh(degrees: Degrees, device_type: str) -> Mesh:
-    """The mesh of the processes of the default group.
-
-    Raises:
-        ConfigError: the degrees do not multiply to the number of processes.
-    """
-    world = dist.get_world_size()
-    if degrees.world_size != world:
-        raise ConfigError(
-            f"the axes ({degrees.describe()}) take {degrees.world_size} processes, {world} are running",
-            where="tensor_parallel_degree, sharding_parallel_degree, ...",
-            fix="start as many processes as the degrees multiply to, or leave sharding_parallel_degree and "
-            "data_parallel_degree at -1",
-        )
-    shape = tuple(int(getattr(degrees, name)) for name in AXES)
-    device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
-    axes = {
-        name: Axis(rank=device_mesh.get_local_rank(name), size=size, group=device_mesh.get_group(name))
-        for name, size in zip(AXES, shape, strict=True)
-    }
-    return Mesh(degrees, dist.get_rank(), axes, device_mesh)
+    """The mesh of the processes of the default group, whose number the degrees multiply to."""
+    assert degrees.world_size == dist.get_world_size(), (degrees, dist.get_world_size())
+    shape = (degrees.replicate, degrees.shard)
+    return Mesh(degrees, dist.get_rank(), init_device_mesh(device_type, shape, mesh_dim_names=AXES))
 
 
-def degrees_of(*, world_size: int, stage: Stage, shard: int, replicate: int, context: int, tensor: int) -> Degrees:
+def degrees_of(*, world_size: int, stage: Stage, shard: int, replicate: int) -> Degrees:
     """Complete degrees: what is -1 takes what is left, sharding before copies.
 
     Raises:
-        ConfigError: they do not divide the number of processes.
+        ConfigError: their product is not the number of processes.
     """
-    fixed = context * tensor
-    if world_size % fixed:
-        raise ConfigError(
-            f"{world_size} processes cannot be split over tensors ({tensor}) times context ({context})",
-            where="tensor_parallel_degree, context_parallel_degree",
-            fix=f"start a multiple of {fixed} processes, or lower the degrees",
-        )
-    left = world_size // fixed
     if stage == "none":
         shard = 1
     elif shard == -1:
-        shard = left // max(replicate, 1)
-    copies = left // shard if replicate == -1 else replicate
-    if shard < 1 or shard * copies != left:
+        shard = world_size // max(replicate, 1)
+    copies = world_size // shard if replicate == -1 and shard else replicate
+    if shard * copies != world_size:
         raise ConfigError(
-            f"{left} processes are left for data, but sharding_parallel_degree {shard} times data_parallel_degree "
-            f"{copies} is {shard * copies}",
+            f"sharding_parallel_degree {shard} times data_parallel_degree {copies} is {shard * copies}, but "
+            f"{world_size} processes are running",
             where="sharding_parallel_degree, data_parallel_degree",
             fix="set both to -1, or to numbers whose product is that",
         )
-    return Degrees(replicate=copies, shard=shard, context=context, tensor=tensor)
-
-
-def device_of(local_rank: int, kind: str) -> torch.device:
-    """The device of a process on its machine."""
-    return torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
+    return Degrees(replicate=copies, shard=shard)

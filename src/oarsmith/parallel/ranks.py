@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from oarsmith.checkpoint.fill import empty_decoder
 from oarsmith.data.batch import Batch
-from oarsmith.kernels import sum_of_squares
 from oarsmith.models.decoder import Decoder
 from oarsmith.parallel import shard
-from oarsmith.parallel.mesh import AxisName, Mesh, Stage
-from oarsmith.training.ranks import Pass
+from oarsmith.parallel.mesh import Mesh, Stage
+from oarsmith.training.ranks import Pass, squares_of
 
 # Gradients smaller than this are sent together: a message costs more than its bytes.
 _SMALL_BYTES, _BUCKET_BYTES = 1 << 20, 32 << 20
@@ -46,29 +45,21 @@ class MeshRanks:
     def alone(self) -> bool:
         return False
 
-    def share(self, batches: Sequence[Batch]) -> list[Pass]:
-        """Every ``data_size``-th batch. Who has none in the last round computes one for nothing: others wait for its
-        part of the weights."""
-        size, rank = self.mesh.data_size, self.mesh.data_rank
-        rounds = -(-len(batches) // size)
-        found = []
-        for number in range(rounds):
-            index = number * size + rank
-            counts = index < len(batches)
-            batch = batches[index if counts else len(batches) - 1]
-            found.append(Pass(index, batch, counts, number == rounds - 1))
-        return found
-
     def dealt(self, batches: Iterable[Batch]) -> Iterator[Pass]:
-        """As :meth:`share`, round by round."""
+        """Every ``size``-th batch. Who has none in the last round computes another for nothing: others wait for its
+        part of the weights."""
         source = iter(batches)
-        while group := list(itertools.islice(source, self.mesh.data_size)):
-            yield from self.share(group)
+        for first in itertools.count(0, self.mesh.size):
+            group = list(itertools.islice(source, self.mesh.size))
+            if not group:
+                return
+            counts = self.mesh.rank < len(group)
+            yield Pass(first + self.mesh.rank, group[self.mesh.rank if counts else -1], counts)
 
-    def begin_pass(self, one: Pass) -> None:
+    def begin_pass(self, *, last: bool) -> None:
         """Tell FSDP where the step is."""
         if self.stage != "none":
-            shard.begin_pass(self.model, self.stage, last=one.last)
+            shard.begin_pass(self.model, self.stage, last=last)
 
     def end_passes(self) -> None:
         """Weights that backward would have freed are freed: they would be taken for the newest ones."""
@@ -81,35 +72,29 @@ class MeshRanks:
 
     def reduced(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Sums over all processes that computed a part of them; FSDP has summed what it split."""
-        found, parameters = dict(grads), self.parameters
-        plain = [name for name in found if not shard.is_split(parameters[name])]
-        self._sum(found, plain, ("replicate", "shard", "context"))
-        self._sum(found, [name for name in found if shard.is_split(parameters[name])], ("context",))
+        found = dict(grads)
+        plain = [name for name in found if not shard.is_split(self.parameters[name])]
+        for group in _buckets(plain, grads):
+            flat = torch.cat([grads[name].flatten() for name in group]) if len(group) > 1 else grads[group[0]].flatten()
+            parts = self.mesh.sum(flat.contiguous()).split([grads[name].numel() for name in group])
+            found |= {name: part.view(grads[name].shape) for name, part in zip(group, parts, strict=True)}
         return found
-
-    def _sum(self, grads: dict[str, Tensor], names: Sequence[str], axes: Sequence[AxisName]) -> None:
-        axes = [axis for axis in axes if self.mesh.axes[axis].size > 1]
-        if not axes or not names:
-            return
-        for group in _buckets(names, grads):
-            flat = torch.cat([grads[name].flatten() for name in group]) if len(group) > 1 else grads[group[0]]
-            flat = self.mesh.sum(flat.contiguous(), *axes)
-            parts = flat.split([grads[name].numel() for name in group]) if len(group) > 1 else (flat,)
-            for name, part in zip(group, parts, strict=True):
-                grads[name] = part.view(grads[name].shape)
 
     def squares(self, grads: Mapping[str, Tensor]) -> Tensor:
         """The sum of all squares, each gradient counted once."""
-        parameters = self.parameters
-        split, plain = torch.zeros(2, dtype=torch.float64, device=self.model.device).unbind()
-        for name, grad in grads.items():
-            (split if shard.is_split(parameters[name]) else plain).add_(sum_of_squares(grad.contiguous()).double())
-        return (self.mesh.axes["shard"].sum(split) + plain).cpu()[None]
+        split = [grad for name, grad in grads.items() if shard.is_split(self.parameters[name])]
+        plain = [grad for name, grad in grads.items() if not shard.is_split(self.parameters[name])]
+        found = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        if split:
+            found += self.mesh.sum_over_shards(squares_of(split).double().sum())
+        if plain:
+            found += squares_of(plain).double().sum()
+        return found.cpu()[None]
 
     def total(self, sums: Sequence[float]) -> list[float]:
         """Sums over the processes that computed different batches."""
         tensor = torch.tensor(sums, dtype=torch.float64, device=self.model.device)
-        return [float(value) for value in self.mesh.sum(tensor, "replicate", "shard").tolist()]
+        return [float(value) for value in self.mesh.sum(tensor).tolist()]
 
     def any(self, here: bool) -> bool:
         """Whether it holds in some process; all ask at the same time."""
@@ -123,23 +108,23 @@ class MeshRanks:
 
     @torch.no_grad()
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors that lie like their parameters (``{parameter}`` or ``{parameter}/{what}``), together and in the
-        computer's memory. All ask; the main process alone gets them."""
-        parameters, found = self.parameters, dict[str, Tensor]()
+        """Tensors that lie like their parameters (``{parameter}`` or ``{parameter}/{what}``), together, those that
+        were split in the computer's memory. All ask; the main process alone gets them."""
+        found = {}
         for name, own in tensors.items():
-            whole = shard.whole_of(parameters[name.partition("/")[0]], own)
+            whole = shard.whole_of(self._parameter_of(name), own)
             if self.is_main:
-                found[name] = whole.cpu() if whole.data_ptr() != own.data_ptr() else whole.detach().cpu().clone()
+                found[name] = whole if whole is own else whole.cpu()
         return found
 
     @torch.no_grad()
     def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What of such whole tensors lies here."""
-        parameters = self.parameters
-        return {
-            name: shard.own_of(parameters[name.partition("/")[0]], whole.to(self.model.device))
-            for name, whole in tensors.items()
-        }
+        device = self.model.device
+        return {name: shard.own_of(self._parameter_of(name), whole.to(device)) for name, whole in tensors.items()}
+
+    def _parameter_of(self, name: str) -> nn.Parameter:
+        return self.parameters[name.partition("/")[0]]
 
     @torch.no_grad()
     def whole_model(self, model: Decoder) -> Decoder | None:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from oarsmith.models.decoder import Decoder
-from oarsmith.parallel.mesh import Mesh, Stage
+from oarsmith.parallel.mesh import AXES, Mesh, Stage
 
 
 def shard(model: Decoder, mesh: Mesh, stage: Stage) -> None:
@@ -23,7 +23,7 @@ def shard(model: Decoder, mesh: Mesh, stage: Stage) -> None:
             gradients split after every pass. ``stage1``: gradients split after the last pass of a step.
     """
     assert mesh.device_mesh is not None, "one process has nothing to split"
-    axes = ("replicate", "shard") if mesh.degrees.replicate > 1 else ("shard",)
+    axes = AXES if mesh.degrees.replicate > 1 else AXES[1:]
     trained = {p for p in model.parameters() if p.requires_grad}
     some_frozen = len(trained) < sum(1 for _ in model.parameters())
     odd = {p for p in model.parameters() if not p.is_floating_point() or p.dim() == 0}
@@ -104,6 +104,4 @@ def own_of(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     """The part of ``whole`` that lies here, as the parameter's does."""
     if not isinstance(parameter, DTensor):
         return whole
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from oarsmith import processes
 from oarsmith.parallel.mesh import ALONE, Degrees, Mesh, make_mesh
 
 
@@ -18,14 +18,13 @@ def joined(degrees: Degrees, device: torch.device, *, timeout_s: int) -> Iterato
     """The mesh of all processes that were started together; the group is left at the end.
 
     Args:
-        timeout_s: seconds until waiting for another process is an error that names it.
+        timeout_s: seconds until waiting for another process is an error.
     """
     if degrees.world_size == 1:
         yield ALONE
         return
-    local = int(os.environ.get("LOCAL_RANK", "0"))
     if device.type == "cuda":
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(processes.local_rank())
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     try:

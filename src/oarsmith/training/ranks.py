@@ -22,13 +22,16 @@ class Pass:
     Attributes:
         index: of the batch in the step, over all processes: random numbers are keyed by it.
         counts: False where the process only keeps others company: its gradients are zero, its sums are left out.
-        last: no other pass of this process follows in the step.
     """
 
     index: int
     batch: Batch
     counts: bool
-    last: bool
+
+
+def squares_of(grads: Iterable[Tensor]) -> Tensor:
+    """The sum of squares of each tensor, one after another: one transfer from a GPU, not one a tensor."""
+    return torch.stack([sum_of_squares(grad) for grad in grads])
 
 
 class Ranks(Protocol):
@@ -42,14 +45,11 @@ class Ranks(Protocol):
     def alone(self) -> bool:
         """Whether there are no others."""
 
-    def share(self, batches: Sequence[Batch]) -> list[Pass]:
-        """This process's passes; every process has the same number of them where passes communicate."""
-
     def dealt(self, batches: Iterable[Batch]) -> Iterator[Pass]:
-        """This process's passes over any number of batches, without reading all of them first."""
+        """This process's passes, as many as every other has."""
 
-    def begin_pass(self, one: Pass) -> None:
-        """A pass follows."""
+    def begin_pass(self, *, last: bool) -> None:
+        """A pass with gradients follows, the last one of a step or not."""
 
     def end_passes(self) -> None:
         """Passes without a backward pass are over."""
@@ -94,15 +94,11 @@ class Alone:
     is_main = True
     alone = True
 
-    def share(self, batches: Sequence[Batch]) -> list[Pass]:
-        """All of them."""
-        return [Pass(at, batch, True, at == len(batches) - 1) for at, batch in enumerate(batches)]
-
     def dealt(self, batches: Iterable[Batch]) -> Iterator[Pass]:
         """All of them."""
-        return (Pass(at, batch, True, False) for at, batch in enumerate(batches))
+        return (Pass(at, batch, counts=True) for at, batch in enumerate(batches))
 
-    def begin_pass(self, one: Pass) -> None:
+    def begin_pass(self, *, last: bool) -> None:
         """Nothing to do."""
 
     def end_passes(self) -> None:
@@ -118,7 +114,7 @@ class Alone:
 
     def squares(self, grads: Mapping[str, Tensor]) -> Tensor:
         """Of each tensor."""
-        return torch.stack([sum_of_squares(grad) for grad in grads.values()]).cpu()
+        return squares_of(grads.values()).cpu()
 
     def total(self, sums: Sequence[float]) -> list[float]:
         """As they are."""

@@ -16,7 +16,7 @@ from oarsmith.kernels import sum_of_squares
 from oarsmith.models.decoder import Decoder
 from oarsmith.training.objective import Objective, StepObjective, objective_of_step
 from oarsmith.training.optimizer import Optimizer
-from oarsmith.training.ranks import ALONE, Pass, Ranks
+from oarsmith.training.ranks import ALONE, Pass, Ranks, squares_of
 from oarsmith.training.scaler import LossScaler
 from oarsmith.training.seeds import seed_pass, seed_step
 from oarsmith.training.update_hooks import UpdateHooks
@@ -82,16 +82,16 @@ def run_step(
         TrainingError: the loss scale has become too small.
     """
     loss_scale = 1.0 if scaler is None else scaler.scale
-    passes = ranks.share(batches)
+    passes = list(ranks.dealt(batches))
     gradients = Gradients(model, wide=len(batches) > 1, ranks=ranks)
     step_seed = torch.initial_seed()
     try:
         sums = _Sums()
         scale = 1.0 / sum(batch.num_trained for batch in batches)
         of_step = objective_of_step(objective, model, batches)
-        for one in passes:
+        for number_of_pass, one in enumerate(passes, start=1):
             seed_pass(step_seed, one.index)
-            ranks.begin_pass(one)
+            ranks.begin_pass(last=number_of_pass == len(passes))
             _backward(model, of_step, one, scale * loss_scale, sums, alone=ranks.alone)
         sums.add_up(ranks)
         grads = ranks.reduced(gradients.result())
@@ -144,7 +144,7 @@ def run_step_in_backward(
 
     hooks = [p.register_post_accumulate_grad_hook(partial(update, name)) for name, p in optimizer.parameters.items()]
     try:
-        _backward(model, objective, Pass(0, batch, counts=True, last=True), 1.0 / batch.num_trained, sums, alone=True)
+        _backward(model, objective, Pass(0, batch, counts=True), 1.0 / batch.num_trained, sums, alone=True)
     finally:
         for hook in hooks:
             hook.remove()
@@ -262,5 +262,4 @@ def _nothing(parameter: Tensor) -> Tensor:
 
 def global_norm(grads: Iterable[Tensor]) -> float:
     """L2 norm over all gradients; each tensor's in fp32, their squares summed in fp64."""
-    squares = torch.stack([sum_of_squares(grad) for grad in grads])  # one transfer from a GPU, not one a tensor
-    return math.sqrt(sum(squares.tolist()))
+    return math.sqrt(sum(squares_of(grads).tolist()))
