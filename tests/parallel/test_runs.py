@@ -134,9 +134,28 @@ def workers(agent: int) -> list[int]:
     return [int(pid) for pid in found.read_text().split()] if found.exists() else []
 
 
-def test_a_rank_that_fails_is_named(inputs: Path, tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text('{"src": "a", "tgt": 3}\n')
-    process = start(inputs, tmp_path / "run", 2, dataset_name_or_path=str(tmp_path / "bad.jsonl"))
+def test_what_fails_is_said_once(inputs: Path, tmp_path: Path) -> None:
+    """By the main process, and the agent says which one ended; no traceback."""
+    (tmp_path / "model").symlink_to(inputs / "model")
+    (tmp_path / "rows.jsonl").write_text('{"src": "a", "tgt": 3}\n')
+    process = start(tmp_path, tmp_path / "run", 2)
     printed, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
+    assert process.returncode == 2
+    assert printed.count("rows.jsonl:1") == 1, printed
+    assert "process 0 of the run ended with status 2" in printed
     assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_asked_to_end(inputs: Path, tmp_path: Path, number: signal.Signals, status: int) -> None:
+    """The agent ends its processes and itself, in one line; SIGTERM lets them save first."""
+    run = tmp_path / "run"
+    process = start(inputs, run, 2, max_steps=5000, save_steps=1000)
+    log = run / "log.jsonl"
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 2):
+        time.sleep(0.1)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == status, printed[-3000:]
+    assert "this is a bug" not in printed and "Traceback" not in printed, printed[-3000:]
+    assert bool(list(run.glob("checkpoint-*/manifest.json"))) == (number == signal.SIGTERM)

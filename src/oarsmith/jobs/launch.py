@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from oarsmith.config.parallel import LaunchKeys
-from oarsmith.errors import OarsmithError
+from oarsmith.errors import OarsmithError, StoppedError
 
 
 class WorkerError(OarsmithError):
     """A process of the run failed."""
-
-
-def is_worker() -> bool:
-    """Whether an agent has started this process."""
-    return "RANK" in os.environ
 
 
 def launch(config: LaunchKeys, words: Sequence[str]) -> int:
@@ -25,8 +21,11 @@ def launch(config: LaunchKeys, words: Sequence[str]) -> int:
 
     Raises:
         WorkerError: one of them failed; its own message stands above.
+        StoppedError: asked to end (SIGTERM); the processes have saved what they had.
+        KeyboardInterrupt: SIGINT.
     """
     # Not at the top: the agent imports PyTorch.
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -56,5 +55,12 @@ def launch(config: LaunchKeys, words: Sequence[str]) -> int:
         raise WorkerError(
             f"process {rank} of the run ended with status {failure.exitcode}; its own words stand above",
             fix="mend what it says and run the same command again: it goes on from the last complete checkpoint",
+        ) from error
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from error
+        raise StoppedError(
+            "asked to end, and all processes have",
+            fix="run the same command again: it goes on from the last complete checkpoint",
         ) from error
     return 0

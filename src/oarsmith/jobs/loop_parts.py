@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from oarsmith import processes
 from oarsmith.config.train import TrainConfig
 from oarsmith.jobs.adapter_training import update_hooks
 from oarsmith.jobs.optimizers import make_optimizer
@@ -72,7 +73,8 @@ def make_loop(
             board_dir=None if config.logging_dir is None else Path(config.logging_dir),
             say=progress.message,
         ),
-        meter=SpeedMeter(model, matmul_rate(model, tokens_per_pass)),
+        # Of all processes, as the tokens are.
+        meter=SpeedMeter(model, matmul_rate(model, tokens_per_pass) * processes.count()),
         progress=progress,
         load_model=weights.load,
         evaluate=evaluate,
