@@ -118,3 +118,14 @@ def test_no_name_stands_in_two_tables():
     for index, table in enumerate(tables):
         for other in tables[index + 1 :]:
             assert not table & other
+
+
+def test_sharding_with_offload_is_two_keys(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"sharding": "stage2 offload", "tensor_parallel_degree": -1}))
+    resolved = load_config(SftConfig, path, ["m", "d", "--device", "cuda"])
+    config = resolved.config
+    assert (config.sharding, config.offload_optim, config.tensor_parallel_degree) == ("stage2", True, 1)
+    assert "sharding" in resolved.without_effect
+    path.write_text(json.dumps({"sharding": ""}))
+    assert load_config(SftConfig, path, ["m", "d"]).config.sharding == "none"

@@ -15,7 +15,7 @@ def _to_degree(value: object) -> object:
 
 
 def _to_stage(value: object) -> object:
-    """``stage2 offload`` is PaddleNLP's spelling of two keys; nothing and false are none."""
+    """Nothing and false are none."""
     text = str(value).strip().lower()
     return "none" if text in ("", "false", "none", "0") else text
 

@@ -97,6 +97,8 @@ def resolve_switches(given: dict[str, Entry], keys: Collection[str]) -> dict[str
     if "scheme" in keys:
         _take_piecewise(result)
         _resolve(result, "algorithm", _ALGORITHMS)
+    if "sharding" in keys:
+        _take_offload(result)
     if "device" in keys:
         _resolve(result, "device", {"no_cuda": {True: "cpu"}, "use_cpu": {True: "cpu"}})
     return result
@@ -137,6 +139,17 @@ def _take_piecewise(given: dict[str, Entry]) -> None:
     if own is not None and how is not None and own.value == "smoothquant" and _as_bool(how):
         del given["smooth"]
     _spread(given, "smooth_piecewise_search", _PIECEWISE)
+
+
+def _take_offload(given: dict[str, Entry]) -> None:
+    """PaddleNLP's ``stage2 offload`` is two keys: the states lie in the computer's memory."""
+    entry = given.get("sharding")
+    if entry is None or not isinstance(entry.value, str):
+        return
+    stage, _, rest = entry.value.strip().lower().partition(" ")
+    if rest.strip() == "offload":
+        given["sharding"] = replace(entry, value=stage)
+        given.setdefault("offload_optim", replace(entry, value=True))
 
 
 def _spread(given: dict[str, Entry], switch: str, values: Mapping[str, object]) -> None:
