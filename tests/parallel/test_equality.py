@@ -13,8 +13,13 @@ STAGES = ("stage1", "stage2", "stage3")
 MODELS = ("llama", "qwen2", "mistral", "gpt2", "deepseek_v3", "gpt_oss", "baichuan_13b", "chatglm_6b", "yuan2_2b")
 
 
-def case(model: str, stage: str = "none", *, lora_rank: int | None = None, **degrees: int) -> dict[str, Any]:
-    return {"model": model, "stage": stage, "degrees": degrees, "lora_rank": lora_rank}
+OBJECTIVES = ("dpo", "aot", "bco", "kto", "reward")
+
+
+def case(
+    model: str, stage: str = "none", *, objective: str = "sft", lora_rank: int | None = None, **degrees: int
+) -> dict[str, Any]:
+    return {"model": model, "stage": stage, "objective": objective, "degrees": degrees, "lora_rank": lora_rank}
 
 
 CASES = {
@@ -24,6 +29,8 @@ CASES = {
         *(case("qwen2", stage, shard=2) for stage in STAGES),
         *(case("llama", stage, lora_rank=4, shard=2) for stage in STAGES),
         case("llama", lora_rank=4, replicate=2),
+        *(case("llama", objective=name, replicate=2) for name in OBJECTIVES),
+        *(case("llama", "stage3", objective=name, shard=2) for name in OBJECTIVES),
     ],
     4: [
         *(case("qwen2", stage, shard=4) for stage in STAGES),

@@ -28,6 +28,9 @@ def joined(degrees: Degrees, device: torch.device, *, timeout_s: int) -> Iterato
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     try:
-        yield make_mesh(degrees, device.type)
+        mesh = make_mesh(degrees, device.type)
+        yield mesh
+        # The main process has the store through which others may still be meeting.
+        mesh.barrier()
     finally:
         dist.destroy_process_group()
