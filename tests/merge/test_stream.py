@@ -228,6 +228,16 @@ def test_what_does_not_fit_is_refused(models, tmp_path, change, config, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_base_of_more_layers_is_not_cut(models, tmp_path):
+    base = write_tiny_model(tmp_path / "base", num_hidden_layers=3)
+    with pytest.raises(OarsmithError, match="different numbers of layers: 2, 2, 3"):
+        merge(recipe(models[0], models[1], method="task_arithmetic", base_model=str(base)), tmp_path / "out")
+    sources = [{"model": str(models[0]), "layer_range": [0, 2], "parameters": {"weight": 1.0}}]
+    slices = {"merge_method": "task_arithmetic", "base_model": str(base), "slices": [{"sources": sources}]}
+    merge(slices, tmp_path / "chosen")
+    assert json.loads((tmp_path / "chosen/config.json").read_text())["num_hidden_layers"] == 2
+
+
 def test_a_tied_head_beside_one_of_its_own(tmp_path):
     tied = write_tiny_model(tmp_path / "tied", tie_word_embeddings=True)
     own = write_tiny_model(tmp_path / "own", seed=1)

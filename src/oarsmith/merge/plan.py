@@ -136,9 +136,9 @@ class Planner:
         name = spec.base or self._recipe.base
         base = None if name is None else self._number[name]
         if base is not None and base not in models:
-            start = starts[0] if spec.sources[0].layers is not None else 0
-            layers.append(min(layers[0], self._models[base].num_layers - start))
-            base_start = start
+            # Of a slice the same layers, as far as it has them; else all that it has.
+            base_start, count = starts[0], self._models[base].num_layers
+            layers.append(count if spec.sources[0].layers is None else min(layers[0], count - base_start))
         else:
             base_start = 0 if base is None else starts[models.index(base)]
         if len(set(layers)) != 1:
