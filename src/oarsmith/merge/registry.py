@@ -47,10 +47,6 @@ class Method:
     most: int | None
     parameters: tuple[Parameter, ...] = ()
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(one.name for one in self.parameters)
-
 
 _WEIGHT = Parameter("weight", float, per_model=True)
 _DENSITY = Parameter("density", float, 1.0, per_model=True, least=0, most=1)
@@ -58,9 +54,9 @@ _INT8_MASK = Parameter("int8_mask", bool, False)  # a smaller mask in mergekit; 
 _LAMBDA = Parameter("lambda", float, 1.0)
 _EPSILON = Parameter("epsilon", float, 0.15, per_model=True, least=0, most=1)
 _GAMMA = Parameter("gamma", float, 0.01, per_model=True, least=0, most=1)
-_RESCALE_BY = Parameter("rescale_by", str, "l1")
-_RANKS = Parameter("magnitude_ranks", str, "row")
-_TRIM_BY = Parameter("trim_by", str, "count")
+_RESCALE_BY = Parameter("rescale_by", str, "l1", words=("l1", "density"))
+_RANKS = Parameter("magnitude_ranks", str, "row", words=("row", "tensor"))
+_TRIM_BY = Parameter("trim_by", str, "count", words=("count", "quantile"))
 _OUTLIERS = Parameter("drop_without_outliers", bool, False)
 _THRESHOLD = Parameter("dot_threshold", float, 0.9995, least=0, most=1)
 _NORMALIZE_EPS = Parameter("normalize_eps", float, 1e-8, least=0)
