@@ -18,9 +18,11 @@ from oarsmith import cli
 from oarsmith.adapters.peft_layout import write_adapter
 from oarsmith.checkpoint.convert import convert_directory
 from oarsmith.checkpoint.gguf.write import write_gguf
+from oarsmith.checkpoint.verify import Digests
 from oarsmith.errors import CheckpointError, OarsmithError
 from oarsmith.merge.recipe import read_recipe
 from oarsmith.merge.run import Options, merge_models, staging_of
+from oarsmith.merge.verify import verify
 from tiny import environment, tiny_decoder, write_tiny_model
 
 
@@ -103,6 +105,24 @@ def test_killed_and_gone_on(models, tmp_path):
     assert report.kept == kept > 3 and not staging_of(out).exists()
     merge(recipe(models[0], models[1]), tmp_path / "whole")
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda code, shape, known: ("F16", shape, known), "not F16"),
+        (lambda code, shape, known: (code, (shape[0] + 1,), known), r"not F32 \(33,\)"),
+        (lambda code, shape, known: (code, shape, "0" * 64), "other values"),
+    ],
+)
+def test_what_was_written_is_held_to_the_plan(models, change, words):
+    meant = Digests()
+    for name, tensor in weights(models[0]).items():
+        meant.add(name, tensor)
+    assert verify(models[0], meant, [], lambda *_: None, probe=False).known
+    meant.known["model.norm.weight"] = change(*meant.known["model.norm.weight"])
+    with pytest.raises(CheckpointError, match=words):
+        verify(models[0], meant, [], lambda *_: None, probe=False)
 
 
 def test_what_another_merge_left_is_not_taken(models, tmp_path):

@@ -15,8 +15,8 @@ from typing import Any
 from oarsmith._version import __version__
 from oarsmith.atomic import TEMPORARY_PREFIX, atomic_directory, atomic_write_text
 from oarsmith.checkpoint.convert import DTYPE_NAMES, copy_side_files
-from oarsmith.checkpoint.safetensors_stream import MAX_SHARD_BYTES
-from oarsmith.checkpoint.verify import digest
+from oarsmith.checkpoint.safetensors_stream import MAX_SHARD_BYTES, SAFETENSORS_DTYPES
+from oarsmith.checkpoint.verify import Digests, digest
 from oarsmith.errors import CheckpointError
 from oarsmith.merge.models import ADAPTER_WEIGHTS, MergeModel, ModelFiles, find_model, open_for_merge
 from oarsmith.merge.plan import Plan, Planner
@@ -67,7 +67,6 @@ class Merged:
     Attributes:
         kept: tensors that an interrupted merge had written already.
         idle: parameters of the recipe that the method does not have.
-        dropped_deltas: see `Plan`.
     """
 
     inputs: tuple[Input, ...]
@@ -159,7 +158,7 @@ def _finish(
                 file.rename(folder / file.name)
         try:
             folders = [model.files for model in models]
-            verified = verify(folder, streamed.digests, folders, progress, probe=options.probe)
+            verified = verify(folder, _meant(plan, streamed), folders, progress, probe=options.probe)
         except CheckpointError:
             shutil.rmtree(staging)
             raise
@@ -178,6 +177,13 @@ def _finish(
             card(folder, report)
     shutil.rmtree(staging, ignore_errors=True)
     return report
+
+
+def _meant(plan: Plan, streamed: Streamed) -> Digests:
+    meant = Digests()
+    for task in plan.tasks:
+        meant.known[task.name] = SAFETENSORS_DTYPES[task.dtype], task.shape, streamed.digests[task.name]
+    return meant
 
 
 def hash_of(digests: Mapping[str, str]) -> str:
