@@ -211,6 +211,19 @@ def test_paddlenlps_command_line(models, tmp_path, capsys):
     assert [len(one["sha256"]) for one in lineage["inputs"]] == [64] * 3
 
 
+def test_flags_and_parameters_without_an_effect_are_told(models, tmp_path, capsys):
+    paths = ["--model_path_list", *map(str, models[:2]), "--probe", "false"]
+    assert cli.main(["merge", *paths, "--output_path", str(tmp_path / "one")]) == 0
+    assert "without an effect" not in capsys.readouterr().out  # nobody gave any
+    words = [*paths, "--reserve_p", "0.5", "--normalize", "false", "--ties_elect_type", "count"]
+    assert cli.main(["merge", *words, "--output_path", str(tmp_path / "two")]) == 0
+    assert "linear has no reserve_p, ties_elect_type: without an effect" in capsys.readouterr().out
+    entry = {"model": str(models[1]), "parameters": {"weight": 1, "density": 0.5}}
+    values = {"merge_method": "task_arithmetic", "base_model": str(models[0]), "models": [entry]}
+    assert cli.main(["merge", write_recipe(tmp_path / "r.yaml", values), str(tmp_path / "three")]) == 0
+    assert "task_arithmetic has no density: without an effect" in capsys.readouterr().out
+
+
 def test_an_adapter_by_flags(models, tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()

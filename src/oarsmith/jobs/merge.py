@@ -11,12 +11,13 @@ from rich.console import Console
 
 from oarsmith.atomic import atomic_write_text, temporary_directory
 from oarsmith.config.merge import MergeConfig, RecipeKeys
-from oarsmith.config.resolved import Resolved
+from oarsmith.config.merge_combinations import by_flags
+from oarsmith.config.resolved import Resolved, is_given
 from oarsmith.errors import ConfigError
 from oarsmith.jobs.console import make_console
 from oarsmith.jobs.outputs import check_destination, describe, progress_bar
 from oarsmith.merge.card import RECIPE, recipe_text, write_card
-from oarsmith.merge.flags import Flags, recipe_of_flags
+from oarsmith.merge.flags import Flags, idle_flags, recipe_of_flags
 from oarsmith.merge.models import ModelFiles, find_model
 from oarsmith.merge.plan import dtype_of
 from oarsmith.merge.recipe import Recipe, SliceSpec, SourceSpec, model_name, read_recipe, read_tokenizer, recipe_values
@@ -37,6 +38,10 @@ def run(resolved: Resolved[MergeConfig]) -> int:
         return _mixture(config, output, console)
     recipe = recipe_of(config)
     files = _check(config, recipe.models, output)
+    if by_flags(config):
+        idle = [flag for flag in idle_flags(recipe) if is_given(resolved.provenance[flag])]
+        if idle:
+            console.print(f"note:  {recipe.method} has no {', '.join(idle)}: without an effect")
     judge = _judge(config)
     table: Table = []
     if judge is not None:
