@@ -87,6 +87,8 @@ CASES = [
     (MergeConfig, "--search grid", "nothing to judge merges by"),
     (MergeConfig, "--experts [{}] --adapter_rank 2", "neither searched nor judged"),
     (MergeConfig, "--experts [{}] --sparsify_type dare", "nothing is sparsified"),
+    (MergeConfig, "--experts [{}] --merge_method ties", "experts are not merged"),
+    (MergeConfig, "--experts [{}] --tokenizer_source union", "a mixture has its base's vocabulary"),
     (MergeConfig, "--model_path_list a,b --parameters {}", "names for the parameters"),
     (MergeConfig, "--base_model_path a", "base_model_path belongs to flags"),
     (MergeConfig, "--adapter_rank 2 --tokenizer_source union", "vocabulary"),

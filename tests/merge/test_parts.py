@@ -55,6 +55,17 @@ def test_a_mixture(models, tmp_path, gate):
     assert torch.isfinite(oarsmith.load_model(out)(torch.arange(6)[None])).all()
 
 
+def test_a_mixture_with_a_template(models, tmp_path, capsys):
+    experts = [{"source_model": str(models[0]), "positive_prompts": [text]} for text in ("a", "b")]
+    values = {"base_model": str(models[0]), "experts": experts, "chat_template": "{{ messages[0].content }}!"}
+    recipe, out = write_recipe(tmp_path / "r.yaml", values), tmp_path / "out"
+    assert cli.main(["merge", recipe, str(out), "--probe", "false"]) == 0
+    assert oarsmith.load_tokenizer(out).apply_chat_template([{"role": "user", "content": "hello"}]) == "hello!"
+    assert yaml.safe_load((out / "merge_recipe.yaml").read_text())["chat_template"] == values["chat_template"]
+    assert cli.main(["merge", recipe, str(tmp_path / "no"), "--lora_model_path", "x"]) == 2
+    assert "made of experts alone" in capsys.readouterr().err
+
+
 def test_experts_that_are_the_base_are_the_base(models, tmp_path):
     """With equal experts, whichever are chosen, the mixture answers as the dense model."""
     experts = [{"source_model": str(models[0]), "positive_prompts": [text]} for text in ("a", "b", "c")]

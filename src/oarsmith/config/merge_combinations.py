@@ -38,6 +38,18 @@ MERGE: tuple[Impossible[Any], ...] = (
     ),
     Impossible(
         MergeConfig,
+        lambda c: bool(c.experts) and (c.merge_method is not None or c.parameters is not None),
+        "experts are not merged, so merge_method and parameters say nothing",
+        "leave them out",
+    ),
+    Impossible(
+        MergeConfig,
+        lambda c: bool(c.experts) and (c.tokenizer is not None or c.tokenizer_source is not None),
+        "a mixture has its base's vocabulary",
+        "leave tokenizer and tokenizer_source out",
+    ),
+    Impossible(
+        MergeConfig,
         lambda c: by_flags(c) and c.parameters is not None,
         "flags have their own names for the parameters of a recipe",
         "use weight_list, reserve_p, epsilon, slerp_alpha and so on, or write a recipe",

@@ -139,18 +139,20 @@ def _merged(config: MergeConfig, recipe: Recipe, output: Path, console: Console,
 def _mixture(config: MergeConfig, output: Path, console: Console) -> int:
     from oarsmith.merge.mixture import expert_values, mixture_planner, read_experts
 
-    if config.models or config.slices or config.modules or config.model_path_list:
+    if config.models or config.slices or config.modules or by_flags(config):
         raise ConfigError("a mixture is made of experts alone", where="experts", fix="remove the other models")
     if config.base_model is None:
         raise ConfigError("all but the experts is the base's", where="base_model", fix="name it: base_model: PATH")
     base = model_name(config.base_model, "base_model")
     experts = read_experts(config.experts or [], config.gate_mode, config.experts_per_token)
     sources = [SourceSpec(model) for model in dict.fromkeys([base, *(one.model for one in experts)])]
-    recipe = Recipe("passthrough", (SliceSpec(tuple(sources)),))
+    recipe = Recipe("passthrough", (SliceSpec(tuple(sources)),), chat_template=config.chat_template)
     _check(config, recipe.models, output)
     dtype = dtype_of(config.out_dtype or config.dtype)
     planner = mixture_planner(experts, base, config.gate_mode, config.experts_per_token, dtype, config.seed)
-    values = expert_values(experts, base, config.gate_mode, config.experts_per_token)
+    values = dict(expert_values(experts, base, config.gate_mode, config.experts_per_token))
+    if config.chat_template is not None:
+        values["chat_template"] = config.chat_template
     with progress_bar(console) as show:
         report = merge_models(
             recipe,
