@@ -85,6 +85,8 @@ CASES = [
     (SftConfig, "--lora --qat w8a8 --lora_dropout 0.1", "which has no dropout"),
     (SftConfig, "--lora --qat_group_size 32", "qat_group_size is given, but has no effect without qat"),
     (MergeConfig, "--search grid", "nothing to judge merges by"),
+    (MergeConfig, "--search grid --evaluate x --search_range 1,0", "is no range"),
+    (MergeConfig, "--search grid --evaluate x --search_range 1", "is no range"),
     (MergeConfig, "--experts [{}] --adapter_rank 2", "neither searched nor judged"),
     (MergeConfig, "--experts [{}] --sparsify_type dare", "nothing is sparsified"),
     (MergeConfig, "--experts [{}] --merge_method ties", "experts are not merged"),

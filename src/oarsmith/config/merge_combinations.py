@@ -26,6 +26,12 @@ MERGE: tuple[Impossible[Any], ...] = (
     ),
     Impossible(
         MergeConfig,
+        lambda c: c.search != "none" and (len(c.search_range) != 2 or not c.search_range[0] < c.search_range[1]),
+        "{search_range} is no range",
+        "write two numbers: --search_range 0,1",
+    ),
+    Impossible(
+        MergeConfig,
         lambda c: bool(c.experts) and (c.search != "none" or bool(c.evaluate) or c.adapter_rank is not None),
         "a mixture of experts is neither searched nor judged, and is no adapter",
         "leave search, evaluate and adapter_rank out; oarsmith eval judges it",

@@ -42,16 +42,17 @@ def run(resolved: Resolved[MergeConfig]) -> int:
         idle = [flag for flag in idle_flags(recipe) if is_given(resolved.provenance[flag])]
         if idle:
             console.print(f"note:  {recipe.method} has no {', '.join(idle)}: without an effect")
+    base = None if config.adapter_rank is None else _base_of_adapter(recipe, files)
     judge = _judge(config)
     table: Table = []
     if judge is not None:
-        table = _inputs_judged(judge, files, console)
-        if config.search != "none":
+        if config.search != "none":  # first: it looks at the recipe before anything takes long
             from oarsmith.jobs.merge_search import choose_numbers
 
             recipe = choose_numbers(config, recipe, judge, options_of(config), output, console)
-    if config.adapter_rank is not None:
-        return _adapter(config, recipe, files, output, console, judge, table)
+        table = _inputs_judged(judge, files, console)
+    if base is not None:
+        return _adapter(config, recipe, base, output, console, judge, table)
 
     def card(folder: Path, found: Merged) -> None:
         if judge is not None:
@@ -167,10 +168,19 @@ def _mixture(config: MergeConfig, output: Path, console: Console) -> int:
     return 0
 
 
+def _base_of_adapter(recipe: Recipe, files: list[ModelFiles]) -> ModelFiles:
+    if recipe.base is None:
+        raise ConfigError("an adapter is put on a base model", where="base_model", fix="name it: base_model: PATH")
+    base = files[recipe.models.index(recipe.base)]
+    if base.adapter is not None or base.base.is_file():
+        raise ConfigError("the base of an adapter is a model directory", where="base_model", fix="name one")
+    return base
+
+
 def _adapter(
     config: MergeConfig,
     recipe: Recipe,
-    files: list[ModelFiles],
+    base: ModelFiles,
     output: Path,
     console: Console,
     judge: Judge | None,
@@ -179,11 +189,7 @@ def _adapter(
     """Merge in float32 beside the destination, and write what that adds to the base as an adapter."""
     from oarsmith.merge.extract_lora import extract_lora
 
-    if recipe.base is None or config.adapter_rank is None:
-        raise ConfigError("an adapter is put on a base model", where="base_model", fix="name it: base_model: PATH")
-    base = files[recipe.models.index(recipe.base)]
-    if base.adapter is not None or base.base.is_file():
-        raise ConfigError("the base of an adapter is a model directory", where="base_model", fix="name one")
+    assert config.adapter_rank is not None, "there is a base to put it on"
     exact = replace(recipe, out_dtype="float32", chat_template=None)
     with temporary_directory(output) as staged, progress_bar(console) as show:
         options = Options(options_of(config).num_processes, seed=config.seed, probe=False)
