@@ -16,9 +16,10 @@ from oarsmith._version import __version__
 from oarsmith.atomic import TEMPORARY_PREFIX, atomic_directory, atomic_write_text
 from oarsmith.checkpoint.convert import DTYPE_NAMES, copy_side_files
 from oarsmith.checkpoint.safetensors_stream import MAX_SHARD_BYTES, SAFETENSORS_DTYPES
+from oarsmith.checkpoint.source import open_source
 from oarsmith.checkpoint.verify import Digests, digest
 from oarsmith.errors import CheckpointError
-from oarsmith.merge.models import ADAPTER_WEIGHTS, MergeModel, ModelFiles, find_model, open_for_merge
+from oarsmith.merge.models import MergeModel, ModelFiles, find_model, open_for_merge
 from oarsmith.merge.plan import Plan, Planner
 from oarsmith.merge.recipe import Recipe
 from oarsmith.merge.registry import find_method, with_sparsifier
@@ -151,11 +152,11 @@ def _finish(
 ) -> Merged:
     reference = models[plan.reference]
     with atomic_directory(output) as folder:
-        _write_config(folder, plan, reference)
         notes = _side_files(recipe, folder, reference, models, vocabulary, options)
         for file in sorted(staging.iterdir()):
             if file.name != JOURNAL:
                 file.rename(folder / file.name)
+        _write_config(folder, plan)
         try:
             folders = [model.files for model in models]
             verified = verify(folder, _meant(plan, streamed), folders, progress, probe=options.probe)
@@ -195,7 +196,11 @@ def hash_of(digests: Mapping[str, str]) -> str:
 def _input(files: ModelFiles, digests: Mapping[str, str]) -> Input:
     adapter = None
     if files.adapter is not None:
-        adapter = hashlib.sha256((files.adapter / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
+        # Many files, of which a merge without adapters needs none.
+        from oarsmith.adapters.peft_layout import WEIGHTS
+        from oarsmith.training.checkpoint import file_hash
+
+        adapter = file_hash(files.adapter / WEIGHTS)
     return Input(files.reference, hash_of(digests), len(digests), adapter)
 
 
@@ -239,11 +244,11 @@ def _vocabulary(recipe: Recipe, files: Sequence[ModelFiles]) -> Vocabulary | Non
     return align_vocabularies(recipe.tokenizer, [one.reference for one in files], folders, recipe.base)
 
 
-def _write_config(folder: Path, plan: Plan, reference: MergeModel) -> None:
-    dtypes = [task.dtype for task in plan.tasks for _ in range(len(task.shape))]
-    most = max(set(dtypes), key=dtypes.count) if dtypes else reference.dtype
+def _write_config(folder: Path, plan: Plan) -> None:
+    """Beside the weights, whose dtype it names."""
     config: dict[str, Any] = dict(plan.config)
-    config["dtype" if "dtype" in config else "torch_dtype"] = DTYPE_NAMES[most]
+    with open_source(folder) as source:
+        config["dtype" if "dtype" in config else "torch_dtype"] = DTYPE_NAMES[source.stored_dtype()]
     atomic_write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
