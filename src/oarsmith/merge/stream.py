@@ -93,7 +93,7 @@ class Worker:
     def __init__(self, work: Work) -> None:
         self._work = work
         self._models: dict[int, MergeModel] = {}
-        self._aligning: dict[int, Tensor] = {}
+        self._aligning: dict[Source, Tensor] = {}
         self._merge = with_sparsifier(find_method(work.method), work.sparsify).merge
 
     def _model(self, index: int) -> MergeModel:
@@ -132,14 +132,15 @@ class Worker:
 
         def read(model: int) -> Tensor:
             # Rows of any model may stand in for those that another lacks.
-            if model not in self._aligning:
-                self._aligning[model] = self._model(model).read(source.name)
-            return self._aligning[model]
+            one = replace(source, model=model)
+            if one not in self._aligning:
+                self._aligning[one] = self._model(model).read(one.name)
+            return self._aligning[one]
 
         return self._work.vocabulary.align(source.model, read, source.name)
 
     def _inputs(self, task: TensorTask) -> Iterator[tuple[int, str, str]]:
-        used = {*task.sources, *([] if task.base is None else [task.base])}
+        used = {*task.sources, *([] if task.base is None else [task.base]), *self._aligning}
         for one in sorted(used, key=lambda source: source.model):
             yield one.model, one.name, self._models[one.model].digests[one.name]
 
