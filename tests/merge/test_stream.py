@@ -125,6 +125,18 @@ def test_what_was_written_is_held_to_the_plan(models, change, words):
         verify(models[0], meant, [], lambda *_: None, probe=False)
 
 
+def test_further_files(models, tmp_path):
+    """The merge's own are not replaced by those of an input, which is said."""
+    folder = tmp_path / "first"
+    shutil.copytree(models[0], folder)
+    (folder / "NOTES.md").write_text("notes")
+    values = recipe(folder, models[1], dtype="bfloat16")
+    report = merge(values, tmp_path / "out", copy_files=("NOTES.md", "config.json"), probe=False)
+    assert (tmp_path / "out/NOTES.md").read_text() == "notes"
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert ["config.json" in note for note in report.notes] == [True]
+
+
 def test_what_another_merge_left_is_not_taken(models, tmp_path):
     out = tmp_path / "out"
     staging_of(out).mkdir()

@@ -29,6 +29,8 @@ from oarsmith.merge.verify import Verified, verify
 from oarsmith.merge.vocabulary import Vocabulary, align_vocabularies, write_tokenizer
 from oarsmith.text import load_tokenizer
 
+_WRITTEN = ("config.json", "README.md")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -294,5 +296,8 @@ def _side_files(
         made.save(folder)
         notes += [note] if note else []
     for name in options.copy_files:
-        shutil.copyfile(home / name, folder / name)
+        if name in _WRITTEN or name.endswith(".safetensors"):
+            notes.append(f"{name} is the merge's own, and that of {reference.reference} is not copied")
+        else:
+            shutil.copyfile(home / name, folder / name)
     return notes
