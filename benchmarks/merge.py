@@ -3,10 +3,12 @@
     python benchmarks/merge.py --model SmolLM2-135M [--peer MERGEKIT/bin/mergekit-yaml] [--large 1.0]
 
 Two models are made of the given one by adding noise to every tensor; it is their base. Every merge is a process of its
-own, bf16 in and out, answers not compared, files in the page cache. Seconds are wall time of the whole process,
-start-up included; ``start`` is the same process asked for its help. Memory is the largest resident set of a process,
-and for ours, which has several, also of all of them together (pages that they share counted once each). ``--large``:
-also a pair of that many gigabytes, of layers like the model's, by ours alone.
+own, bf16 in and out, answers not compared (the peer does not), files in the page cache. Seconds are wall time of the
+whole process, start-up included (ours is told by itself: a process that imports what a merge does): the median of
+``--runs`` rounds, in which the two tools take turns at being first. No limit on threads is passed on, so both have all
+cores. Memory is the largest resident set of a process in any round, and for ours, which has several, also of all of
+them together (pages that they share counted once each). ``--large``: also a pair of that many gigabytes, of layers like
+the model's, by ours alone.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -47,6 +50,8 @@ OWN: dict[str, dict[str, Any]] = {
 }
 SHARED = {"slerp": {"t": 0.4}, "sce": {"select_topk": 0.5}, "nearswap": {"t": 0.001}}
 WITHOUT_BASE = ("linear", "multislerp", "karcher", "nuslerp")
+# A command, and its words behind the recipe and the destination.
+Tool = tuple[list[str], list[str]]
 ONE_MODEL = ("nearswap", "arcee_fusion")
 
 
@@ -149,9 +154,27 @@ def merged(tool: list[str], words: list[str], values: dict[str, Any], folder: Pa
     file, out = folder / "recipe.yaml", folder / "out"
     file.write_text(yaml.safe_dump(values), encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
-    found = timed([*tool, str(file), str(out), *words], dict(os.environ))
+    found = timed([*tool, str(file), str(out), *words], unlimited())
     shutil.rmtree(out)
     return found
+
+
+def unlimited() -> dict[str, str]:
+    """The environment without limits on threads: ours has processes instead, which they would not bind."""
+    return {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+
+
+def in_turns(tools: list[Tool], rounds: int, values: dict[str, Any], folder: Path) -> list[tuple[float, float, float]]:
+    """Median seconds and peak megabytes of each tool."""
+    found: list[list[tuple[float, float, float]]] = [[] for _ in tools]
+    for turn in range(rounds):
+        for place in range(len(tools)):
+            index = (turn + place) % len(tools)
+            found[index].append(merged(*tools[index], values, folder))
+    return [
+        (statistics.median(one[0] for one in runs), max(one[1] for one in runs), max(one[2] for one in runs))
+        for runs in found
+    ]
 
 
 def main() -> None:
@@ -161,27 +184,27 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help="mergekit-yaml of an environment of its own")
     parser.add_argument("--methods", nargs="*", default=list(OWN))
     parser.add_argument("--large", type=float, default=0.0, help="gigabytes of the large pair")
+    parser.add_argument("--runs", type=int, default=3, help="rounds of which the median is told")
     options = parser.parse_args()
-    ours = [sys.executable, "-m", "oarsmith", "merge"]
+    tools: list[Tool] = [([sys.executable, "-m", "oarsmith", "merge"], ["--probe", "false"])]
+    if options.peer is not None:
+        tools.append(([str(options.peer)], []))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models = variants(options.model, folder / "small")
-        start = timed([sys.executable, "-c", "import oarsmith.jobs.merge"], dict(os.environ))[0]
+        imports = [sys.executable, "-c", "import oarsmith.jobs.merge"]
+        start = statistics.median(timed(imports, unlimited())[0] for _ in range(options.runs))
         print(f"start-up (everything imported): {start:.1f} s")
         print("| method | ours s | MB a process | MB in all | mergekit s | MB |\n| --- | --- | --- | --- | --- | --- |")
         for method in options.methods:
-            values = recipe(method, models)
-            seconds, alone, together = merged(ours, ["--probe", "false"], values, folder)
-            peer = ""
-            if options.peer is not None:
-                theirs = merged([str(options.peer)], [], values, folder)
-                peer = f"{theirs[0]:.1f} | {theirs[1]:,.0f}"
-            print(f"| {method} | {seconds:.1f} | {alone:,.0f} | {together:,.0f} | {peer or ' | '} |", flush=True)
+            (seconds, alone, together), *theirs = in_turns(tools, options.runs, recipe(method, models), folder)
+            peer = f"{theirs[0][0]:.1f} | {theirs[0][1]:,.0f}" if theirs else " | "
+            print(f"| {method} | {seconds:.1f} | {alone:,.0f} | {together:,.0f} | {peer} |", flush=True)
         if options.large:
-            large(options, folder, ours)
+            large(options, folder, tools[0])
 
 
-def large(options: argparse.Namespace, folder: Path, ours: list[str]) -> None:
+def large(options: argparse.Namespace, folder: Path, ours: Tool) -> None:
     """The same on a pair of more layers: memory must not grow with the model."""
     size = (options.model / "model.safetensors").stat().st_size
     config = json.loads((options.model / "config.json").read_text(encoding="utf-8"))
@@ -192,7 +215,7 @@ def large(options: argparse.Namespace, folder: Path, ours: list[str]) -> None:
     print(f"\na pair of {bytes_of / 1e9:.2f} GB ({layers} layers)\n| method | s | MB a process | MB in all |")
     print("| --- | --- | --- | --- |")
     for method in ("linear", "ties", "della", "sce"):
-        seconds, alone, together = merged(ours, ["--probe", "false"], recipe(method, models), folder)
+        ((seconds, alone, together),) = in_turns([ours], options.runs, recipe(method, models), folder)
         print(f"| {method} | {seconds:.1f} | {alone:,.0f} | {together:,.0f} |", flush=True)
 
 

@@ -72,7 +72,8 @@ CASES = [
     (MergeConfig, "--adapter_tolerance 0.1", "--adapter_rank 4"),
     (
         MergeConfig,
-        "--adapter_rank 4 --copy_file_list x --chat_template auto --max_shard_gb 2 --probe false",
+        "--adapter_rank 4 --copy_file_list x --chat_template auto --max_shard_gb 2 --probe false "
+        "--dtype bf16 --out_dtype bf16",
         "",
     ),
 ]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from oarsmith.errors import ModelError
+from oarsmith.errors import ConfigError, ModelError
 from oarsmith.merge.flags import Flags, recipe_of_flags
 from oarsmith.merge.job import TensorJob, blocks
 from oarsmith.merge.registry import METHODS, find_method, with_sparsifier
@@ -97,6 +97,14 @@ def test_bf16_is_rounded_once():
     job = TensorJob("w", None, rounded, own, {"normalize": True}, torch.bfloat16)
     expected = (models[0].bfloat16().double() + models[1].bfloat16().double()) / 2
     assert torch.equal(find_method("linear").merge(job), expected.bfloat16())
+
+
+@pytest.mark.parametrize("name", ["rescale_by", "magnitude_ranks", "trim_by"])
+def test_words_that_a_parameter_does_not_have(name):
+    base, models = tensors(2)
+    sparsify = {"magnitude_ranks": "magprune", "trim_by": "trim"}.get(name, "dare")
+    with pytest.raises(ConfigError, match=f"{name} = 'densty': must be"):
+        run("task_arithmetic", base, models, {name: "densty"}, [{"weight": 1.0}] * 2, sparsify)
 
 
 def test_weights_that_cancel():

@@ -55,6 +55,17 @@ def test_a_mixture(models, tmp_path, gate):
     assert torch.isfinite(oarsmith.load_model(out)(torch.arange(6)[None])).all()
 
 
+def test_a_mixture_with_a_template(models, tmp_path, capsys):
+    experts = [{"source_model": str(models[0]), "positive_prompts": [text]} for text in ("a", "b")]
+    values = {"base_model": str(models[0]), "experts": experts, "chat_template": "{{ messages[0].content }}!"}
+    recipe, out = write_recipe(tmp_path / "r.yaml", values), tmp_path / "out"
+    assert cli.main(["merge", recipe, str(out), "--probe", "false"]) == 0
+    assert oarsmith.load_tokenizer(out).apply_chat_template([{"role": "user", "content": "hello"}]) == "hello!"
+    assert yaml.safe_load((out / "merge_recipe.yaml").read_text())["chat_template"] == values["chat_template"]
+    assert cli.main(["merge", recipe, str(tmp_path / "no"), "--lora_model_path", "x"]) == 2
+    assert "made of experts alone" in capsys.readouterr().err
+
+
 def test_experts_that_are_the_base_are_the_base(models, tmp_path):
     """With equal experts, whichever are chosen, the mixture answers as the dense model."""
     experts = [{"source_model": str(models[0]), "positive_prompts": [text]} for text in ("a", "b", "c")]
@@ -209,6 +220,19 @@ def test_paddlenlps_command_line(models, tmp_path, capsys):
     assert "split_pieces" in capsys.readouterr().err
     lineage = json.loads((out / "merge_lineage.json").read_text())
     assert [len(one["sha256"]) for one in lineage["inputs"]] == [64] * 3
+
+
+def test_flags_and_parameters_without_an_effect_are_told(models, tmp_path, capsys):
+    paths = ["--model_path_list", *map(str, models[:2]), "--probe", "false"]
+    assert cli.main(["merge", *paths, "--output_path", str(tmp_path / "one")]) == 0
+    assert "without an effect" not in capsys.readouterr().out  # nobody gave any
+    words = [*paths, "--reserve_p", "0.5", "--normalize", "false", "--ties_elect_type", "count"]
+    assert cli.main(["merge", *words, "--output_path", str(tmp_path / "two")]) == 0
+    assert "linear has no reserve_p, ties_elect_type: without an effect" in capsys.readouterr().out
+    entry = {"model": str(models[1]), "parameters": {"weight": 1, "density": 0.5}}
+    values = {"merge_method": "task_arithmetic", "base_model": str(models[0]), "models": [entry]}
+    assert cli.main(["merge", write_recipe(tmp_path / "r.yaml", values), str(tmp_path / "three")]) == 0
+    assert "task_arithmetic has no density: without an effect" in capsys.readouterr().out
 
 
 def test_an_adapter_by_flags(models, tmp_path):

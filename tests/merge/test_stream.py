@@ -18,9 +18,11 @@ from oarsmith import cli
 from oarsmith.adapters.peft_layout import write_adapter
 from oarsmith.checkpoint.convert import convert_directory
 from oarsmith.checkpoint.gguf.write import write_gguf
+from oarsmith.checkpoint.verify import Digests
 from oarsmith.errors import CheckpointError, OarsmithError
 from oarsmith.merge.recipe import read_recipe
 from oarsmith.merge.run import Options, merge_models, staging_of
+from oarsmith.merge.verify import verify
 from tiny import environment, tiny_decoder, write_tiny_model
 
 
@@ -103,6 +105,36 @@ def test_killed_and_gone_on(models, tmp_path):
     assert report.kept == kept > 3 and not staging_of(out).exists()
     merge(recipe(models[0], models[1]), tmp_path / "whole")
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda code, shape, known: ("F16", shape, known), "not F16"),
+        (lambda code, shape, known: (code, (shape[0] + 1,), known), r"not F32 \(33,\)"),
+        (lambda code, shape, known: (code, shape, "0" * 64), "other values"),
+    ],
+)
+def test_what_was_written_is_held_to_the_plan(models, change, words):
+    meant = Digests()
+    for name, tensor in weights(models[0]).items():
+        meant.add(name, tensor)
+    assert verify(models[0], meant, [], lambda *_: None, probe=False).known
+    meant.known["model.norm.weight"] = change(*meant.known["model.norm.weight"])
+    with pytest.raises(CheckpointError, match=words):
+        verify(models[0], meant, [], lambda *_: None, probe=False)
+
+
+def test_further_files(models, tmp_path):
+    """The merge's own are not replaced by those of an input, which is said."""
+    folder = tmp_path / "first"
+    shutil.copytree(models[0], folder)
+    (folder / "NOTES.md").write_text("notes")
+    values = recipe(folder, models[1], dtype="bfloat16")
+    report = merge(values, tmp_path / "out", copy_files=("NOTES.md", "config.json"), probe=False)
+    assert (tmp_path / "out/NOTES.md").read_text() == "notes"
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert ["config.json" in note for note in report.notes] == [True]
 
 
 def test_what_another_merge_left_is_not_taken(models, tmp_path):
@@ -226,6 +258,16 @@ def test_what_does_not_fit_is_refused(models, tmp_path, change, config, words):
         merge(recipe(models[0], folder), tmp_path / "out")
     assert words in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_of_more_layers_is_not_cut(models, tmp_path):
+    base = write_tiny_model(tmp_path / "base", num_hidden_layers=3)
+    with pytest.raises(OarsmithError, match="different numbers of layers: 2, 2, 3"):
+        merge(recipe(models[0], models[1], method="task_arithmetic", base_model=str(base)), tmp_path / "out")
+    sources = [{"model": str(models[0]), "layer_range": [0, 2], "parameters": {"weight": 1.0}}]
+    slices = {"merge_method": "task_arithmetic", "base_model": str(base), "slices": [{"sources": sources}]}
+    merge(slices, tmp_path / "chosen")
+    assert json.loads((tmp_path / "chosen/config.json").read_text())["num_hidden_layers"] == 2
 
 
 def test_a_tied_head_beside_one_of_its_own(tmp_path):

@@ -96,6 +96,15 @@ def test_single_tokens(models, tmp_path):
     torch.testing.assert_close(found[first + 1], load_file(b / "model.safetensors")[EMBEDDING][5])
 
 
+def test_models_that_only_lend_rows_are_in_the_lineage(models, tmp_path):
+    base, a, b = models
+    tokens = {"<|a|>": {"source": {"kind": "model_token", "model": str(base), "token_id": 5}, "force": True}}
+    report, found = merged((None, b, a), tmp_path / "out", tokens=tokens)
+    torch.testing.assert_close(found[-1], load_file(base / "model.safetensors")[EMBEDDING][5])
+    lender = next(one for one in report.inputs if one.reference == str(base))
+    assert lender.num_tensors == 2  # embedding and head
+
+
 def test_base_and_path(models, tmp_path):
     base, a, b = models
     entries = [{"model": str(model), "parameters": {"weight": 1.0}} for model in (a, b)]

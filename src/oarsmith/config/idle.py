@@ -53,7 +53,7 @@ IDLE: tuple[Idle[Any], ...] = (
     Idle(MergeConfig, ("adapter_tolerance",), lambda c: c.adapter_rank is None, "a model is written"),
     Idle(
         MergeConfig,
-        ("copy_file_list", "chat_template", "max_shard_gb", "probe"),
+        ("copy_file_list", "chat_template", "max_shard_gb", "probe", "dtype", "out_dtype"),
         lambda c: c.adapter_rank is not None,
         "an adapter is written",
     ),

@@ -26,6 +26,12 @@ MERGE: tuple[Impossible[Any], ...] = (
     ),
     Impossible(
         MergeConfig,
+        lambda c: c.search != "none" and (len(c.search_range) != 2 or not c.search_range[0] < c.search_range[1]),
+        "{search_range} is no range",
+        "write two numbers: --search_range 0,1",
+    ),
+    Impossible(
+        MergeConfig,
         lambda c: bool(c.experts) and (c.search != "none" or bool(c.evaluate) or c.adapter_rank is not None),
         "a mixture of experts is neither searched nor judged, and is no adapter",
         "leave search, evaluate and adapter_rank out; oarsmith eval judges it",
@@ -35,6 +41,18 @@ MERGE: tuple[Impossible[Any], ...] = (
         lambda c: bool(c.experts) and c.sparsify_type is not None,
         "experts are taken as they are; nothing is sparsified",
         "leave sparsify_type out, or make the experts by merges of their own",
+    ),
+    Impossible(
+        MergeConfig,
+        lambda c: bool(c.experts) and (c.merge_method is not None or c.parameters is not None),
+        "experts are not merged, so merge_method and parameters say nothing",
+        "leave them out",
+    ),
+    Impossible(
+        MergeConfig,
+        lambda c: bool(c.experts) and (c.tokenizer is not None or c.tokenizer_source is not None),
+        "a mixture has its base's vocabulary",
+        "leave tokenizer and tokenizer_source out",
     ),
     Impossible(
         MergeConfig,

@@ -11,12 +11,13 @@ from rich.console import Console
 
 from oarsmith.atomic import atomic_write_text, temporary_directory
 from oarsmith.config.merge import MergeConfig, RecipeKeys
-from oarsmith.config.resolved import Resolved
+from oarsmith.config.merge_combinations import by_flags
+from oarsmith.config.resolved import Resolved, is_given
 from oarsmith.errors import ConfigError
 from oarsmith.jobs.console import make_console
 from oarsmith.jobs.outputs import check_destination, describe, progress_bar
 from oarsmith.merge.card import RECIPE, recipe_text, write_card
-from oarsmith.merge.flags import Flags, recipe_of_flags
+from oarsmith.merge.flags import Flags, idle_flags, recipe_of_flags
 from oarsmith.merge.models import ModelFiles, find_model
 from oarsmith.merge.plan import dtype_of
 from oarsmith.merge.recipe import Recipe, SliceSpec, SourceSpec, model_name, read_recipe, read_tokenizer, recipe_values
@@ -37,16 +38,21 @@ def run(resolved: Resolved[MergeConfig]) -> int:
         return _mixture(config, output, console)
     recipe = recipe_of(config)
     files = _check(config, recipe.models, output)
+    if by_flags(config):
+        idle = [flag for flag in idle_flags(recipe) if is_given(resolved.provenance[flag])]
+        if idle:
+            console.print(f"note:  {recipe.method} has no {', '.join(idle)}: without an effect")
+    base = None if config.adapter_rank is None else _base_of_adapter(recipe, files)
     judge = _judge(config)
     table: Table = []
     if judge is not None:
-        table = _inputs_judged(judge, files, console)
-        if config.search != "none":
+        if config.search != "none":  # first: it looks at the recipe before anything takes long
             from oarsmith.jobs.merge_search import choose_numbers
 
             recipe = choose_numbers(config, recipe, judge, options_of(config), output, console)
-    if config.adapter_rank is not None:
-        return _adapter(config, recipe, files, output, console, judge, table)
+        table = _inputs_judged(judge, files, console)
+    if base is not None:
+        return _adapter(config, recipe, base, output, console, judge, table)
 
     def card(folder: Path, found: Merged) -> None:
         if judge is not None:
@@ -134,18 +140,20 @@ def _merged(config: MergeConfig, recipe: Recipe, output: Path, console: Console,
 def _mixture(config: MergeConfig, output: Path, console: Console) -> int:
     from oarsmith.merge.mixture import expert_values, mixture_planner, read_experts
 
-    if config.models or config.slices or config.modules or config.model_path_list:
+    if config.models or config.slices or config.modules or by_flags(config):
         raise ConfigError("a mixture is made of experts alone", where="experts", fix="remove the other models")
     if config.base_model is None:
         raise ConfigError("all but the experts is the base's", where="base_model", fix="name it: base_model: PATH")
     base = model_name(config.base_model, "base_model")
     experts = read_experts(config.experts or [], config.gate_mode, config.experts_per_token)
     sources = [SourceSpec(model) for model in dict.fromkeys([base, *(one.model for one in experts)])]
-    recipe = Recipe("passthrough", (SliceSpec(tuple(sources)),))
+    recipe = Recipe("passthrough", (SliceSpec(tuple(sources)),), chat_template=config.chat_template)
     _check(config, recipe.models, output)
     dtype = dtype_of(config.out_dtype or config.dtype)
     planner = mixture_planner(experts, base, config.gate_mode, config.experts_per_token, dtype, config.seed)
-    values = expert_values(experts, base, config.gate_mode, config.experts_per_token)
+    values = dict(expert_values(experts, base, config.gate_mode, config.experts_per_token))
+    if config.chat_template is not None:
+        values["chat_template"] = config.chat_template
     with progress_bar(console) as show:
         report = merge_models(
             recipe,
@@ -160,10 +168,19 @@ def _mixture(config: MergeConfig, output: Path, console: Console) -> int:
     return 0
 
 
+def _base_of_adapter(recipe: Recipe, files: list[ModelFiles]) -> ModelFiles:
+    if recipe.base is None:
+        raise ConfigError("an adapter is put on a base model", where="base_model", fix="name it: base_model: PATH")
+    base = files[recipe.models.index(recipe.base)]
+    if base.adapter is not None or base.base.is_file():
+        raise ConfigError("the base of an adapter is a model directory", where="base_model", fix="name one")
+    return base
+
+
 def _adapter(
     config: MergeConfig,
     recipe: Recipe,
-    files: list[ModelFiles],
+    base: ModelFiles,
     output: Path,
     console: Console,
     judge: Judge | None,
@@ -172,11 +189,7 @@ def _adapter(
     """Merge in float32 beside the destination, and write what that adds to the base as an adapter."""
     from oarsmith.merge.extract_lora import extract_lora
 
-    if recipe.base is None or config.adapter_rank is None:
-        raise ConfigError("an adapter is put on a base model", where="base_model", fix="name it: base_model: PATH")
-    base = files[recipe.models.index(recipe.base)]
-    if base.adapter is not None or base.base.is_file():
-        raise ConfigError("the base of an adapter is a model directory", where="base_model", fix="name one")
+    assert config.adapter_rank is not None, "there is a base to put it on"
     exact = replace(recipe, out_dtype="float32", chat_template=None)
     with temporary_directory(output) as staged, progress_bar(console) as show:
         options = Options(options_of(config).num_processes, seed=config.seed, probe=False)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from oarsmith.atomic import temporary_directory
 from oarsmith.config.merge import MergeConfig
-from oarsmith.errors import ConfigError, ModelError
+from oarsmith.errors import ModelError
 from oarsmith.jobs.row_progress import RowProgress
 from oarsmith.merge.judge import Judge, total_loss
 from oarsmith.merge.recipe import Recipe
@@ -29,8 +29,6 @@ def choose_numbers(
     Raises:
         OarsmithError: nothing to choose, too many combinations, no merge that can be made.
     """
-    if len(config.search_range) != 2 or not config.search_range[0] < config.search_range[1]:
-        raise ConfigError(f"{config.search_range} is no range", where="search_range", fix="write two numbers: 0,1")
     low, high = config.search_range
     chosen = knobs(recipe, config.search_over, config.search_groups)
     quick = replace(options, probe=False, copy_files=())

@@ -6,7 +6,7 @@ Model Breadcrumbs (Davari and Belilovsky 2023) are choices of the two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -145,11 +145,8 @@ class _Mix:
         return total
 
     def _elected(self, deltas: list[Tensor]) -> Tensor:
-        vote = torch.zeros_like(deltas[0])
-        for delta in deltas:
-            vote.add_(delta if self._elect == "sum" else delta.sign())
-        sign = torch.ones_like(vote).copysign_(vote)
-        total, divisor = torch.zeros_like(vote), torch.zeros_like(vote)
+        sign = _elected_sign(deltas if self._elect == "sum" else (delta.sign() for delta in deltas), deltas[0])
+        total, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
         for delta, weight in zip(deltas, self._weights, strict=True):
             agreeing = delta.mul_(sign).clamp_min_(0)
             total.add_(agreeing)
@@ -163,6 +160,14 @@ class _Mix:
                 divisor.masked_fill_(divisor.abs() < _LEAST_DIVISOR, 1.0)
             total.div_(divisor)
         return total
+
+
+def _elected_sign(votes: Iterable[Tensor], like: Tensor) -> Tensor:
+    """+1 or -1, the sign of the sum (0: +)."""
+    total = torch.zeros_like(like)
+    for vote in votes:
+        total.add_(vote)
+    return torch.ones_like(total).copysign_(total)
 
 
 def sce(job: TensorJob) -> Tensor:
@@ -183,11 +188,8 @@ def sce(job: TensorJob) -> Tensor:
 
     def block(part: slice) -> Tensor:
         deltas = [delta(index, part) for index in range(count)]
-        vote = deltas[0].clone()
-        for other in deltas[1:]:
-            vote.add_(other)
-        sign = torch.ones_like(vote).copysign_(vote)
-        mixed, divisor = torch.zeros_like(vote), torch.zeros_like(vote)
+        sign = _elected_sign(deltas, deltas[0])
+        mixed, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
         for one, factor in zip(deltas, factors, strict=True):
             agreeing = one.mul_(sign).clamp_min_(0)
             mixed.add_(agreeing, alpha=factor)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from oarsmith.errors import ConfigError
-from oarsmith.merge.parameters import Setting
+from oarsmith.merge.parameters import Setting, Settings
 from oarsmith.merge.recipe import Recipe, SliceSpec, SourceSpec
+from oarsmith.merge.registry import find_method, with_sparsifier
 
 # merge_method -> sparsify_type, merge_type
 _METHODS: dict[str, tuple[str, str]] = {
@@ -18,6 +19,17 @@ _METHODS: dict[str, tuple[str, str]] = {
     "della_linear": ("magprune", "linear"),
     "dare_linear": ("dare", "linear"),
     "dare_ties": ("dare", "ties"),
+}
+# flag -> the parameter of a method that it is
+_PARAMETERS = {
+    "weight_list": "weight",
+    "normalize": "normalize",
+    "reserve_p": "density",
+    "rescale": "rescale",
+    "epsilon": "epsilon",
+    "slerp_alpha": "t",
+    "slerp_normalize_eps": "normalize_eps",
+    "slerp_dot_threshold": "dot_threshold",
 }
 
 
@@ -60,30 +72,45 @@ def recipe_of_flags(flags: Flags) -> Recipe:
             where="base_model_path",
             fix="name the model they were trained from: --base_model_path PATH",
         )
+    if merge == "slerp":
+        method = "slerp" if flags.base is None else "slerp_deltas"
+    elif flags.base is None:
+        method = "linear"
+    else:
+        method = "linear_deltas" if merge == "linear" else f"ties_{flags.ties_elect_type}"
+    known = _known(method, sparsify)
     shared: dict[str, Setting] = {
         "normalize": flags.normalize,
         "rescale": flags.rescale,
         "rescale_by": "density",
         "trim_by": "quantile",
         "magnitude_ranks": "tensor",
+        "t": flags.slerp_alpha,
+        "normalize_eps": flags.slerp_normalize_eps,
+        "dot_threshold": flags.slerp_dot_threshold,
     }
     own: dict[str, Setting] = {"density": flags.reserve_p, "epsilon": flags.epsilon}
-    if merge == "slerp":
-        shared |= {
-            "t": flags.slerp_alpha,
-            "normalize_eps": flags.slerp_normalize_eps,
-            "dot_threshold": flags.slerp_dot_threshold,
-        }
-        method = "slerp" if flags.base is None else "slerp_deltas"
-    elif flags.base is None:
-        method = "linear"
-    else:
-        method = "linear_deltas" if merge == "linear" else f"ties_{flags.ties_elect_type}"
     sources = tuple(
-        SourceSpec(path, None, {**own, "weight": weight}) for path, weight in zip(flags.models, weights, strict=True)
+        SourceSpec(path, None, _of(known, {**own, "weight": weight}))
+        for path, weight in zip(flags.models, weights, strict=True)
     )
     base = flags.models[0] if method == "slerp" else flags.base
-    return Recipe(method, (SliceSpec(sources),), base, (shared,), flags.dtype, sparsify=sparsify)
+    return Recipe(method, (SliceSpec(sources),), base, (_of(known, shared),), flags.dtype, sparsify=sparsify)
+
+
+def idle_flags(recipe: Recipe) -> tuple[str, ...]:
+    """Flags that say nothing to the method that `recipe_of_flags` has chosen."""
+    known = _known(recipe.method, recipe.sparsify)
+    found = [flag for flag, parameter in _PARAMETERS.items() if parameter not in known]
+    return (*found, *([] if recipe.method.startswith("ties_") else ["ties_elect_type"]))
+
+
+def _known(method: str, sparsify: str) -> frozenset[str]:
+    return frozenset(one.name for one in with_sparsifier(find_method(method), sparsify).parameters)
+
+
+def _of(known: Collection[str], settings: Settings) -> Settings:
+    return {name: setting for name, setting in settings.items() if name in known}
 
 
 def _kinds(flags: Flags) -> tuple[str, str]:

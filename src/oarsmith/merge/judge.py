@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -56,6 +56,8 @@ class Judge:
     files: tuple[str, ...]
     rows: int
     length: int
+    # By file and tokenizer: a search judges many models that have one tokenizer.
+    _read: dict[tuple[str, str], Judged] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def score(self, path: Path, adapter: Path | None = None) -> tuple[Score, ...]:
         """A model on every file, with its own tokenizer.
@@ -68,6 +70,12 @@ class Judge:
         return tuple(self._judged(file, tokenizer)(model) for file in self.files)
 
     def _judged(self, file: str, tokenizer: Tokenizer) -> Judged:
+        key = file, tokenizer.fingerprint
+        if key not in self._read:
+            self._read[key] = self._judge_of(file, tokenizer)
+        return self._read[key]
+
+    def _judge_of(self, file: str, tokenizer: Tokenizer) -> Judged:
         if Path(file).suffix.lower() in _TEXTS:
             return self._text(file, tokenizer)
         first = next(iter(read_records(file, None)), None)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -177,10 +176,7 @@ def _embeddings(home: MergeModel, num_layers: int) -> Callable[[list[int]], Tens
 
 def _states(home: MergeModel) -> Callable[[list[int]], Tensor]:
     """From ids to what the last of them brings into each layer, [L, D]."""
-    if home.files.adapter is not None:
-        model = load_model(home.files.base, adapter=home.files.adapter)
-    else:
-        model = load_model(Path(home.files.base))
+    model = load_model(home.files.base, adapter=home.files.adapter)
     caught: dict[int, Tensor] = {}
 
     def catch(index: int) -> Callable[..., None]:

@@ -30,7 +30,6 @@ from oarsmith.models.spec import DecoderSpec
 if TYPE_CHECKING:
     from oarsmith.merge.overlay import AdapterOverlay
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _LAYER = re.compile(r"(?<![\w])(\d+)(?=\.)")
 
 

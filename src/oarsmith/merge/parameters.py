@@ -7,7 +7,7 @@ list of anchors that layers interpolate between, or a list of ``{filter, value}`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +121,7 @@ class Parameter:
         default: None: it must be given.
         per_model: each model may have its own.
         least, most: bounds, inclusive.
+        words: those that it can be, where it is a word.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Parameter:
     per_model: bool = False
     least: float = -math.inf
     most: float = math.inf
+    words: tuple[str, ...] = ()
 
     def checked(self, value: Value | None, where: str) -> Value:
         """The value in its kind; the default where there is none.
@@ -145,7 +147,10 @@ class Parameter:
                 return bool(value)
             raise ConfigError(f"{self.name} = {value!r}: must be true or false", where=where, fix="correct it")
         if self.kind is str:
-            return str(value)
+            if value not in self.words:
+                wanted = " or ".join(self.words)
+                raise ConfigError(f"{self.name} = {value!r}: must be {wanted}", where=where, fix="correct it")
+            return value
         if isinstance(value, str):
             value = _number(value)
         if isinstance(value, (bool, str)) or (self.kind is int and int(value) != value):
@@ -166,7 +171,7 @@ def _number(word: str) -> Value:
     return found if math.isfinite(found) else word
 
 
-def look_up(layers: Sequence[Settings] | Iterable[Settings], parameter: str, name: str, place: float) -> Value | None:
+def look_up(layers: Iterable[Settings], parameter: str, name: str, place: float) -> Value | None:
     """What the first of some settings that has an answer says of a tensor.
 
     Args:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -136,9 +136,9 @@ class Planner:
         name = spec.base or self._recipe.base
         base = None if name is None else self._number[name]
         if base is not None and base not in models:
-            start = starts[0] if spec.sources[0].layers is not None else 0
-            layers.append(min(layers[0], self._models[base].num_layers - start))
-            base_start = start
+            # Of a slice the same layers, as far as it has them; else all that it has.
+            base_start, count = starts[0], self._models[base].num_layers
+            layers.append(count if spec.sources[0].layers is None else min(layers[0], count - base_start))
         else:
             base_start = 0 if base is None else starts[models.index(base)]
         if len(set(layers)) != 1:
@@ -154,7 +154,7 @@ class Planner:
         method = self._method
         models = [(index, start) for index, start in zip(one.models, one.starts, strict=True)]
         if method.base == "none":
-            one = _Slice(one.spec, one.models, one.starts, one.num_layers, None, 0)
+            one = replace(one, base=None, base_start=0)
         elif one.base is not None:
             models = [pair for pair in models if pair[0] != one.base]
         elif method.base in ("required", "one of them"):
@@ -172,8 +172,7 @@ class Planner:
                 where=where,
                 fix="change the models, or the method",
             )
-        indices, starts = tuple(pair[0] for pair in models), tuple(pair[1] for pair in models)
-        return _Slice(one.spec, indices, starts, one.num_layers, one.base, one.base_start)
+        return replace(one, models=tuple(pair[0] for pair in models), starts=tuple(pair[1] for pair in models))
 
     def _tasks(self, slices: Sequence[_Slice]) -> Iterator[list[TensorTask]]:
         yield [task for one in slices[:1] for task in self._outside(one, last=False)]
@@ -214,9 +213,7 @@ class Planner:
     def _require_same(self, index: int, names: set[str], other: int, theirs: set[str]) -> None:
         model = self._models[other]
         missing = sorted(name for name in names - theirs if name not in model.tied)
-        surplus = sorted(name for name in theirs - names if name not in self._models[index].tied)
-        if self._models[index].tied.keys() & (theirs - names):
-            surplus = sorted(theirs - names)
+        surplus = sorted(theirs - names)
         if missing or surplus:
             name = (missing or surplus)[0]
             have, lack = (self._models[index], model) if missing else (model, self._models[index])
@@ -318,7 +315,7 @@ class Planner:
                     fix="merge models of one size",
                 )
             wanted = info.dtype if self._dtype is not None else task.dtype
-            yield TensorTask(name, task.shape, wanted, task.sources, task.base, task.own, task.shared, task.vocabulary)
+            yield replace(task, dtype=wanted)
 
     def _idle(self) -> tuple[str, ...]:
         """Parameters of other methods; unknown ones are refused."""

@@ -47,10 +47,6 @@ class Method:
     most: int | None
     parameters: tuple[Parameter, ...] = ()
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(one.name for one in self.parameters)
-
 
 _WEIGHT = Parameter("weight", float, per_model=True)
 _DENSITY = Parameter("density", float, 1.0, per_model=True, least=0, most=1)
@@ -58,31 +54,27 @@ _INT8_MASK = Parameter("int8_mask", bool, False)  # a smaller mask in mergekit; 
 _LAMBDA = Parameter("lambda", float, 1.0)
 _EPSILON = Parameter("epsilon", float, 0.15, per_model=True, least=0, most=1)
 _GAMMA = Parameter("gamma", float, 0.01, per_model=True, least=0, most=1)
-_RESCALE_BY = Parameter("rescale_by", str, "l1")
-_RANKS = Parameter("magnitude_ranks", str, "row")
-_TRIM_BY = Parameter("trim_by", str, "count")
+_RESCALE_BY = Parameter("rescale_by", str, "l1", words=("l1", "density"))
+_RANKS = Parameter("magnitude_ranks", str, "row", words=("row", "tensor"))
+_TRIM_BY = Parameter("trim_by", str, "count", words=("count", "quantile"))
 _OUTLIERS = Parameter("drop_without_outliers", bool, False)
 _THRESHOLD = Parameter("dot_threshold", float, 0.9995, least=0, most=1)
 _NORMALIZE_EPS = Parameter("normalize_eps", float, 1e-8, least=0)
 
 
-def _arithmetic(name: str, kind: Kind, elect: Elect, *, normalize: bool, rescale: bool) -> Method:
-    extra: tuple[Parameter, ...] = ()
-    if kind == "magnitude_drop":
-        extra = (_EPSILON, _RANKS)
-    elif kind == "breadcrumbs":
-        extra = (_GAMMA, _OUTLIERS)
-    elif kind == "magnitude":
-        extra = (_TRIM_BY,)
-    shared = (Parameter("normalize", bool, normalize), _LAMBDA, Parameter("rescale", bool, rescale), _RESCALE_BY)
-    return Method(
-        name,
-        arithmetic(kind, elect),
-        "required",
-        1,
-        None,
-        (_WEIGHT, _DENSITY, *shared, _INT8_MASK, *extra),
-    )
+_OF_KIND: dict[Kind, tuple[Parameter, ...]] = {
+    "magnitude_drop": (_EPSILON, _RANKS),
+    "breadcrumbs": (_GAMMA, _OUTLIERS),
+    "magnitude": (_TRIM_BY,),
+}
+
+
+def _arithmetic(name: str, kind: Kind, elect: Elect, *, normalize: bool, rescale: bool = False) -> Method:
+    own: tuple[Parameter, ...] = ()
+    if kind != "none":
+        own = (_DENSITY, Parameter("rescale", bool, rescale), _RESCALE_BY, *_OF_KIND.get(kind, ()))
+    shared = (Parameter("normalize", bool, normalize), _LAMBDA, _INT8_MASK)
+    return Method(name, arithmetic(kind, elect), "required", 1, None, (_WEIGHT, *shared, *own))
 
 
 _RAM = Parameter("epsilon", float, 1e-5, least=0)
@@ -119,11 +111,11 @@ METHODS: dict[str, Method] = {
             None,
             (Parameter("max_iter", int, 10, least=0), Parameter("tol", float, 1e-5, least=0)),
         ),
-        _arithmetic("task_arithmetic", "none", "none", normalize=False, rescale=False),
+        _arithmetic("task_arithmetic", "none", "none", normalize=False),
         # Of PaddleNLP's flags: deltas as their sparsifier leaves them, put together in one of these ways.
-        _arithmetic("linear_deltas", "none", "none", normalize=True, rescale=False),
-        _arithmetic("ties_sum", "none", "sum", normalize=True, rescale=False),
-        _arithmetic("ties_count", "none", "count", normalize=True, rescale=False),
+        _arithmetic("linear_deltas", "none", "none", normalize=True),
+        _arithmetic("ties_sum", "none", "sum", normalize=True),
+        _arithmetic("ties_count", "none", "count", normalize=True),
         Method("slerp_deltas", slerp, "required", 2, 2, (Parameter("t", float), _THRESHOLD, _NORMALIZE_EPS)),
         _arithmetic("ties", "magnitude", "sum", normalize=True, rescale=False),
         _arithmetic("dare_linear", "drop", "none", normalize=False, rescale=True),
@@ -180,13 +172,8 @@ def with_sparsifier(method: Method, word: str) -> Method:
     kind = SPARSIFIERS[word]
     if kind == "none":
         return method
-    extra = [_DENSITY, _RESCALE_BY, Parameter("rescale", bool, kind in ("drop", "magnitude_drop"))]
-    if kind == "magnitude_drop":
-        extra += [_EPSILON, _RANKS]
-    elif kind == "breadcrumbs":
-        extra += [_GAMMA, _OUTLIERS]
-    elif kind == "magnitude":
-        extra.append(_TRIM_BY)
+    rescale = Parameter("rescale", bool, kind in ("drop", "magnitude_drop"))
+    extra = (_DENSITY, _RESCALE_BY, rescale, *_OF_KIND.get(kind, ()))
     alike, names = method.base == "one of them", {one.name for one in extra}
     if "epsilon" in names and any(one.name == "epsilon" and not one.per_model for one in method.parameters):
         raise ConfigError(

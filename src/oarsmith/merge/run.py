@@ -15,10 +15,11 @@ from typing import Any
 from oarsmith._version import __version__
 from oarsmith.atomic import TEMPORARY_PREFIX, atomic_directory, atomic_write_text
 from oarsmith.checkpoint.convert import DTYPE_NAMES, copy_side_files
-from oarsmith.checkpoint.safetensors_stream import MAX_SHARD_BYTES
-from oarsmith.checkpoint.verify import digest
+from oarsmith.checkpoint.safetensors_stream import MAX_SHARD_BYTES, SAFETENSORS_DTYPES
+from oarsmith.checkpoint.source import open_source
+from oarsmith.checkpoint.verify import Digests, digest
 from oarsmith.errors import CheckpointError
-from oarsmith.merge.models import ADAPTER_WEIGHTS, MergeModel, ModelFiles, find_model, open_for_merge
+from oarsmith.merge.models import MergeModel, ModelFiles, find_model, open_for_merge
 from oarsmith.merge.plan import Plan, Planner
 from oarsmith.merge.recipe import Recipe
 from oarsmith.merge.registry import find_method, with_sparsifier
@@ -27,6 +28,8 @@ from oarsmith.merge.templates import with_recipe_template
 from oarsmith.merge.verify import Verified, verify
 from oarsmith.merge.vocabulary import Vocabulary, align_vocabularies, write_tokenizer
 from oarsmith.text import load_tokenizer
+
+_WRITTEN = ("config.json", "README.md")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,6 @@ class Merged:
     Attributes:
         kept: tensors that an interrupted merge had written already.
         idle: parameters of the recipe that the method does not have.
-        dropped_deltas: see `Plan`.
     """
 
     inputs: tuple[Input, ...]
@@ -152,14 +154,14 @@ def _finish(
 ) -> Merged:
     reference = models[plan.reference]
     with atomic_directory(output) as folder:
-        _write_config(folder, plan, reference)
         notes = _side_files(recipe, folder, reference, models, vocabulary, options)
         for file in sorted(staging.iterdir()):
             if file.name != JOURNAL:
                 file.rename(folder / file.name)
+        _write_config(folder, plan)
         try:
             folders = [model.files for model in models]
-            verified = verify(folder, streamed.digests, folders, progress, probe=options.probe)
+            verified = verify(folder, _meant(plan, streamed), folders, progress, probe=options.probe)
         except CheckpointError:
             shutil.rmtree(staging)
             raise
@@ -180,6 +182,13 @@ def _finish(
     return report
 
 
+def _meant(plan: Plan, streamed: Streamed) -> Digests:
+    meant = Digests()
+    for task in plan.tasks:
+        meant.known[task.name] = SAFETENSORS_DTYPES[task.dtype], task.shape, streamed.digests[task.name]
+    return meant
+
+
 def hash_of(digests: Mapping[str, str]) -> str:
     """SHA-256 of a model's tensors by their own hashes: the same whatever the shards."""
     text = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
@@ -189,7 +198,11 @@ def hash_of(digests: Mapping[str, str]) -> str:
 def _input(files: ModelFiles, digests: Mapping[str, str]) -> Input:
     adapter = None
     if files.adapter is not None:
-        adapter = hashlib.sha256((files.adapter / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
+        # Many files, of which a merge without adapters needs none.
+        from oarsmith.adapters.peft_layout import WEIGHTS
+        from oarsmith.training.checkpoint import file_hash
+
+        adapter = file_hash(files.adapter / WEIGHTS)
     return Input(files.reference, hash_of(digests), len(digests), adapter)
 
 
@@ -233,11 +246,11 @@ def _vocabulary(recipe: Recipe, files: Sequence[ModelFiles]) -> Vocabulary | Non
     return align_vocabularies(recipe.tokenizer, [one.reference for one in files], folders, recipe.base)
 
 
-def _write_config(folder: Path, plan: Plan, reference: MergeModel) -> None:
-    dtypes = [task.dtype for task in plan.tasks for _ in range(len(task.shape))]
-    most = max(set(dtypes), key=dtypes.count) if dtypes else reference.dtype
+def _write_config(folder: Path, plan: Plan) -> None:
+    """Beside the weights, whose dtype it names."""
     config: dict[str, Any] = dict(plan.config)
-    config["dtype" if "dtype" in config else "torch_dtype"] = DTYPE_NAMES[most]
+    with open_source(folder) as source:
+        config["dtype" if "dtype" in config else "torch_dtype"] = DTYPE_NAMES[source.stored_dtype()]
     atomic_write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
@@ -283,5 +296,8 @@ def _side_files(
         made.save(folder)
         notes += [note] if note else []
     for name in options.copy_files:
-        shutil.copyfile(home / name, folder / name)
+        if name in _WRITTEN or name.endswith(".safetensors"):
+            notes.append(f"{name} is the merge's own, and that of {reference.reference} is not copied")
+        else:
+            shutil.copyfile(home / name, folder / name)
     return notes

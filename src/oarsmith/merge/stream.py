@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -93,7 +93,7 @@ class Worker:
     def __init__(self, work: Work) -> None:
         self._work = work
         self._models: dict[int, MergeModel] = {}
-        self._aligning: dict[int, Tensor] = {}
+        self._aligning: dict[Source, Tensor] = {}
         self._merge = with_sparsifier(find_method(work.method), work.sparsify).merge
 
     def _model(self, index: int) -> MergeModel:
@@ -132,18 +132,17 @@ class Worker:
 
         def read(model: int) -> Tensor:
             # Rows of any model may stand in for those that another lacks.
-            if model not in self._aligning:
-                self._aligning[model] = self._model(model).read(source.name)
-            return self._aligning[model]
+            one = replace(source, model=model)
+            if one not in self._aligning:
+                self._aligning[one] = self._model(model).read(one.name)
+            return self._aligning[one]
 
         return self._work.vocabulary.align(source.model, read, source.name)
 
     def _inputs(self, task: TensorTask) -> Iterator[tuple[int, str, str]]:
-        used = {one.model for one in task.sources} | ({task.base.model} if task.base is not None else set())
-        for index in sorted(used):
-            for one in (*task.sources, *([] if task.base is None else [task.base])):
-                if one.model == index:
-                    yield index, one.name, self._models[index].digests[one.name]
+        used = {*task.sources, *([] if task.base is None else [task.base]), *self._aligning}
+        for one in sorted(used, key=lambda source: source.model):
+            yield one.model, one.name, self._models[one.model].digests[one.name]
 
     def _write(self, name: str, tensor: Tensor) -> str:
         file, start = self._work.placed[name]
@@ -213,7 +212,7 @@ def stream(
     infos = {task.name: TensorInfo(task.dtype, task.shape) for task in tasks}
     files = sharded_files(infos, max_shard_bytes)
     placed = {name: (file, start) for file, one in files.items() for name, start in one.starts.items()}
-    work = Work(work.files, work.method, work.sparsify, work.seed, work.vocabulary, work.folder, placed)
+    work = replace(work, placed=placed)
     total = sum(info.num_bytes for info in infos.values())
     found = _resume(work.folder, files, key, total)
     left = sorted((task for task in tasks if task.name not in found.digests), key=lambda t: -infos[t.name].num_bytes)

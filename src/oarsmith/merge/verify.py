@@ -9,7 +9,6 @@ from pathlib import Path
 
 from oarsmith.checkpoint.config_file import read_config
 from oarsmith.checkpoint.fill import check_tensor, file_infos, match_names
-from oarsmith.checkpoint.safetensors_stream import SAFETENSORS_DTYPES
 from oarsmith.checkpoint.source import open_source
 from oarsmith.checkpoint.streamed import Difference, difference, probe_tokens, streamed_logits
 from oarsmith.checkpoint.verify import Digests, compare
@@ -17,6 +16,7 @@ from oarsmith.errors import ModelError
 from oarsmith.merge.models import ModelFiles
 from oarsmith.merge.stream import Progress
 from oarsmith.models import families
+from oarsmith.models.spec import DecoderSpec
 
 
 @dataclass(frozen=True)
@@ -26,32 +26,24 @@ class Verified:
     Attributes:
         known: the family is known, so names, shapes and answers could be looked at.
         answers: how the merged model answers probe tokens, beside each model it was made of; of those whose vocabulary
-            is the same.
+            is the same, and which have no adapter on them.
     """
 
     known: bool
     answers: Mapping[str, Difference]
 
 
-def verify(
-    folder: Path, digests: Mapping[str, str], models: Sequence[ModelFiles], progress: Progress, *, probe: bool
-) -> Verified:
+def verify(folder: Path, meant: Digests, models: Sequence[ModelFiles], progress: Progress, *, probe: bool) -> Verified:
     """Look at a directory that was written.
 
     Args:
-        digests: SHA-256 of every tensor that was meant.
+        meant: every tensor that the plan has, by dtype, shape and the hash that it had before it was written.
         probe: also let the model, and those it was made of, answer probe tokens.
 
     Raises:
         OarsmithError: something is not as it was meant.
     """
     with open_source(folder) as source:
-        meant = Digests()
-        for name, digest in digests.items():
-            if name in source.shapes:
-                meant.known[name] = source.dtypes[name], source.shapes[name], digest
-            else:
-                meant.known[name] = SAFETENSORS_DTYPES[source.stored_dtype()], (), digest
         compare(source, meant, sum(map(source.num_bytes, source.shapes)), progress)
         config = read_config(folder)
         try:
@@ -62,13 +54,12 @@ def verify(
         actual, infos = match_names(names, source), file_infos(spec, config, names, source.stored_dtype())
         for name, info in infos.items():
             check_tensor(source, actual[name], info.shape)
-    if not probe:
-        return Verified(True, {})
-    return Verified(True, _answers(folder, models, progress))
+    return Verified(True, _answers(folder, spec, models, progress) if probe else {})
 
 
-def _answers(folder: Path, models: Sequence[ModelFiles], progress: Progress) -> dict[str, Difference]:
-    _, spec = families.build_spec(read_config(folder))
+def _answers(
+    folder: Path, spec: DecoderSpec, models: Sequence[ModelFiles], progress: Progress
+) -> dict[str, Difference]:
     ids = probe_tokens(spec)
     comparable = [
         one

@@ -7,7 +7,7 @@ else the mean of those that have it; a recipe can say otherwise for single token
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,7 @@ class Vocabulary:
 
     Attributes:
         num_rows: of the result, padding included.
-        tokens: text -> row.
-        rows: for each model the row of every token; -1: it lacks it.
+        rows: for each model the row of every token, as many as there are without padding; -1: it lacks it.
         fills: row -> (model, row) pairs whose mean stands in where a model lacks the token; none: zeros.
         forced: rows that get their fill in every model.
         tokenizer: of the result.
@@ -38,7 +37,6 @@ class Vocabulary:
     """
 
     num_rows: int
-    tokens: Mapping[str, int]
     rows: tuple[Tensor, ...]
     fills: Mapping[int, tuple[tuple[int, int], ...]]
     forced: frozenset[int]
@@ -55,7 +53,7 @@ class Vocabulary:
         rows = self.rows[model]
         self._require(own, rows, name)
         made = own.new_zeros(self.num_rows, *own.shape[1:])
-        count = len(self.tokens)
+        count = len(rows)
         has = rows >= 0
         made[:count][has] = own[rows[has]]
         for row, sources in self.fills.items():
@@ -115,49 +113,37 @@ def align_vocabularies(
     loaded = [load_tokenizer(folder) for folder in folders]
     theirs = [tokens_of(one) for one in loaded]
     first = references.index(base) if base is not None else 0
-    extra: dict[str, tuple[int, bool]] = {}
+    brought: Iterable[tuple[str, bool]] = ()
     match spec.source:
         case "union":
             tokens = dict(theirs[first])
-            for index, other in enumerate(theirs):
-                for token, at in sorted(other.items(), key=lambda pair: pair[1]):
-                    if token not in tokens:
-                        tokens[token] = _free(tokens)
-                        extra[token] = tokens[token], at in loaded[index].special_ids
+            brought = _of_others(loaded, theirs)
         case "base":
             if base is None:
                 raise ConfigError("there is no base model", where="tokenizer", fix="name base_model, or use union")
             tokens = dict(theirs[first])
         case path:
             first, tokens = _named(path, references, loaded, theirs)
-    for token in spec.tokens:
-        if token not in tokens:
-            tokens[token] = _free(tokens)
-            extra[token] = tokens[token], False
+    extra: dict[str, tuple[int, bool]] = {}
     size = max(tokens.values(), default=-1) + 1
+    for token, special in (*brought, *((token, False) for token in spec.tokens)):
+        if token not in tokens:
+            tokens[token], extra[token] = size, (size, special)
+            size += 1
     rows = tuple(_rows(tokens, other, size) for other in theirs)
     fills = _fills(spec, tokens, rows, theirs, references, base)
     tokenizer = loaded[first] if first < len(loaded) else load_tokenizer(spec.source)
     multiple = spec.pad_to_multiple_of or 1
     forced = frozenset(tokens[token] for token, one in spec.tokens.items() if one.force)
-    return Vocabulary(-(-size // multiple) * multiple, _filled(tokens, size), rows, fills, forced, tokenizer, extra)
+    return Vocabulary(-(-size // multiple) * multiple, rows, fills, forced, tokenizer, extra)
 
 
-def _free(tokens: Mapping[str, int]) -> int:
-    return max(tokens.values(), default=-1) + 1
-
-
-def _filled(tokens: Mapping[str, int], size: int) -> dict[str, int]:
-    """As many entries as rows: ids without a token have a name that no token has."""
-    taken = set(tokens.values())
-    holes = {f"\0{index}": index for index in range(size) if index not in taken}
-    return {**tokens, **holes} if len(tokens) + len(holes) == size else dict(enumerate_names(tokens, size))
-
-
-def enumerate_names(tokens: Mapping[str, int], size: int) -> list[tuple[str, int]]:
-    """A name for every row, where several texts share an id."""
-    names = {index: token for token, index in tokens.items()}
-    return [(names.get(index, f"\0{index}"), index) for index in range(size)]
+def _of_others(loaded: Sequence[Tokenizer], theirs: Sequence[Mapping[str, int]]) -> Iterator[tuple[str, bool]]:
+    """Every model's tokens in the order of their ids, and whether they are special."""
+    for tokenizer, tokens in zip(loaded, theirs, strict=True):
+        special = tokenizer.special_ids
+        for token, at in sorted(tokens.items(), key=lambda pair: pair[1]):
+            yield token, at in special
 
 
 def _named(
