@@ -56,7 +56,8 @@ PRESETS: dict[str, Preset] = {
     "gspo": Preset(level="sequence", aggregation="seq-mean-token-mean", clip_low=3e-4, clip_high=4e-4),
     "cispo": Preset(surrogate="cispo", clip_high=4.0),
     "sapo": Preset(surrogate="sapo", aggregation="seq-mean-token-mean"),
-    "rloo": Preset(estimator="rloo", aggregation="seq-mean-token-sum", level="sequence_sum"),
+    # Every token carries its whole answer's -r A, so their mean is the answer's loss.
+    "rloo": Preset(estimator="rloo", aggregation="seq-mean-token-mean", level="sequence_sum"),
     "reinforce++": Preset(estimator="reinforce++"),
     "reinforce++_baseline": Preset(estimator="reinforce++_baseline"),
     "remax": Preset(estimator="remax"),
