@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from oarsmith import cli
-from oarsmith.config.policy import PRESETS
+from oarsmith.config.load import load_config
+from oarsmith.config.policy import PRESETS, GrpoConfig
+from oarsmith.jobs.grpo import whose_old
 from policies import grpo, write_inputs
 from tiny import assert_same_run, interrupted, read_lines
 
@@ -176,3 +178,22 @@ def test_the_saved_configuration_alone_repeats_the_run(inputs: Inputs, tmp_path:
     assert grpo(inputs, tmp_path / "run", max_steps=2, per_device_train_batch_size=5) == 0
     assert cli.main(["grpo", str(tmp_path / "run" / "run.json"), f"--output_dir={tmp_path / 'again'}"]) == 0
     assert_same_run(tmp_path / "run", tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("words", "whose"),
+    [
+        ("", "none"),
+        ("--update_iters 2", "sampler"),
+        ("--update_iters 2 --dtype bf16", "trainer"),
+        ("--update_iters 2 --importance_sampling token_mask", "trainer"),
+        ("--update_iters 2 --old_logprobs trainer", "trainer"),
+        ("--kl_coeff 0.1 --dtype bf16", "trainer"),
+        ("--max_staleness 1", "sampler"),
+    ],
+)
+def test_whose_log_probabilities_ratios_are_taken_to(words: str, whose: str) -> None:
+    """A correction between sampler and trainer needs both: taken to the sampler's it would be 1."""
+    dtype = [] if "--dtype" in words else ["--dtype", "fp32"]
+    given = ["m", "d", "--rewards", "length", *dtype, *words.split()]
+    assert whose_old(load_config(GrpoConfig, None, given).config) == whose

@@ -46,7 +46,6 @@ class Preset:
     clip_high: float = 0.2
     dynamic: bool = False
     filter_truncated: bool = False
-    kl_in_reward: float = 0.0
 
 
 PRESETS: dict[str, Preset] = {
@@ -260,8 +259,7 @@ class PolicyLossKeys(JobConfig):
         description="Whose log-probabilities the ratio is taken to, where a rollout is learned from more than once: "
         "those that "
         "the sampler gave, or the trainer's own, computed before the first update. auto: the sampler's where they "
-        "agree "
-        "(fp32, temperature 1).",
+        "agree (fp32, temperature 1) and importance_sampling does not ask for both, else the trainer's.",
     )
     importance_sampling: Correction = Field(
         "none",
@@ -302,6 +300,16 @@ class PolicyConfig(ModelKeys, PromptDataKeys, RewardKeys, RolloutKeys, AdapterKe
     waiting_limit: Float = Field(
         120.0, gt=0, description="Seconds of waiting (for the engine, a reward, ...) after which is said for what."
     )
+
+    @property
+    def per_update(self) -> int:
+        """Prompts of one optimizer step."""
+        return self.prompts_per_update if self.prompts_per_update > 0 else self.prompts_per_step
+
+    @property
+    def learns_twice(self) -> bool:
+        """Whether a rollout is learned from in more than one update."""
+        return self.update_iters > 1 or self.per_update < self.prompts_per_step
 
 
 class GrpoConfig(PolicyLossKeys, PolicyConfig):

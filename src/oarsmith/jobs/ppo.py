@@ -96,7 +96,7 @@ def make_plan(config: PpoConfig, *, share: bool) -> Plan:
     """How a rollout becomes batches."""
     return Plan(
         prompts=config.prompts_per_step,
-        per_update=grpo.per_update(config),
+        per_update=config.per_update,
         passes=config.gradient_accumulation_steps,
         iters=config.update_iters,
         aggregation=config.loss_aggregation,
@@ -228,7 +228,7 @@ def recipe(kept: list[Critic]) -> training.Recipe[PpoConfig]:
         complete=_completed,
         weights=tuning.weights_of,
         plan=grpo.plan_in_words,
-        tokens_per_pass=lambda config: (config.max_length or 0) * grpo.per_update(config) * config.samples_per_prompt,
+        tokens_per_pass=grpo.tokens_per_pass,
         extra_scores=grpo.evaluation,
         attach=attach,
         hooks=_hooks,
