@@ -24,7 +24,7 @@ from oarsmith.methods.data import TrainingData
 from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.sharing import shares_beginnings
-from oarsmith.rl.collect import Collector, Overlong
+from oarsmith.rl.collect import Collector
 from oarsmith.rl.conversations import Episodes
 from oarsmith.rl.environments.environment import Environment, find_environment
 from oarsmith.rl.environments.episode import EpisodeLimits
@@ -36,6 +36,7 @@ from oarsmith.rl.policy import Policy
 from oarsmith.rl.prompts import PromptOrder
 from oarsmith.rl.referee import Referee
 from oarsmith.rl.rewards.rewards import Rewards
+from oarsmith.rl.rewards.verifiers.shape import Overlong
 from oarsmith.rl.rewards.watch import Watch
 from oarsmith.rl.rollout import Sampler
 from oarsmith.rl.sample_log import SampleLog
