@@ -92,6 +92,24 @@ def test_evaluation_and_early_stop(inputs: Inputs, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.parametrize("compute", ["native", "torch"])
+def test_an_evaluation_changes_nothing_of_a_rollout_on_its_way(inputs: Inputs, tmp_path: Path, compute: str) -> None:
+    """Both ask the same engine, and an evaluation gives it other weights."""
+    (tmp_path / "slow.py").write_text(
+        "import time\n\n\ndef reward(prompts, completions, **rows):\n    time.sleep(0.1)\n"
+        "    return [float('a' in completion) for completion in completions]\n"
+    )
+    changes = {"eval_split_ratio": 0.3, "max_staleness": 1, "rollout_compute": compute, "learning_rate": 0.03}
+    # Asks the engine up to four times for a rollout.
+    changes |= {"dynamic_sampling": "true", "max_gen_batches": 4, "rewards": f"{tmp_path / 'slow.py'}:reward"}
+    found = []
+    for name, more in (("never", {"evaluation_strategy": "no"}), ("always", {"eval_steps": 1})):
+        assert grpo(inputs, tmp_path / name, **changes, **more) == 0
+        lines = read_lines(tmp_path / name / "log.jsonl")
+        found.append([(line["loss"], line["reward"], line["entropy"]) for line in lines if "loss" in line])
+    assert found[0] == found[1]
+
+
 def test_only_evaluating(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert grpo(inputs, tmp_path / "run", do_train="false", eval_split_ratio=0.3) == 0
     assert "greedy reward" in capsys.readouterr().out

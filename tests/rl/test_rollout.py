@@ -68,6 +68,17 @@ def test_without_refresh_the_compiled_step_keeps_its_weights() -> None:
     assert largest_mismatch(model, sampler) > 1e-2
 
 
+@pytest.mark.parametrize("compute", ["native", "torch"])
+def test_a_rollout_made_ahead_leaves_the_mode_of_the_decoder_alone(compute: str) -> None:
+    """It is drawn in a thread while the decoder trains."""
+    model = tiny_decoder().train()
+    policy = Policy(model, TOK, compute=compute, rows=12, max_length=64, ahead=True)  # type: ignore[arg-type]
+    with policy.answering():
+        assert model.training
+    sampler = Sampler(policy=policy, sampling=Sampling(max_new_tokens=3, temperature=1.0), max_length=64)
+    assert len(sampler.sample(PROMPTS, 2, seed=1)) == 3 and model.training
+
+
 def test_an_adapter_is_served_by_the_decoder_itself() -> None:
     model = tiny_decoder(lora_rank=4).train()
     sampler = sampler_of(model)

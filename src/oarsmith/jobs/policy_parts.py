@@ -224,12 +224,18 @@ def evaluation_of(config: PolicyConfig, data: PolicyData) -> Callable[[], Mappin
     prompts = data.prompts.evaluation
     if not prompts or data.sampler is None:
         return None
-    sampler, rewards = data.sampler, data.rewards
+    sampler, rewards, batches = data.sampler, data.rewards, data.train
+    assert isinstance(batches, RolloutBatches), batches
     if config.max_evaluate_steps > 0:
         prompts = prompts[: config.max_evaluate_steps * config.per_device_eval_batch_size]
-    return lambda: evaluate_policy(
-        sampler, rewards, prompts, samples=config.eval_samples, seed=config.seed, passing=config.pass_reward
-    )
+
+    def evaluate() -> Mapping[str, float]:
+        batches.wait()  # an evaluation gives the engine the newest weights, and a rollout on its way has older ones
+        return evaluate_policy(
+            sampler, rewards, prompts, samples=config.eval_samples, seed=config.seed, passing=config.pass_reward
+        )
+
+    return evaluate
 
 
 def waiting_aloud(watch: Watch, console: Console, limit: float) -> Callable[[str], Any]:

@@ -173,8 +173,7 @@ class RolloutBatches(KeepingBatches):
         return found
 
     def state(self) -> dict[str, Any]:
-        """The place, and what the plan depends on. A rollout on its way is waited for: it comes next in any case."""
-        self._pending.look()
+        """The place, and what the plan depends on; a rollout on its way is none of it."""
         return {
             "epoch": self._epoch,
             "position": self._position,
@@ -206,6 +205,7 @@ class RolloutBatches(KeepingBatches):
         self._rewind(self._updates)
 
     def state_tensors(self) -> dict[str, Tensor]:
+        """What is left of a rollout, and the one on its way, which is waited for: it comes next in any case."""
         found: dict[str, Tensor] = {}
         if self._left and self._experience is not None:
             found |= to_tensors(self._experience)
@@ -222,9 +222,9 @@ class RolloutBatches(KeepingBatches):
         if KEY in tensors:
             self._pending.put(scored_from_tensor(tensors[KEY], lambda number: self._order.take(number, 1)[0]))
 
-    def close(self) -> None:
-        """End the thread of rollouts."""
-        self._pending.close()
+    def wait(self) -> None:
+        """Until no rollout is on its way, so that the engine is free."""
+        self._pending.look()
 
 
 def _count(answers: list[Learned], plan: Plan) -> float:
