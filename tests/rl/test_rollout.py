@@ -153,6 +153,29 @@ def test_what_an_environment_says_is_not_the_models() -> None:
     assert float((found - batch.sampled_N).abs().max()) < 1e-4
 
 
+def test_the_room_of_one_answer_does_not_cut_another() -> None:
+    """The second prompt has little room, the third has much; nothing but a limit ends a turn after the first."""
+    none = Sampling(max_new_tokens=12, temperature=1.0, ignore_eos=True)
+    policy = sampler_of(tiny_decoder()).policy
+    long = Asked(ids=PROMPTS[2].ids * 40, text="a" * 40, row={}, where="made:4")
+
+    class Speaks(Echo):
+        """Goes on once although the limit ended the turn, as one whose own end was drawn."""
+
+        def continue_with(self, written: Sequence[int], *, truncated: bool) -> Sequence[int] | None:
+            self.heard.append(list(written))
+            return [5, 6, 7] if len(self.heard) == 1 else None
+
+    class All:
+        def begin(self, asked: Asked) -> Speaks:
+            return Speaks()
+
+    sampler = Sampler(policy=policy, sampling=none, max_length=60, conversations=All())
+    (cramped,), (free,) = sampler.sample([long, PROMPTS[2]], 1, seed=3)
+    assert len(cramped.ids) == 60 - len(long.ids)
+    assert len(free.ids) == 12 + 3 + 12
+
+
 def test_turns_end_where_the_room_does() -> None:
     stops = Sampling(max_new_tokens=4, temperature=1.0, stop_ids=tuple(range(1120)))
     sampler = sampler_of(tiny_decoder())
