@@ -125,6 +125,17 @@ def test_reward_functions_are_told_apart(inputs: Inputs, tmp_path: Path) -> None
     assert sample["rewards"].keys() == {"reward", "short"}
 
 
+def test_rewards_that_fail_are_counted_aloud(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.py").write_text("def reward(prompt, completion):\n    return float('nan')\n")
+    lenient = {"reward": f"{tmp_path / 'bad.py'}:reward", "name": "bad", "on_error": "none"}
+    assert grpo(inputs, tmp_path / "run", max_steps=2, rewards=json.dumps([inputs[2], lenient])) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("reward 'bad' failed on") == 1 and "step 1: reward 'bad' failed on 12 answers so far" in told
+    assert "returned nan" in told
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -25,7 +25,6 @@ from oarsmith.methods.data import TrainingData
 from oarsmith.models.decoder import Decoder
 from oarsmith.rl.learning import Teacher
 from oarsmith.rl.rewards.watch import Watch
-from oarsmith.rl.source import Plan
 from oarsmith.rl.study import Student
 from oarsmith.text import Tokenizer
 
@@ -60,21 +59,6 @@ def start(resolved: Resolved[P], device: torch.device) -> tuple[Resolved[P], Sta
             "answers of an update / per_device_train_batch_size", gradient_accumulation_steps=passes
         )
     return resolved, begin
-
-
-def make_plan(config: GrpoConfig, *, share: bool) -> Plan:
-    """How a rollout becomes batches."""
-    return Plan(
-        prompts=config.prompts_per_step,
-        per_update=config.per_update,
-        passes=config.gradient_accumulation_steps,
-        iters=config.update_iters,
-        aggregation=config.loss_aggregation or config.preset.aggregation,
-        longest=config.max_new_tokens,
-        seed=config.seed,
-        ahead=config.max_staleness > 0,
-        share=share,
-    )
 
 
 def make_loss(config: GrpoConfig) -> PolicyLoss:
@@ -118,12 +102,14 @@ def whose_old(config: GrpoConfig) -> str:
 def _completed(config: GrpoConfig, begin: Start, model: Decoder, data: TrainingData, console: Console) -> TrainingData:
     assert isinstance(data, parts.PolicyData), data
     watch = Watch()
-    plan, judged = make_plan(config, share=data.share), config.kl_loss_coeff > 0 or config.kl_coeff > 0
+    assert config.loss_aggregation is not None and config.scale_rewards is not None, "derived where not given"
+    plan = parts.make_plan(config, config.loss_aggregation, share=data.share)
+    judged = config.kl_loss_coeff > 0 or config.kl_coeff > 0
     sampler = parts.make_sampler(config, model, data)
     rewards = parts.make_rewards(config, data.tokenizer, watch)
     teacher = Teacher(
         estimator=config.preset.estimator,
-        scale=config.scale_rewards or config.preset.scale,
+        scale=config.scale_rewards,
         gamma=config.gamma,
         clip=config.clip_range_score,
         normalize=config.normalize_reward,
@@ -152,9 +138,6 @@ def _completed(config: GrpoConfig, begin: Start, model: Decoder, data: TrainingD
         dynamic=bool(config.dynamic_sampling),
         most_batches=config.max_gen_batches if config.dynamic_sampling else 1,
         greedy=teacher.needs_greedy,
-    )
-    console.print(
-        f"rollouts: {config.prompts_per_step} prompts x {config.samples_per_prompt} answers by {sampler.policy.how}"
     )
     return replace(data, train=batches, sampler=sampler, rewards=rewards)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from oarsmith.data.batch import Batch
 from oarsmith.data.order import permutation, require_same_plan
 from oarsmith.data.policy_batch import Learned, make_policy_batch
-from oarsmith.losses.policy.weights import Aggregation
+from oarsmith.losses.policy.weights import Aggregation, count_of
 from oarsmith.rl.collect import Collector
 from oarsmith.rl.experience import Experience, Scored, from_tensors, to_tensors
 from oarsmith.rl.pending import KEY, Pending, scored_from_tensor, scored_to_tensor
@@ -228,11 +228,6 @@ class RolloutBatches(KeepingBatches):
 
 
 def _count(answers: list[Learned], plan: Plan) -> float:
-    """The part of the step's divisor that answers have; see ``token_weights``."""
-    match plan.aggregation:
-        case "token-mean":
-            return float(sum(int(np.count_nonzero(answer.weights)) for answer in answers))
-        case "seq-mean-token-sum-norm":
-            return float(len(answers) * plan.longest)
-        case _:
-            return float(len(answers))
+    """The part of the step's divisor that answers have."""
+    num_used = sum(int(np.count_nonzero(answer.weights)) for answer in answers)
+    return count_of(plan.aggregation, num_used, len(answers), plan.longest)

@@ -37,6 +37,12 @@ def token_weights(
         for use, size in zip(used, sizes, strict=True)
     ]
     weights_N = torch.tensor(each, dtype=torch.float32).repeat_interleave(torch.tensor(list(sizes), dtype=torch.int64))
+    num_used = sum(size for use, size in zip(used, sizes, strict=True) if use)
+    return weights_N, count_of(how, num_used, len(sizes), longest)
+
+
+def count_of(how: Aggregation, num_used: int, num_answers: int, longest: int) -> float:
+    """What weighted losses are divided by: of ``num_answers`` answers, ``num_used`` of whose tokens have a weight."""
     if how == "token-mean":
-        return weights_N, float(sum(size for use, size in zip(used, sizes, strict=True) if use))
-    return weights_N, float(len(sizes) * (longest if how == "seq-mean-token-sum-norm" else 1))
+        return float(num_used)
+    return float(num_answers * (longest if how == "seq-mean-token-sum-norm" else 1))
