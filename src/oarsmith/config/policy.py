@@ -71,10 +71,8 @@ class PromptDataKeys(JobConfig):
 
     dataset_name_or_path: str = Field(
         description="Rows with prompts: a file (jsonl, json, csv, parquet), a directory with train.* and optionally "
-        "dev.* "
-        "files, or the name of a dataset on the Hugging Face hub. prompt, messages, src or instruction is asked; the "
-        "whole "
-        "row is given to the rewards (tgt, answer, tests, ...)."
+        "dev.* files, or the name of a dataset on the Hugging Face hub. prompt, messages, src or instruction is asked; "
+        "the whole row is given to the rewards (tgt, answer, tests, ...)."
     )
     eval_dataset_path: str | None = Field(
         None, description="Prompts to evaluate on. Not given: the dev.* file beside the training rows, if there is one."
@@ -89,8 +87,7 @@ class PromptDataKeys(JobConfig):
         None,
         ge=2,
         description="Tokens of a prompt with its whole answer, over all turns. Not given: max_prompt_len + "
-        "max_new_tokens, "
-        "or the model's context where that is less.",
+        "max_new_tokens, or the model's context where that is less.",
     )
     raw: Bool = Field(False, description="A prompt is continued as it is, without a chat template.")
     on_malformed: Literal["error", "skip"] = Field(
@@ -115,8 +112,7 @@ class RolloutKeys(JobConfig):
         -1,
         ge=-1,
         description="Prompts of one optimizer step: fewer than prompts_per_step makes several steps of a rollout. -1: "
-        "all "
-        "of them, one step.",
+        "all of them, one step.",
     )
     update_iters: Int = Field(1, ge=1, description="Times that a rollout is learned from.")
     max_staleness: Int = Field(
@@ -124,8 +120,7 @@ class RolloutKeys(JobConfig):
         ge=0,
         le=1,
         description="1: the next rollout is made in a thread while this one is learned from, by weights one rollout "
-        "older. 0: "
-        "always by the newest weights.",
+        "older. 0: always by the newest weights.",
     )
     max_new_tokens: Int = Field(256, ge=1, description="Longest answer, in tokens (of one turn).")
     min_new_tokens: Int = Field(0, ge=0, description="Shortest answer, in tokens: nothing ends it before.")
@@ -144,8 +139,7 @@ class RolloutKeys(JobConfig):
     rollout_compute: Literal["auto", "native", "torch"] = Field(
         "auto",
         description="What computes rollouts: native (the compiled step, from weights packed after each update), torch "
-        "(the "
-        "decoder that trains, its weights shared). auto: native on a CPU where it can serve the model.",
+        "(the decoder that trains, its weights shared). auto: native on a CPU where it can serve the model.",
     )
 
 
@@ -160,8 +154,7 @@ class RewardKeys(JobConfig):
     environment: str | None = Field(
         None,
         description="What speaks between the model's turns: file.py:Class or package.module:Class (docs/rewards.md). "
-        "What "
-        "it says is not learned.",
+        "What it says is not learned.",
     )
     tools: Strings = Field(
         (), description="Functions that the model may call, as file.py:function; repeat the key for several."
@@ -244,8 +237,7 @@ class PolicyLossKeys(JobConfig):
     dynamic_sampling: Bool | None = Field(
         None,
         description="Leave out groups whose answers all have the same reward, and ask other prompts in their place "
-        "(DAPO). Not "
-        "given: true for dapo.",
+        "(DAPO). Not given: true for dapo.",
     )
     max_gen_batches: Int = Field(
         3, ge=1, description="dynamic_sampling: at most this many times prompts_per_step prompts are asked."
@@ -257,15 +249,13 @@ class PolicyLossKeys(JobConfig):
     old_logprobs: Literal["auto", "sampler", "trainer"] = Field(
         "auto",
         description="Whose log-probabilities the ratio is taken to, where a rollout is learned from more than once: "
-        "those that "
-        "the sampler gave, or the trainer's own, computed before the first update. auto: the sampler's where they "
-        "agree (fp32, temperature 1) and importance_sampling does not ask for both, else the trainer's.",
+        "those that the sampler gave, or the trainer's own, computed before the first update. auto: the sampler's "
+        "where they agree (fp32, temperature 1) and importance_sampling does not ask for both, else the trainer's.",
     )
     importance_sampling: Correction = Field(
         "none",
         description="Correct for tokens drawn by another implementation than the one that trains: weights p/p_sampler "
-        "of "
-        "tokens or whole answers, cut or left out above importance_sampling_cap.",
+        "of tokens or whole answers, cut or left out above importance_sampling_cap.",
     )
     importance_sampling_cap: Float = Field(2.0, gt=0, description="See importance_sampling.")
 

@@ -20,8 +20,7 @@ class PpoKeys(JobConfig):
         None,
         gt=0,
         description="KL of an answer to the reference, in nats, that kl_coeff is moved towards (adaptive KL). Not "
-        "given: "
-        "kl_coeff stays.",
+        "given: kl_coeff stays.",
     )
     kl_horizon: Int = Field(10_000, ge=1, description="kl_target: answers over which kl_coeff follows.")
     clip_range_ratio: Float = Field(0.2, gt=0, lt=1, description="A ratio counts between 1 minus and 1 plus this.")
@@ -49,8 +48,7 @@ class PpoKeys(JobConfig):
     ptx_datasets: str | None = Field(
         None,
         description="Conversations that are learned as they are beside the answers (PTX), so that nothing else is "
-        "forgotten: "
-        "rows as for oarsmith sft.",
+        "forgotten: rows as for oarsmith sft.",
     )
     ptx_coeff: Float = Field(16.0, ge=0, description="Weight of their loss.")
     ptx_max_length: Int = Field(1024, ge=4, description="Tokens of these texts in one pass.")
@@ -70,8 +68,7 @@ class CriticKeys(JobConfig):
     critic_model_name_or_path: str | None = Field(
         None,
         description="What a separate critic begins from: a reward model, or a model that writes, which gets a new "
-        "head. Not "
-        "given: the model that is trained.",
+        "head. Not given: the model that is trained.",
     )
     critic_learning_rate: Float | None = Field(
         None,
