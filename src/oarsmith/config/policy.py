@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from .adapters import AdapterKeys
 from .base import Bool, Float, Floats, Int, JobConfig, Strings, rewards_of
-from .groups import ModelKeys
+from .groups import LeftOutKeys, ModelKeys
 from .train import TrainConfig
 
 RewardSettings = Annotated[tuple[str | dict[str, Any], ...], BeforeValidator(rewards_of)]
@@ -66,7 +66,7 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-class PromptDataKeys(JobConfig):
+class PromptDataKeys(LeftOutKeys):
     title: ClassVar[str] = "Data"
 
     dataset_name_or_path: str = Field(
@@ -90,13 +90,6 @@ class PromptDataKeys(JobConfig):
         "max_new_tokens, or the model's context where that is less.",
     )
     raw: Bool = Field(False, description="A prompt is continued as it is, without a chat template.")
-    on_malformed: Literal["error", "skip"] = Field(
-        "error",
-        description="What to do with a row that cannot be read: stop and name it, or leave it out and count it.",
-    )
-    max_dropped_fraction: Float = Field(
-        0.2, ge=0, le=1, description="Stop if more than this share of the rows had to be left out (0.2 is 20 %)."
-    )
 
 
 class RolloutKeys(JobConfig):
@@ -188,7 +181,19 @@ class RewardKeys(JobConfig):
     )
 
 
-class PolicyLossKeys(JobConfig):
+class SurrogateKeys(JobConfig):
+    title: ClassVar[str] = "Policy loss"
+
+    clip_ratio_dual: Float | None = Field(
+        None,
+        gt=1,
+        description="Dual clip: a bad token's loss is at most this times its advantage (3). Not given: none.",
+    )
+    pg_loss_coeff: Float = Field(1.0, ge=0, description="Weight of the policy's loss.")
+    entropy_coeff: Float = Field(0.0, ge=0, description="Weight of an entropy bonus.")
+
+
+class PolicyLossKeys(SurrogateKeys):
     title: ClassVar[str] = "Policy loss"
 
     algorithm: Algorithm = Field(
@@ -205,11 +210,6 @@ class PolicyLossKeys(JobConfig):
     clip_range_ratio_high: Float | None = Field(
         None, gt=0, description="A ratio counts no more than 1 plus this. cispo: 4, so that ratios count up to 5."
     )
-    clip_ratio_dual: Float | None = Field(
-        None,
-        gt=1,
-        description="Dual clip: a bad token's loss is at most this times its advantage (3). Not given: none.",
-    )
     clip_two_sided: Float | None = Field(
         None, gt=1, description="No ratio counts more than this, also where the advantage is negative. Not given: none."
     )
@@ -225,7 +225,6 @@ class PolicyLossKeys(JobConfig):
         False, description="Advantages of all tokens get mean 0 and deviation 1 in the end."
     )
     gamma: Float = Field(1.0, gt=0, le=1, description="Discount of later rewards, for reinforce++.")
-    pg_loss_coeff: Float = Field(1.0, ge=0, description="Weight of the policy's loss.")
     kl_loss_coeff: Float = Field(
         0.0, ge=0, description="Weight of a KL term that holds the model to the reference; 0: no reference is loaded."
     )
@@ -233,7 +232,6 @@ class PolicyLossKeys(JobConfig):
         "k3", description="How the KL term is estimated at a token: k3 = q/p - 1 - log(q/p), k1 = log(p/q), ..."
     )
     kl_corrected: Bool = Field(False, description="Multiply the KL term by the ratio: unbiased over several updates.")
-    entropy_coeff: Float = Field(0.0, ge=0, description="Weight of an entropy bonus.")
     dynamic_sampling: Bool | None = Field(
         None,
         description="Leave out groups whose answers all have the same reward, and ask other prompts in their place "
