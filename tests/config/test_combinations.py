@@ -36,6 +36,7 @@ CASES = [
     (PpoConfig, "--neftune", "neftune is for training on texts"),
     (GrpoConfig, "--do_predict", "do_predict is for training on texts"),
     (GrpoConfig, "--rewards []", "nothing says what an answer is worth"),
+    (GrpoConfig, "--rewards [] --environment a.py:A --reward_weights 2", "the environment alone gives them"),
     (GrpoConfig, "--environment a.py:A --tools b.py:b", "environment and tools both say"),
     (GrpoConfig, "--raw --tools b.py:b", "rendered by the chat template"),
     (GrpoConfig, "--max_length 100", "max_prompt_len 512 leaves no room"),
@@ -55,6 +56,12 @@ CASES = [
     (PpoConfig, "--kl_target 1 --kl_coeff 0", "0 cannot be moved"),
     (GrpoConfig, "--max_staleness 1 --old_logprobs trainer", "are gone before the trainer could score"),
     (GrpoConfig, "--temperature 0.5 --importance_sampling token_mask", "drawn at 0.5"),
+    (GrpoConfig, "--max_staleness 1 --importance_sampling token_mask", "log-probabilities already"),
+    (
+        GrpoConfig,
+        "--update_iters 2 --old_logprobs sampler --importance_sampling token_mask",
+        "log-probabilities already",
+    ),
     (GrpoConfig, "--samples_per_prompt 1", "grpo compares answers to the same prompt"),
     (
         GrpoConfig,

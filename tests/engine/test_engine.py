@@ -83,6 +83,16 @@ def test_an_answer_does_not_depend_on_the_batch(tiny_model, sampling):
     assert len({answer.ids for answer in results[0]}) == len(PROMPTS)
 
 
+def test_each_prompt_may_have_a_sampling_of_its_own(tiny_model):
+    engine = engine_of(tiny_model("llama"))
+    samplings = [Sampling(max_new_tokens=n, temperature=1.0, seed=4) for n in (3, 9, 5)]
+    found = engine.generate(PROMPTS[:3], samplings)
+    whole = engine.generate(PROMPTS[:3], samplings[1])
+    assert [answer.ids for answer in found] == [answer.ids[:n] for answer, n in zip(whole, (3, 9, 5), strict=True)]
+    with pytest.raises(ConfigError, match="2 samplings for 3 prompts"):
+        engine.generate(PROMPTS[:3], samplings[:2])
+
+
 def test_places_are_taken_over_by_waiting_prompts(tiny_model):
     # Different lengths of the answers: 60 tokens of context, less the prompt.
     engine = engine_of(tiny_model("llama"), batch_size=2)

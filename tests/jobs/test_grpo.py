@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from oarsmith import cli
-from oarsmith.config.policy import PRESETS
+from oarsmith.config.load import load_config
+from oarsmith.config.policy import PRESETS, GrpoConfig
+from oarsmith.jobs.grpo import whose_old
 from policies import grpo, write_inputs
 from tiny import assert_same_run, interrupted, read_lines
 
@@ -90,6 +92,24 @@ def test_evaluation_and_early_stop(inputs: Inputs, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.parametrize("compute", ["native", "torch"])
+def test_an_evaluation_changes_nothing_of_a_rollout_on_its_way(inputs: Inputs, tmp_path: Path, compute: str) -> None:
+    """Both ask the same engine, and an evaluation gives it other weights."""
+    (tmp_path / "slow.py").write_text(
+        "import time\n\n\ndef reward(prompts, completions, **rows):\n    time.sleep(0.1)\n"
+        "    return [float('a' in completion) for completion in completions]\n"
+    )
+    changes = {"eval_split_ratio": 0.3, "max_staleness": 1, "rollout_compute": compute, "learning_rate": 0.03}
+    # Asks the engine up to four times for a rollout.
+    changes |= {"dynamic_sampling": "true", "max_gen_batches": 4, "rewards": f"{tmp_path / 'slow.py'}:reward"}
+    found = []
+    for name, more in (("never", {"evaluation_strategy": "no"}), ("always", {"eval_steps": 1})):
+        assert grpo(inputs, tmp_path / name, **changes, **more) == 0
+        lines = read_lines(tmp_path / name / "log.jsonl")
+        found.append([(line["loss"], line["reward"], line["entropy"]) for line in lines if "loss" in line])
+    assert found[0] == found[1]
+
+
 def test_only_evaluating(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert grpo(inputs, tmp_path / "run", do_train="false", eval_split_ratio=0.3) == 0
     assert "greedy reward" in capsys.readouterr().out
@@ -103,6 +123,17 @@ def test_reward_functions_are_told_apart(inputs: Inputs, tmp_path: Path) -> None
     assert record["reward"] == pytest.approx(record["reward/reward"] + 0.5 * record["reward/short"])
     sample = read_lines(tmp_path / "run" / "samples.jsonl")[0]
     assert sample["rewards"].keys() == {"reward", "short"}
+
+
+def test_rewards_that_fail_are_counted_aloud(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.py").write_text("def reward(prompt, completion):\n    return float('nan')\n")
+    lenient = {"reward": f"{tmp_path / 'bad.py'}:reward", "name": "bad", "on_error": "none"}
+    assert grpo(inputs, tmp_path / "run", max_steps=2, rewards=json.dumps([inputs[2], lenient])) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("reward 'bad' failed on") == 1 and "step 1: reward 'bad' failed on 12 answers so far" in told
+    assert "returned nan" in told
 
 
 @pytest.mark.parametrize(
@@ -176,3 +207,22 @@ def test_the_saved_configuration_alone_repeats_the_run(inputs: Inputs, tmp_path:
     assert grpo(inputs, tmp_path / "run", max_steps=2, per_device_train_batch_size=5) == 0
     assert cli.main(["grpo", str(tmp_path / "run" / "run.json"), f"--output_dir={tmp_path / 'again'}"]) == 0
     assert_same_run(tmp_path / "run", tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("words", "whose"),
+    [
+        ("", "none"),
+        ("--update_iters 2", "sampler"),
+        ("--update_iters 2 --dtype bf16", "trainer"),
+        ("--update_iters 2 --importance_sampling token_mask", "trainer"),
+        ("--update_iters 2 --old_logprobs trainer", "trainer"),
+        ("--kl_coeff 0.1 --dtype bf16", "trainer"),
+        ("--max_staleness 1", "sampler"),
+    ],
+)
+def test_whose_log_probabilities_ratios_are_taken_to(words: str, whose: str) -> None:
+    """A correction between sampler and trainer needs both: taken to the sampler's it would be 1."""
+    dtype = [] if "--dtype" in words else ["--dtype", "fp32"]
+    given = ["m", "d", "--rewards", "length", *dtype, *words.split()]
+    assert whose_old(load_config(GrpoConfig, None, given).config) == whose

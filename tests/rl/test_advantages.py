@@ -68,6 +68,18 @@ def test_best_only() -> None:
     assert found.tolist() == [0, 2, 0, 0, 0]
 
 
+def test_best_only_by_the_deviation_of_all() -> None:
+    given = groups([1.0, 4.0, 2.0], [0.0, 9.0])
+    by = np.std(given.rewards_A, ddof=1) + 1e-6
+    np.testing.assert_allclose(advantages.best_only(given, scale="batch"), [0, 2 / by, 0, 0, 9 / by])
+
+
+def test_gpg_counts_groups_that_differ_whatever_rounding_leaves() -> None:
+    # The mean of three times 0.1 is not 0.1.
+    found = advantages.gpg(groups([0.0, 1.0, 2.0], [0.1, 0.1, 0.1]))
+    np.testing.assert_allclose(found, [-2, 0, 2, 0, 0, 0], atol=1e-12)
+
+
 def test_length_weighted_baseline() -> None:
     found = advantages.length_weighted(groups([0.0, 1.0]), [1, 3])
     np.testing.assert_allclose(found, [-0.75, 0.25])

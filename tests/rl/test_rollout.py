@@ -68,6 +68,17 @@ def test_without_refresh_the_compiled_step_keeps_its_weights() -> None:
     assert largest_mismatch(model, sampler) > 1e-2
 
 
+@pytest.mark.parametrize("compute", ["native", "torch"])
+def test_a_rollout_made_ahead_leaves_the_mode_of_the_decoder_alone(compute: str) -> None:
+    """It is drawn in a thread while the decoder trains."""
+    model = tiny_decoder().train()
+    policy = Policy(model, TOK, compute=compute, rows=12, max_length=64, ahead=True)  # type: ignore[arg-type]
+    with policy.answering():
+        assert model.training
+    sampler = Sampler(policy=policy, sampling=Sampling(max_new_tokens=3, temperature=1.0), max_length=64)
+    assert len(sampler.sample(PROMPTS, 2, seed=1)) == 3 and model.training
+
+
 def test_an_adapter_is_served_by_the_decoder_itself() -> None:
     model = tiny_decoder(lora_rank=4).train()
     sampler = sampler_of(model)
@@ -140,6 +151,29 @@ def test_what_an_environment_says_is_not_the_models() -> None:
     with torch.no_grad():
         found = score_policy(model, batch).logprobs_N
     assert float((found - batch.sampled_N).abs().max()) < 1e-4
+
+
+def test_the_room_of_one_answer_does_not_cut_another() -> None:
+    """The second prompt has little room, the third has much; nothing but a limit ends a turn after the first."""
+    none = Sampling(max_new_tokens=12, temperature=1.0, ignore_eos=True)
+    policy = sampler_of(tiny_decoder()).policy
+    long = Asked(ids=PROMPTS[2].ids * 40, text="a" * 40, row={}, where="made:4")
+
+    class Speaks(Echo):
+        """Goes on once although the limit ended the turn, as one whose own end was drawn."""
+
+        def continue_with(self, written: Sequence[int], *, truncated: bool) -> Sequence[int] | None:
+            self.heard.append(list(written))
+            return [5, 6, 7] if len(self.heard) == 1 else None
+
+    class All:
+        def begin(self, asked: Asked) -> Speaks:
+            return Speaks()
+
+    sampler = Sampler(policy=policy, sampling=none, max_length=60, conversations=All())
+    (cramped,), (free,) = sampler.sample([long, PROMPTS[2]], 1, seed=3)
+    assert len(cramped.ids) == 60 - len(long.ids)
+    assert len(free.ids) == 12 + 3 + 12
 
 
 def test_turns_end_where_the_room_does() -> None:

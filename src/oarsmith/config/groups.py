@@ -50,7 +50,19 @@ class RuntimeKeys(JobConfig):
     seed: Int = Field(42, ge=0, description="Everything random follows from this number.")
 
 
-class DataKeys(JobConfig):
+class LeftOutKeys(JobConfig):
+    title: ClassVar[str] = "Data"
+
+    on_malformed: Literal["error", "skip"] = Field(
+        "error",
+        description="What to do with a row that cannot be read: stop and name it, or leave it out and count it.",
+    )
+    max_dropped_fraction: Float = Field(
+        0.2, ge=0, le=1, description="Stop if more than this share of the rows had to be left out (0.2 is 20 %)."
+    )
+
+
+class DataKeys(LeftOutKeys):
     title: ClassVar[str] = "Data"
 
     dataset_name_or_path: str = Field(
@@ -76,13 +88,6 @@ class DataKeys(JobConfig):
         ge=1,
         description="Tokens the prompt keeps where prompt and answer together are longer than max_length. Not given: "
         "half of max_length.",
-    )
-    on_malformed: Literal["error", "skip"] = Field(
-        "error",
-        description="What to do with a row that cannot be read: stop and name it, or leave it out and count it.",
-    )
-    max_dropped_fraction: Float = Field(
-        0.2, ge=0, le=1, description="Stop if more than this share of the rows had to be left out (0.2 is 20 %)."
     )
 
 

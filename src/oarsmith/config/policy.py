@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from .adapters import AdapterKeys
 from .base import Bool, Float, Floats, Int, JobConfig, Strings, rewards_of
-from .groups import ModelKeys
+from .groups import LeftOutKeys, ModelKeys
 from .train import TrainConfig
 
 RewardSettings = Annotated[tuple[str | dict[str, Any], ...], BeforeValidator(rewards_of)]
@@ -46,7 +46,6 @@ class Preset:
     clip_high: float = 0.2
     dynamic: bool = False
     filter_truncated: bool = False
-    kl_in_reward: float = 0.0
 
 
 PRESETS: dict[str, Preset] = {
@@ -56,7 +55,8 @@ PRESETS: dict[str, Preset] = {
     "gspo": Preset(level="sequence", aggregation="seq-mean-token-mean", clip_low=3e-4, clip_high=4e-4),
     "cispo": Preset(surrogate="cispo", clip_high=4.0),
     "sapo": Preset(surrogate="sapo", aggregation="seq-mean-token-mean"),
-    "rloo": Preset(estimator="rloo", aggregation="seq-mean-token-sum", level="sequence_sum"),
+    # Every token carries its whole answer's -r A, so their mean is the answer's loss.
+    "rloo": Preset(estimator="rloo", aggregation="seq-mean-token-mean", level="sequence_sum"),
     "reinforce++": Preset(estimator="reinforce++"),
     "reinforce++_baseline": Preset(estimator="reinforce++_baseline"),
     "remax": Preset(estimator="remax"),
@@ -66,15 +66,13 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-class PromptDataKeys(JobConfig):
+class PromptDataKeys(LeftOutKeys):
     title: ClassVar[str] = "Data"
 
     dataset_name_or_path: str = Field(
         description="Rows with prompts: a file (jsonl, json, csv, parquet), a directory with train.* and optionally "
-        "dev.* "
-        "files, or the name of a dataset on the Hugging Face hub. prompt, messages, src or instruction is asked; the "
-        "whole "
-        "row is given to the rewards (tgt, answer, tests, ...)."
+        "dev.* files, or the name of a dataset on the Hugging Face hub. prompt, messages, src or instruction is asked; "
+        "the whole row is given to the rewards (tgt, answer, tests, ...)."
     )
     eval_dataset_path: str | None = Field(
         None, description="Prompts to evaluate on. Not given: the dev.* file beside the training rows, if there is one."
@@ -89,17 +87,9 @@ class PromptDataKeys(JobConfig):
         None,
         ge=2,
         description="Tokens of a prompt with its whole answer, over all turns. Not given: max_prompt_len + "
-        "max_new_tokens, "
-        "or the model's context where that is less.",
+        "max_new_tokens, or the model's context where that is less.",
     )
     raw: Bool = Field(False, description="A prompt is continued as it is, without a chat template.")
-    on_malformed: Literal["error", "skip"] = Field(
-        "error",
-        description="What to do with a row that cannot be read: stop and name it, or leave it out and count it.",
-    )
-    max_dropped_fraction: Float = Field(
-        0.2, ge=0, le=1, description="Stop if more than this share of the rows had to be left out (0.2 is 20 %)."
-    )
 
 
 class RolloutKeys(JobConfig):
@@ -115,8 +105,7 @@ class RolloutKeys(JobConfig):
         -1,
         ge=-1,
         description="Prompts of one optimizer step: fewer than prompts_per_step makes several steps of a rollout. -1: "
-        "all "
-        "of them, one step.",
+        "all of them, one step.",
     )
     update_iters: Int = Field(1, ge=1, description="Times that a rollout is learned from.")
     max_staleness: Int = Field(
@@ -124,8 +113,7 @@ class RolloutKeys(JobConfig):
         ge=0,
         le=1,
         description="1: the next rollout is made in a thread while this one is learned from, by weights one rollout "
-        "older. 0: "
-        "always by the newest weights.",
+        "older. 0: always by the newest weights.",
     )
     max_new_tokens: Int = Field(256, ge=1, description="Longest answer, in tokens (of one turn).")
     min_new_tokens: Int = Field(0, ge=0, description="Shortest answer, in tokens: nothing ends it before.")
@@ -144,8 +132,7 @@ class RolloutKeys(JobConfig):
     rollout_compute: Literal["auto", "native", "torch"] = Field(
         "auto",
         description="What computes rollouts: native (the compiled step, from weights packed after each update), torch "
-        "(the "
-        "decoder that trains, its weights shared). auto: native on a CPU where it can serve the model.",
+        "(the decoder that trains, its weights shared). auto: native on a CPU where it can serve the model.",
     )
 
 
@@ -160,8 +147,7 @@ class RewardKeys(JobConfig):
     environment: str | None = Field(
         None,
         description="What speaks between the model's turns: file.py:Class or package.module:Class (docs/rewards.md). "
-        "What "
-        "it says is not learned.",
+        "What it says is not learned.",
     )
     tools: Strings = Field(
         (), description="Functions that the model may call, as file.py:function; repeat the key for several."
@@ -195,7 +181,19 @@ class RewardKeys(JobConfig):
     )
 
 
-class PolicyLossKeys(JobConfig):
+class SurrogateKeys(JobConfig):
+    title: ClassVar[str] = "Policy loss"
+
+    clip_ratio_dual: Float | None = Field(
+        None,
+        gt=1,
+        description="Dual clip: a bad token's loss is at most this times its advantage (3). Not given: none.",
+    )
+    pg_loss_coeff: Float = Field(1.0, ge=0, description="Weight of the policy's loss.")
+    entropy_coeff: Float = Field(0.0, ge=0, description="Weight of an entropy bonus.")
+
+
+class PolicyLossKeys(SurrogateKeys):
     title: ClassVar[str] = "Policy loss"
 
     algorithm: Algorithm = Field(
@@ -212,11 +210,6 @@ class PolicyLossKeys(JobConfig):
     clip_range_ratio_high: Float | None = Field(
         None, gt=0, description="A ratio counts no more than 1 plus this. cispo: 4, so that ratios count up to 5."
     )
-    clip_ratio_dual: Float | None = Field(
-        None,
-        gt=1,
-        description="Dual clip: a bad token's loss is at most this times its advantage (3). Not given: none.",
-    )
     clip_two_sided: Float | None = Field(
         None, gt=1, description="No ratio counts more than this, also where the advantage is negative. Not given: none."
     )
@@ -232,7 +225,6 @@ class PolicyLossKeys(JobConfig):
         False, description="Advantages of all tokens get mean 0 and deviation 1 in the end."
     )
     gamma: Float = Field(1.0, gt=0, le=1, description="Discount of later rewards, for reinforce++.")
-    pg_loss_coeff: Float = Field(1.0, ge=0, description="Weight of the policy's loss.")
     kl_loss_coeff: Float = Field(
         0.0, ge=0, description="Weight of a KL term that holds the model to the reference; 0: no reference is loaded."
     )
@@ -240,12 +232,10 @@ class PolicyLossKeys(JobConfig):
         "k3", description="How the KL term is estimated at a token: k3 = q/p - 1 - log(q/p), k1 = log(p/q), ..."
     )
     kl_corrected: Bool = Field(False, description="Multiply the KL term by the ratio: unbiased over several updates.")
-    entropy_coeff: Float = Field(0.0, ge=0, description="Weight of an entropy bonus.")
     dynamic_sampling: Bool | None = Field(
         None,
         description="Leave out groups whose answers all have the same reward, and ask other prompts in their place "
-        "(DAPO). Not "
-        "given: true for dapo.",
+        "(DAPO). Not given: true for dapo.",
     )
     max_gen_batches: Int = Field(
         3, ge=1, description="dynamic_sampling: at most this many times prompts_per_step prompts are asked."
@@ -257,16 +247,13 @@ class PolicyLossKeys(JobConfig):
     old_logprobs: Literal["auto", "sampler", "trainer"] = Field(
         "auto",
         description="Whose log-probabilities the ratio is taken to, where a rollout is learned from more than once: "
-        "those that "
-        "the sampler gave, or the trainer's own, computed before the first update. auto: the sampler's where they "
-        "agree "
-        "(fp32, temperature 1).",
+        "those that the sampler gave, or the trainer's own, computed before the first update. auto: the sampler's "
+        "where they agree (fp32, temperature 1) and importance_sampling does not ask for both, else the trainer's.",
     )
     importance_sampling: Correction = Field(
         "none",
         description="Correct for tokens drawn by another implementation than the one that trains: weights p/p_sampler "
-        "of "
-        "tokens or whole answers, cut or left out above importance_sampling_cap.",
+        "of tokens or whole answers, cut or left out above importance_sampling_cap.",
     )
     importance_sampling_cap: Float = Field(2.0, gt=0, description="See importance_sampling.")
 
@@ -301,6 +288,16 @@ class PolicyConfig(ModelKeys, PromptDataKeys, RewardKeys, RolloutKeys, AdapterKe
     waiting_limit: Float = Field(
         120.0, gt=0, description="Seconds of waiting (for the engine, a reward, ...) after which is said for what."
     )
+
+    @property
+    def per_update(self) -> int:
+        """Prompts of one optimizer step."""
+        return self.prompts_per_update if self.prompts_per_update > 0 else self.prompts_per_step
+
+    @property
+    def learns_twice(self) -> bool:
+        """Whether a rollout is learned from in more than one update."""
+        return self.update_iters > 1 or self.per_update < self.prompts_per_step
 
 
 class GrpoConfig(PolicyLossKeys, PolicyConfig):

@@ -42,6 +42,12 @@ POLICY: tuple[Impossible[Any], ...] = (
     ),
     Impossible(
         PolicyConfig,
+        lambda c: not c.rewards and bool(c.reward_weights),
+        "reward_weights weigh rewards, and the environment alone gives them",
+        "remove reward_weights, or name rewards",
+    ),
+    Impossible(
+        PolicyConfig,
         lambda c: c.environment is not None and bool(c.tools),
         "environment and tools both say what speaks between the model's turns",
         "give one of them; an environment can call tools itself",
@@ -156,6 +162,16 @@ POLICY: tuple[Impossible[Any], ...] = (
         lambda c: c.temperature != 1.0 and (c.importance_sampling != "none" or c.old_logprobs == "sampler"),
         "the sampler's log-probabilities are those of temperature 1, and answers are drawn at {temperature}",
         "set temperature to 1, or importance_sampling to none and old_logprobs to trainer",
+    ),
+    Impossible(
+        GrpoConfig,
+        lambda c: (
+            c.importance_sampling != "none"
+            and (c.max_staleness > 0 or (c.old_logprobs == "sampler" and c.learns_twice))
+        ),
+        "importance_sampling corrects between sampler and trainer, and here ratios are taken to the sampler's "
+        "log-probabilities already",
+        "set importance_sampling to none, or old_logprobs to trainer without max_staleness",
     ),
     Impossible(
         GrpoConfig,

@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from .base import Bool, Float, Int, JobConfig
-from .policy import Aggregation, PolicyConfig
+from .policy import Aggregation, PolicyConfig, SurrogateKeys
 
 
-class PpoKeys(JobConfig):
+class PpoKeys(SurrogateKeys):
     title: ClassVar[str] = "PPO"
 
     kl_coeff: Float = Field(
@@ -20,16 +20,10 @@ class PpoKeys(JobConfig):
         None,
         gt=0,
         description="KL of an answer to the reference, in nats, that kl_coeff is moved towards (adaptive KL). Not "
-        "given: "
-        "kl_coeff stays.",
+        "given: kl_coeff stays.",
     )
     kl_horizon: Int = Field(10_000, ge=1, description="kl_target: answers over which kl_coeff follows.")
     clip_range_ratio: Float = Field(0.2, gt=0, lt=1, description="A ratio counts between 1 minus and 1 plus this.")
-    clip_ratio_dual: Float | None = Field(
-        None,
-        gt=1,
-        description="Dual clip: a bad token's loss is at most this times its advantage (3). Not given: none.",
-    )
     clip_range_score: Float | None = Field(
         10.0, gt=0, description="Scores are held within plus and minus this; null: they are not."
     )
@@ -38,9 +32,7 @@ class PpoKeys(JobConfig):
     )
     gamma: Float = Field(1.0, gt=0, le=1, description="GAE: discount of later rewards.")
     gae_lambda: Float = Field(0.95, ge=0, le=1, description="GAE: 1 trusts rewards alone, 0 the critic.")
-    pg_loss_coeff: Float = Field(1.0, ge=0, description="Weight of the policy's loss.")
     value_coeff: Float = Field(1.0, gt=0, description="Weight of the critic's loss beside the policy's.")
-    entropy_coeff: Float = Field(0.0, ge=0, description="Weight of an entropy bonus.")
     normalize_reward: Bool = Field(
         False, description="Scores become (r - mean) / deviation of all scores so far, before they are clipped."
     )
@@ -49,8 +41,7 @@ class PpoKeys(JobConfig):
     ptx_datasets: str | None = Field(
         None,
         description="Conversations that are learned as they are beside the answers (PTX), so that nothing else is "
-        "forgotten: "
-        "rows as for oarsmith sft.",
+        "forgotten: rows as for oarsmith sft.",
     )
     ptx_coeff: Float = Field(16.0, ge=0, description="Weight of their loss.")
     ptx_max_length: Int = Field(1024, ge=4, description="Tokens of these texts in one pass.")
@@ -70,8 +61,7 @@ class CriticKeys(JobConfig):
     critic_model_name_or_path: str | None = Field(
         None,
         description="What a separate critic begins from: a reward model, or a model that writes, which gets a new "
-        "head. Not "
-        "given: the model that is trained.",
+        "head. Not given: the model that is trained.",
     )
     critic_learning_rate: Float | None = Field(
         None,

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from .base import Bool, Float, Int, JobConfig, Words
+from .groups import LeftOutKeys
 
 
 class PromptKeys(JobConfig):
@@ -21,7 +22,7 @@ class PromptKeys(JobConfig):
     )
 
 
-class PreferenceDataKeys(PromptKeys):
+class PreferenceDataKeys(PromptKeys, LeftOutKeys):
     title: ClassVar[str] = "Data"
 
     dataset_name_or_path: str = Field(
@@ -50,9 +51,6 @@ class PreferenceDataKeys(PromptKeys):
         "error",
         description="What to do with a row that cannot be read or is no judgement (equal scores, empty answers): "
         "stop and name it, or leave it out and count it.",
-    )
-    max_dropped_fraction: Float = Field(
-        0.2, ge=0, le=1, description="Stop if more than this share of the rows had to be left out (0.2 is 20 %)."
     )
 
 

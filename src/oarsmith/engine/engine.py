@@ -173,29 +173,47 @@ class Engine:
         return self.runner.num_drafted, self.runner.num_accepted
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | None = None, *, adapter: str | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        *,
+        adapter: str | None = None,
     ) -> list[Completion]:
         """Answers in the order of the prompts.
 
         Args:
             prompts: one prompt or a list of them.
-            sampling: not given: greedy, 256 tokens.
+            sampling: not given: greedy, 256 tokens. A list has one for each prompt.
             adapter: the name of the one they go through; not given: none.
 
         Raises:
-            OarsmithError: a prompt that is empty, longer than the context or outside the vocabulary; no such adapter.
+            OarsmithError: a prompt that is empty, longer than the context or outside the vocabulary; no such adapter;
+                a list of samplings of another length.
         """
         batch = as_batch(prompts)
         found = dict(self.as_completed(batch, sampling, adapter=adapter))
         return [found[index] for index in range(len(batch))]
 
     def as_completed(
-        self, prompts: Sequence[Prompt], sampling: Sampling | None = None, *, adapter: str | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        *,
+        adapter: str | None = None,
     ) -> Iterator[tuple[int, Completion]]:
         """(index of the prompt, its answer), each as soon as it is finished. All prompts are checked first."""
         batch = [self.encode(prompt, where=f"prompt {index}") for index, prompt in enumerate(prompts)]
-        first = self._ask([], sampling, adapter)
-        asks = [replace(first, ids=ids, index=index, where=f"prompt {index}") for index, ids in enumerate(batch)]
+        if sampling is None or isinstance(sampling, Sampling):
+            asks = [self._ask([], sampling, adapter)] * len(batch)
+        else:
+            asks = [self._ask([], each, adapter) for each in sampling]
+        if len(asks) != len(batch):
+            what = f"there are {len(asks)} samplings for {len(batch)} prompts"
+            raise ConfigError(what, where="sampling", fix="give one for all, or one for each")
+        asks = [
+            replace(ask, ids=ids, index=index, where=f"prompt {index}")
+            for index, (ask, ids) in enumerate(zip(asks, batch, strict=True))
+        ]
         return drain(self._desk, [self._ticket(ask) for ask in asks])
 
     def stream(

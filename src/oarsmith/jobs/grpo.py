@@ -25,7 +25,6 @@ from oarsmith.methods.data import TrainingData
 from oarsmith.models.decoder import Decoder
 from oarsmith.rl.learning import Teacher
 from oarsmith.rl.rewards.watch import Watch
-from oarsmith.rl.source import Plan
 from oarsmith.rl.study import Student
 from oarsmith.text import Tokenizer
 
@@ -54,32 +53,12 @@ def start(resolved: Resolved[P], device: torch.device) -> tuple[Resolved[P], Sta
         what = f"max_length {config.max_length} is longer than the model's context of {context} tokens"
         raise ConfigError(what, where="max_length", fix=f"set max_length to at most {context}")
     if config.per_device_train_batch_size is not None:
-        answers = per_update(config) * config.samples_per_prompt
+        answers = config.per_update * config.samples_per_prompt
         passes = -(-answers // config.per_device_train_batch_size)
         resolved = resolved.settle(
             "answers of an update / per_device_train_batch_size", gradient_accumulation_steps=passes
         )
     return resolved, begin
-
-
-def per_update(config: PolicyConfig) -> int:
-    """Prompts of one optimizer step."""
-    return config.prompts_per_update if config.prompts_per_update > 0 else config.prompts_per_step
-
-
-def make_plan(config: GrpoConfig, *, share: bool) -> Plan:
-    """How a rollout becomes batches."""
-    return Plan(
-        prompts=config.prompts_per_step,
-        per_update=per_update(config),
-        passes=config.gradient_accumulation_steps,
-        iters=config.update_iters,
-        aggregation=config.loss_aggregation or config.preset.aggregation,
-        longest=config.max_new_tokens,
-        seed=config.seed,
-        ahead=config.max_staleness > 0,
-        share=share,
-    )
 
 
 def make_loss(config: GrpoConfig) -> PolicyLoss:
@@ -107,27 +86,30 @@ def make_loss(config: GrpoConfig) -> PolicyLoss:
     )
 
 
-def whose_old(config: GrpoConfig, plan: Plan) -> str:
+def whose_old(config: GrpoConfig) -> str:
     """Whose log-probabilities ratios are taken to."""
     agree = config.dtype == "fp32" and config.temperature == 1.0
     if config.max_staleness > 0:
         return "sampler"
-    if plan.updates == 1 and (config.kl_coeff == 0 or agree):
+    if not config.learns_twice and (config.kl_coeff == 0 or agree):
         return "none"
     if config.old_logprobs != "auto":
         return config.old_logprobs
-    return "sampler" if agree else "trainer"
+    # A correction weighs the trainer's against the sampler's; taken to the sampler's it would be 1 everywhere.
+    return "sampler" if agree and config.importance_sampling == "none" else "trainer"
 
 
 def _completed(config: GrpoConfig, begin: Start, model: Decoder, data: TrainingData, console: Console) -> TrainingData:
     assert isinstance(data, parts.PolicyData), data
     watch = Watch()
-    plan, judged = make_plan(config, share=data.share), config.kl_loss_coeff > 0 or config.kl_coeff > 0
+    assert config.loss_aggregation is not None and config.scale_rewards is not None, "derived where not given"
+    plan = parts.make_plan(config, config.loss_aggregation, share=data.share)
+    judged = config.kl_loss_coeff > 0 or config.kl_coeff > 0
     sampler = parts.make_sampler(config, model, data)
     rewards = parts.make_rewards(config, data.tokenizer, watch)
     teacher = Teacher(
         estimator=config.preset.estimator,
-        scale=config.scale_rewards or config.preset.scale,
+        scale=config.scale_rewards,
         gamma=config.gamma,
         clip=config.clip_range_score,
         normalize=config.normalize_reward,
@@ -136,7 +118,7 @@ def _completed(config: GrpoConfig, begin: Start, model: Decoder, data: TrainingD
     student = Student(
         teacher=teacher,
         referee=parts.make_referee(config, begin, model, share=data.share, judged=judged),
-        old=whose_old(config, plan),
+        old=whose_old(config),
         judged=judged,
         kl_coef=config.kl_coeff,
         aggregation=plan.aggregation,
@@ -157,9 +139,6 @@ def _completed(config: GrpoConfig, begin: Start, model: Decoder, data: TrainingD
         most_batches=config.max_gen_batches if config.dynamic_sampling else 1,
         greedy=teacher.needs_greedy,
     )
-    console.print(
-        f"rollouts: {config.prompts_per_step} prompts x {config.samples_per_prompt} answers by {sampler.policy.how}"
-    )
     return replace(data, train=batches, sampler=sampler, rewards=rewards)
 
 
@@ -174,9 +153,15 @@ def evaluation(
 def plan_in_words(config: PolicyConfig) -> str:
     """The rows of a step."""
     whole = config.prompts_per_step * config.samples_per_prompt
-    own = per_update(config) * config.samples_per_prompt
+    own = config.per_update * config.samples_per_prompt
     rest = "" if own == whole and config.update_iters == 1 else f" of {whole} of a rollout, {config.update_iters} x"
     return f"{own} answers{rest}"
+
+
+def tokens_per_pass(config: PolicyConfig) -> int:
+    """At most: answers as long as they may be."""
+    assert config.max_length is not None, "settled where not given"
+    return config.max_length * config.per_update * config.samples_per_prompt // config.gradient_accumulation_steps
 
 
 RECIPE: training.Recipe[GrpoConfig] = training.Recipe(
@@ -189,6 +174,6 @@ RECIPE: training.Recipe[GrpoConfig] = training.Recipe(
     complete=_completed,
     weights=tuning.weights_of,
     plan=plan_in_words,
-    tokens_per_pass=lambda config: (config.max_length or 0) * per_update(config) * config.samples_per_prompt,
+    tokens_per_pass=tokens_per_pass,
     extra_scores=evaluation,
 )

@@ -3,9 +3,7 @@ evaluations."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,15 @@ from oarsmith.config.policy import PolicyConfig
 from oarsmith.data.batch import Batch
 from oarsmith.engine import Sampling
 from oarsmith.jobs.loop_parts import total_steps
+from oarsmith.jobs.policy_warnings import FailedRewards, StillRewards, waiting_aloud
 from oarsmith.jobs.prompt_data import Prompts, read_all
 from oarsmith.jobs.start import Start
+from oarsmith.losses.policy.weights import Aggregation
 from oarsmith.methods.data import TrainingData
 from oarsmith.models import families
 from oarsmith.models.decoder import Decoder
 from oarsmith.models.sharing import shares_beginnings
-from oarsmith.rl.collect import Collector, Overlong
+from oarsmith.rl.collect import Collector
 from oarsmith.rl.conversations import Episodes
 from oarsmith.rl.environments.environment import Environment, find_environment
 from oarsmith.rl.environments.episode import EpisodeLimits
@@ -36,6 +36,7 @@ from oarsmith.rl.policy import Policy
 from oarsmith.rl.prompts import PromptOrder
 from oarsmith.rl.referee import Referee
 from oarsmith.rl.rewards.rewards import Rewards
+from oarsmith.rl.rewards.verifiers.shape import Overlong
 from oarsmith.rl.rewards.watch import Watch
 from oarsmith.rl.rollout import Sampler
 from oarsmith.rl.sample_log import SampleLog
@@ -118,6 +119,21 @@ def make_episodes(config: PolicyConfig, tokenizer: Tokenizer) -> Episodes | None
     )
 
 
+def make_plan(config: PolicyConfig, aggregation: Aggregation, *, share: bool) -> Plan:
+    """How a rollout becomes batches."""
+    return Plan(
+        prompts=config.prompts_per_step,
+        per_update=config.per_update,
+        passes=config.gradient_accumulation_steps,
+        iters=config.update_iters,
+        aggregation=aggregation,
+        longest=config.max_new_tokens,
+        seed=config.seed,
+        ahead=config.max_staleness > 0,
+        share=share,
+    )
+
+
 def make_sampler(config: PolicyConfig, model: Decoder, data: PolicyData) -> Sampler:
     """What answers prompts by the model's own weights."""
     assert config.max_length is not None, "settled where not given"
@@ -197,11 +213,13 @@ def make_batches(
         **how,
     )
     samples = SampleLog(Path(config.output_dir), count=config.num_sample_rows, every=config.logging_steps)
-    watcher = StillRewards(console)
+    still, failed = StillRewards(console), None if rewards is None else FailedRewards(rewards, console)
 
     def told(scored: Scored, step: int, facts: Mapping[str, float]) -> None:
         samples.note(scored, step)
-        watcher.look(step, facts)
+        still.look(step, facts)
+        if failed is not None:
+            failed.look(step)
 
     made = RolloutBatches(
         order=order,
@@ -215,6 +233,9 @@ def make_batches(
         companion=companion,
     )
     made.last_update = total_steps(config, made)
+    console.print(
+        f"rollouts: {config.prompts_per_step} prompts x {config.samples_per_prompt} answers by {sampler.policy.how}"
+    )
     return made
 
 
@@ -223,56 +244,15 @@ def evaluation_of(config: PolicyConfig, data: PolicyData) -> Callable[[], Mappin
     prompts = data.prompts.evaluation
     if not prompts or data.sampler is None:
         return None
-    sampler, rewards = data.sampler, data.rewards
+    sampler, rewards, batches = data.sampler, data.rewards, data.train
+    assert isinstance(batches, RolloutBatches), batches
     if config.max_evaluate_steps > 0:
         prompts = prompts[: config.max_evaluate_steps * config.per_device_eval_batch_size]
-    return lambda: evaluate_policy(
-        sampler, rewards, prompts, samples=config.eval_samples, seed=config.seed, passing=config.pass_reward
-    )
 
+    def evaluate() -> Mapping[str, float]:
+        batches.wait()  # an evaluation gives the engine the newest weights, and a rollout on its way has older ones
+        return evaluate_policy(
+            sampler, rewards, prompts, samples=config.eval_samples, seed=config.seed, passing=config.pass_reward
+        )
 
-def waiting_aloud(watch: Watch, console: Console, limit: float) -> Callable[[str], Any]:
-    """As ``watch.waiting``; after ``limit`` seconds, and every so many more, is said what is waited for."""
-
-    @contextmanager
-    def waiting(text: str) -> Iterator[None]:
-        over = threading.Event()
-
-        def speak() -> None:
-            while not over.wait(limit):
-                console.print(f"waiting for {watch.text() or text}")
-
-        with watch.waiting(text):
-            thread = threading.Thread(target=speak, daemon=True)
-            thread.start()
-            try:
-                yield
-            finally:
-                over.set()
-
-    return waiting
-
-
-class StillRewards:
-    """Says early when there is nothing to learn from: groups whose answers are all worth the same."""
-
-    _LOOKED_AT, _MOST = 5, 0.8
-
-    def __init__(self, console: Console) -> None:
-        self._console, self._shares, self._said = console, list[float](), False
-
-    def look(self, step: int, facts: Mapping[str, float]) -> None:
-        """Of every rollout."""
-        self._shares = [*self._shares[1 - self._LOOKED_AT :], facts["no_variance"]]
-        if self._said or len(self._shares) < self._LOOKED_AT or facts["pass_rate"] > self._MOST:
-            return
-        mean = sum(self._shares) / len(self._shares)
-        if mean > self._MOST:
-            self._said = True
-            self._console.print(
-                f"warning: step {step}: in {mean:.0%} of the last {len(self._shares)} rollouts' groups all answers "
-                f"have the "
-                f"same reward (mean {facts['reward']:.3g}), so they teach nothing. Raise samples_per_prompt or "
-                f"temperature, "
-                "ask easier prompts, or give a reward with more steps between nothing and everything."
-            )
+    return evaluate

@@ -40,7 +40,6 @@ from oarsmith.rl.critic import Critic, CriticUpdates, SeparateCritic, SharedCrit
 from oarsmith.rl.learning import Teacher
 from oarsmith.rl.ppo import KLController, PpoStudent
 from oarsmith.rl.rewards.watch import Watch
-from oarsmith.rl.source import Plan
 from oarsmith.rl.study import Student
 from oarsmith.text import Tokenizer
 from oarsmith.training.objective import Objective
@@ -92,21 +91,6 @@ def make_critic(config: PpoConfig, begin: Start, model: Decoder, padding_id: int
     return SeparateCritic(decoder.train())
 
 
-def make_plan(config: PpoConfig, *, share: bool) -> Plan:
-    """How a rollout becomes batches."""
-    return Plan(
-        prompts=config.prompts_per_step,
-        per_update=grpo.per_update(config),
-        passes=config.gradient_accumulation_steps,
-        iters=config.update_iters,
-        aggregation=config.loss_aggregation,
-        longest=config.max_new_tokens,
-        seed=config.seed,
-        ahead=config.max_staleness > 0,
-        share=share,
-    )
-
-
 def make_companion(config: PpoConfig, tokenizer: Tokenizer, console: Console) -> Callable[[int], Batch] | None:
     """Texts that are learned beside answers, by the number of their batch."""
     if config.ptx_datasets is None or config.ptx_coeff == 0:
@@ -143,7 +127,8 @@ def make_policy_loss(config: PpoConfig) -> PolicyLoss:
 
 def _completed(config: PpoConfig, begin: Start, model: Decoder, data: TrainingData, console: Console) -> TrainingData:
     assert isinstance(data, parts.PolicyData), data
-    watch, plan, judged = Watch(), make_plan(config, share=data.share), config.kl_coeff > 0
+    watch, judged = Watch(), config.kl_coeff > 0
+    plan = parts.make_plan(config, config.loss_aggregation, share=data.share)
     sampler = parts.make_sampler(config, model, data)
     rewards = parts.make_rewards(config, data.tokenizer, watch)
     critic = make_critic(config, begin, model, data.tokenizer.plain_pad_id)
@@ -175,9 +160,6 @@ def _completed(config: PpoConfig, begin: Start, model: Decoder, data: TrainingDa
     batches = parts.make_batches(config, data, plan, sampler, rewards, student, watch, console, companion=companion)
     kind = "a head on the policy's states" if isinstance(critic, SharedCritic) else "a model of its own"
     console.print(f"critic: {kind}, {sum(p.numel() for p in critic.module.parameters()):,} parameters")
-    console.print(
-        f"rollouts: {config.prompts_per_step} prompts x {config.samples_per_prompt} answers by {sampler.policy.how}"
-    )
     known = {**vars(data), "train": batches, "sampler": sampler, "rewards": rewards}
     return CriticData(**known, critic=critic)
 
@@ -228,7 +210,7 @@ def recipe(kept: list[Critic]) -> training.Recipe[PpoConfig]:
         complete=_completed,
         weights=tuning.weights_of,
         plan=grpo.plan_in_words,
-        tokens_per_pass=lambda config: (config.max_length or 0) * grpo.per_update(config) * config.samples_per_prompt,
+        tokens_per_pass=grpo.tokens_per_pass,
         extra_scores=grpo.evaluation,
         attach=attach,
         hooks=_hooks,

@@ -130,9 +130,7 @@ def _prompt(record: Record) -> PromptRow:
     value = fields.without_nulls(record.value)
     sampling = _sampling(record, value.get("sampling", {}))
     for name in ("prompt", "text"):
-        if name in value and (
-            name == "prompt" or not {"messages", "conversations", "src", "instruction"} & value.keys()
-        ):
+        if name in value and (name == "prompt" or not _CONVERSATIONS & value.keys()):
             return PromptRow(fields.text(record, name, value[name]), record.where, sampling=sampling)
     conversation = to_conversation(Record(_with_answer(value), record.where))
     messages = list(conversation.messages)

@@ -20,6 +20,8 @@ Scale = Literal["group", "batch", "none"]
 
 # verl's: what is added to a deviation, and to a variance.
 _EPSILON, _VARIANCE_EPSILON = 1e-6, 1e-8
+# Rewards that differ by less than this do not differ.
+_SAME = 1e-9
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class Groups:
         known = [rewards[~np.isnan(rewards)] for rewards in (self.rewards_A[part] for part in self.parts)]
         return [float(np.ptp(rewards)) if len(rewards) else 0.0 for rewards in known]
 
+    @property
+    def varied(self) -> list[bool]:
+        """Of each group, whether its rewards differ."""
+        return [spread > _SAME for spread in self.spreads]
+
 
 def group_relative(groups: Groups, *, scale: Scale = "group") -> Doubles:
     """(r - mean) / (std + 1e-6) within each group (GRPO, Shao et al. 2024, section 4.1.2), unbiased std.
@@ -57,15 +64,13 @@ def group_relative(groups: Groups, *, scale: Scale = "group") -> Doubles:
         scale: ``batch``: the deviation of all rewards in place of the group's; ``none``: not divided (Dr. GRPO).
     """
     found = np.zeros_like(groups.rewards_A)
-    whole = _deviation(groups.rewards_A)
     for part in groups.parts:
         rewards = groups.rewards_A[part]
         known = ~np.isnan(rewards)
         if known.sum() < 2:
             continue  # verl: mean 0 and deviation 1 of one answer; without a baseline there is nothing to compare with
         away = rewards - np.nanmean(rewards)
-        by = {"none": 1.0, "batch": whole + _EPSILON, "group": _deviation(rewards) + _EPSILON}[scale]
-        found[part] = np.where(known, away / by, 0.0)
+        found[part] = np.where(known, away / _divisor(groups, part, scale), 0.0)
     return found
 
 
@@ -89,8 +94,7 @@ def best_only(groups: Groups, *, scale: Scale = "group") -> Doubles:
         if np.isfinite(rewards).sum() < 2:
             continue
         second, first = np.sort(rewards)[-2:]
-        by = _deviation(groups.rewards_A[part]) + _EPSILON if scale == "group" else 1.0
-        found[part][int(rewards.argmax())] = (first - second) / by
+        found[part][int(rewards.argmax())] = (first - second) / _divisor(groups, part, scale)
     return found
 
 
@@ -107,8 +111,9 @@ def length_weighted(groups: Groups, lengths: Sequence[int]) -> Doubles:
     return found
 
 
-def against(groups: Groups, baselines: Sequence[float]) -> Doubles:
-    """r minus a baseline for each group, such as the greedy answer's reward (ReMax, Li et al. 2023)."""
+def against(groups: Groups, baselines: Sequence[float] | Doubles) -> Doubles:
+    """r minus a baseline for each group, such as the greedy answer's reward (ReMax, Li et al. 2023); a group whose
+    baseline is nan learns nothing."""
     assert len(baselines) == len(groups.sizes), (len(baselines), len(groups.sizes))
     baselines_A = np.repeat(np.asarray(baselines, dtype=np.float64), groups.sizes)
     away = groups.rewards_A - baselines_A
@@ -116,9 +121,9 @@ def against(groups: Groups, baselines: Sequence[float]) -> Doubles:
 
 
 def gpg(groups: Groups) -> Doubles:
-    """alpha (r - mean), alpha: answers / answers whose advantage is not 0 (GPG, Chu et al. 2025)."""
+    """alpha (r - mean), alpha: answers / answers of groups whose rewards differ (GPG, Chu et al. 2025)."""
     away = group_relative(groups, scale="none")
-    moved = int(np.count_nonzero(away))
+    moved = sum(size for size, varied in zip(groups.sizes, groups.varied, strict=True) if varied)
     return away * (len(away) / moved) if moved else away
 
 
@@ -158,6 +163,13 @@ def whitened(values: Doubles, used: Mask | None = None, *, shift: bool = True) -
     mean = float(among.mean())
     scaled: Doubles = (values - mean) / np.sqrt(float(among.var(ddof=1)) + _VARIANCE_EPSILON)
     return scaled if shift else scaled + mean
+
+
+def _divisor(groups: Groups, part: slice, scale: Scale) -> float:
+    """What a group's centred rewards are divided by."""
+    if scale == "none":
+        return 1.0
+    return _deviation(groups.rewards_A if scale == "batch" else groups.rewards_A[part]) + _EPSILON
 
 
 def _deviation(rewards: Doubles) -> float:

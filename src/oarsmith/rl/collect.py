@@ -5,35 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-
-import numpy as np
+from dataclasses import dataclass, replace
 
 from oarsmith.rl.advantages import Groups
 from oarsmith.rl.completion import Completion, Scorer, Scores
 from oarsmith.rl.experience import Scored
 from oarsmith.rl.prompts import Asked, PromptOrder
+from oarsmith.rl.rewards.verifiers.shape import Overlong
 from oarsmith.rl.rollout import Sampler, Written
 from oarsmith.training.seeds import keyed_seed
 
 Waiting = Callable[[str], AbstractContextManager[None]]
-# Rewards that differ by less than this do not differ.
-_SAME = 1e-9
-
-
-@dataclass(frozen=True, kw_only=True)
-class Overlong:
-    """Soft punishment of long answers (DAPO, Yu et al. 2025, equation 13): nothing up to ``longest - buffer`` tokens,
-    then along a line to ``-penalty`` at ``longest``."""
-
-    longest: int
-    buffer: int
-    penalty: float
-
-    def of(self, length: int) -> float:
-        """What is added to the reward of an answer of so many tokens."""
-        over = length - (self.longest - self.buffer)
-        return -self.penalty * min(max(over / self.buffer, 0.0), 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +50,14 @@ class Collector:
         while True:
             numbers = list(range(first + asked, first + asked + self.prompts - len(found.prompts)))
             asked += len(numbers)
-            last = asked + 1 > self.most_batches * self.prompts
+            last = asked >= self.most_batches * self.prompts
             self._add(found, numbers, version, only_varied=self.dynamic and not last)
             if len(found.prompts) >= self.prompts or last:
                 break
         return found.scored(asked, version)
 
     def _add(self, found: _Found, numbers: Sequence[int], version: int, *, only_varied: bool) -> None:
-        prompts = [self.order.take(number, 1)[0] for number in numbers]
+        prompts = self.order.take(numbers[0], len(numbers))
         begun = time.perf_counter()
         seed = keyed_seed(self.seed, "rollout", numbers[0])
         with self.waiting(f"the engine ({len(prompts) * self.samples} answers)"):
@@ -84,9 +66,24 @@ class Collector:
         sampled = time.perf_counter()
         with self.waiting("the rewards"):
             scores = score_groups(self.scorer, prompts, groups, version)
-            baselines = score_groups(self.scorer, prompts, greedy, version).total if self.greedy else []
+            baselines = score_groups(self.scorer, prompts, greedy, version) if self.greedy else None
         found.seconds = found.seconds[0] + sampled - begun, found.seconds[1] + time.perf_counter() - sampled
-        found.take(numbers, prompts, groups, scores, baselines, only_varied, self.overlong)
+        varied = Groups(scores.rewards, tuple(len(group) for group in groups)).varied
+        found.take(
+            numbers,
+            prompts,
+            groups,
+            self._punished(scores, groups),
+            None if baselines is None else self._punished(baselines, greedy),
+            [index for index, differs in enumerate(varied) if differs or not only_varied],
+        )
+
+    def _punished(self, scores: Scores, groups: Sequence[Sequence[Written]]) -> Scores:
+        if self.overlong is None:
+            return scores
+        lengths = [written.num_own for group in groups for written in group]
+        pairs = zip(scores.total, lengths, strict=True)
+        return replace(scores, total=[None if r is None else r + self.overlong.of(length) for r, length in pairs])
 
 
 class _Found:
@@ -107,28 +104,20 @@ class _Found:
         prompts: Sequence[Asked],
         groups: Sequence[Sequence[Written]],
         scores: Scores,
-        baselines: Sequence[float | None],
-        only_varied: bool,
-        overlong: Overlong | None,
+        baselines: Scores | None,
+        chosen: Sequence[int],
     ) -> None:
-        """Add the groups; ``only_varied``: those whose rewards differ."""
-        sizes = tuple(len(group) for group in groups)
-        rewards = np.array([np.nan if value is None else value for value in scores.total], dtype=np.float64)
-        spreads, parts = Groups(rewards, sizes).spreads, Groups(rewards, sizes).parts
-        for index, (part, spread) in enumerate(zip(parts, spreads, strict=True)):
-            if only_varied and spread <= _SAME:
-                continue
+        """Add the ``chosen`` ones of these groups."""
+        parts = Groups(scores.rewards, tuple(len(group) for group in groups)).parts
+        for index in chosen:
             self.numbers.append(numbers[index])
             self.prompts.append(prompts[index])
             self.groups.append(tuple(groups[index]))
-            self.total += [
-                value if value is None or overlong is None else value + overlong.of(written.num_own)
-                for value, written in zip(scores.total[part], groups[index], strict=True)
-            ]
+            self.total += scores.total[parts[index]]
             for name, values in scores.parts.items():
-                self.parts.setdefault(name, []).extend(values[part])
-            if baselines:
-                self.baselines.append(baselines[index] or 0.0)
+                self.parts.setdefault(name, []).extend(values[parts[index]])
+            if baselines is not None:
+                self.baselines.append(float(baselines.rewards[index]))
 
     def scored(self, drawn: int, version: int) -> Scored:
         return Scored(

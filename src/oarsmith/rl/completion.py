@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 _NOTHING: Mapping[str, object] = MappingProxyType({})
 
 
@@ -48,6 +51,11 @@ class Scores:
     def __post_init__(self) -> None:
         for name, values in self.parts.items():
             assert len(values) == len(self.total), (name, len(values), len(self.total))
+
+    @property
+    def rewards(self) -> npt.NDArray[np.float64]:
+        """``total`` as numbers; nan: no score."""
+        return np.array([np.nan if value is None else value for value in self.total], dtype=np.float64)
 
 
 class Scorer(Protocol):

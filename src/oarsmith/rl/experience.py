@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from oarsmith.data.policy_batch import Learned
+from oarsmith.rl.advantages import Doubles
 from oarsmith.rl.completion import Scores
 from oarsmith.rl.prompts import Asked
 from oarsmith.rl.rollout import Written
@@ -26,7 +27,7 @@ class Scored:
     Attributes:
         groups: answers by prompt.
         scores: of all answers, prompt by prompt.
-        baselines: rewards of greedy answers, where the algorithm asks for them.
+        baselines: rewards of greedy answers, where the algorithm asks for them; nan: none.
         numbers: of the prompts in their order without end.
         drawn: prompts that were asked for it, those of dropped groups included.
         version: updates that the weights had seen which wrote it.
@@ -49,9 +50,9 @@ class Scored:
         return [written for group in self.groups for written in group]
 
     @property
-    def rewards(self) -> np.ndarray:
-        """float64 [answers]; nan: none."""
-        return np.array([np.nan if value is None else value for value in self.scores.total], dtype=np.float64)
+    def rewards(self) -> Doubles:
+        """[answers]; nan: none."""
+        return self.scores.rewards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,23 +81,9 @@ def to_tensors(experience: Experience) -> dict[str, Tensor]:
         "own": torch.from_numpy(np.concatenate([answer.own for answer in answers]).astype(np.uint8)),
         "groups": torch.tensor(experience.groups),
     }
-    for name in _BY_TOKEN:
-        found[name] = torch.from_numpy(np.concatenate([vars_of(answer)[name] for answer in answers]))
-    if len(answers[0].values):
-        found["values"] = torch.from_numpy(np.concatenate([answer.values for answer in answers]))
-        found["returns"] = torch.from_numpy(np.concatenate([answer.returns for answer in answers]))
+    for name in (*_BY_TOKEN, *(_BY_CRITIC if len(answers[0].values) else ())):
+        found[name] = torch.from_numpy(np.concatenate([getattr(answer, name) for answer in answers]))
     return found
-
-
-def vars_of(answer: Learned) -> dict[str, np.ndarray]:
-    """The arrays over an answer's own tokens, by name."""
-    return {
-        "sampled": answer.sampled,
-        "old": answer.old,
-        "reference": answer.reference,
-        "advantages": answer.advantages,
-        "weights": answer.weights,
-    }
 
 
 def from_tensors(tensors: Mapping[str, Tensor], where: Sequence[str], facts: Mapping[str, float]) -> Experience:

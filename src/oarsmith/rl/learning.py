@@ -24,7 +24,7 @@ class Outcomes:
     Attributes:
         groups: their rewards.
         sizes: tokens of each that the model wrote.
-        baselines: remax: the greedy answer's reward, by prompt.
+        baselines: remax: the greedy answer's reward, by prompt; nan: none.
         penalties_N: of each token what is taken from its reward: kl_coeff (log p - log p_reference); empty: nothing.
     """
 
@@ -61,7 +61,8 @@ class Teacher:
     def advantages(self, outcomes: Outcomes) -> Doubles:
         """Of each token [N]."""
         sizes, penalties_N = outcomes.sizes, outcomes.penalties_N
-        groups = Groups(self._settled(outcomes.groups.rewards_A), outcomes.groups.sizes)
+        rewards_A, baselines = self._settled(outcomes.groups.rewards_A, outcomes.baselines)
+        groups = Groups(rewards_A, outcomes.groups.sizes)
         by_token = self.estimator == "reinforce++"
         if len(penalties_N) and not by_token:
             starts = np.cumsum([0, *sizes[:-1]])
@@ -69,19 +70,22 @@ class Teacher:
         if by_token:
             found_N = self._returns(groups, sizes, penalties_N)
         else:
-            found_N = np.repeat(self._of_answers(groups, outcomes), sizes)
+            found_N = np.repeat(self._of_answers(groups, baselines, sizes), sizes)
         known_N = np.repeat(~np.isnan(groups.rewards_A), sizes)
         if by_token or self.whiten or self.estimator == "reinforce++_baseline":
             found_N = advantages.whitened(found_N, known_N)
         return np.where(known_N, found_N, 0.0)
 
-    def _settled(self, rewards_A: Doubles) -> Doubles:
+    def _settled(self, rewards_A: Doubles, baselines: Sequence[float]) -> tuple[Doubles, Doubles]:
+        """Rewards and baselines, clipped and normalised alike: the numbers that they follow from are the rewards'."""
+        both = np.concatenate([rewards_A, np.asarray(baselines, dtype=np.float64)])
         if self.clip is not None:
-            rewards_A = rewards_A.clip(-self.clip, self.clip)
-        if not self.normalize:
-            return rewards_A
-        known = ~np.isnan(rewards_A)
-        return np.where(known, advantages.whitened(rewards_A, known), np.nan)
+            both = both.clip(-self.clip, self.clip)
+        if self.normalize:
+            counted = ~np.isnan(both)
+            counted[len(rewards_A) :] = False
+            both = advantages.whitened(both, counted)
+        return both[: len(rewards_A)], both[len(rewards_A) :]
 
     def _returns(self, groups: Groups, sizes: Sequence[int], penalties_N: Doubles) -> Doubles:
         """The reward stands at an answer's last token, penalties at every one."""
@@ -89,14 +93,14 @@ class Teacher:
         rewards_N[np.cumsum(sizes) - 1] += np.nan_to_num(groups.rewards_A)
         return advantages.discounted(rewards_N, sizes, self.gamma)
 
-    def _of_answers(self, groups: Groups, outcomes: Outcomes) -> Doubles:
+    def _of_answers(self, groups: Groups, baselines: Doubles, sizes: Sequence[int]) -> Doubles:
         match self.estimator:
             case "rloo":
                 return advantages.leave_one_out(groups)
             case "remax":
-                return advantages.against(groups, outcomes.baselines)
+                return advantages.against(groups, baselines)
             case "opo":
-                return advantages.length_weighted(groups, outcomes.sizes)
+                return advantages.length_weighted(groups, sizes)
             case "gpg":
                 return advantages.gpg(groups)
             case "grpo_passk":

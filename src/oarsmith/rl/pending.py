@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -56,32 +57,12 @@ class Pending:
         self._ready = None
         return found
 
-    def close(self) -> None:
-        """Wait until the thread has nothing to do, and end it."""
-        if self._worker is not None:
-            self._worker.shutdown(wait=True, cancel_futures=True)
-
 
 def scored_to_tensor(scored: Scored) -> Tensor:
     """All of a rollout as bytes; its prompts by their numbers."""
-    groups = [
-        [
-            {
-                "ids": written.ids,
-                "own": written.own,
-                "logprobs": written.logprobs,
-                "text": written.text,
-                "truncated": written.truncated,
-                "num_turns": written.num_turns,
-                "reward": written.reward,
-            }
-            for written in group
-        ]
-        for group in scored.groups
-    ]
     found = {
         "numbers": scored.numbers,
-        "groups": groups,
+        "groups": [[asdict(written) for written in group] for group in scored.groups],
         "total": scored.scores.total,
         "parts": scored.scores.parts,
         "baselines": scored.baselines,
@@ -93,7 +74,7 @@ def scored_to_tensor(scored: Scored) -> Tensor:
 
 def scored_from_tensor(tensor: Tensor, prompt: Callable[[int], Asked]) -> Scored:
     """What ``scored_to_tensor`` made."""
-    found: Mapping[str, Any] = json.loads(bytes(tensor.tolist()))
+    found: Mapping[str, Any] = json.loads(tensor.numpy().tobytes())
     return Scored(
         prompts=tuple(prompt(number) for number in found["numbers"]),
         groups=tuple(tuple(Written(**written) for written in group) for group in found["groups"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -53,8 +53,10 @@ class Policy:
         native = compute != "torch" and reason is None
         self._twin = copy.deepcopy(model).eval().requires_grad_(False) if ahead and not native else None
         served = model if self._twin is None else self._twin
+        # What the engine computes with is the decoder that trains, not a copy of it.
+        self._direct = not native and self._twin is None
         num_pages = (rows + 1) * -(-max_length // _PAGE)
-        with self.answering():
+        with _at_rest(model):
             self.engine = Engine(
                 served,
                 tokenizer,
@@ -73,17 +75,20 @@ class Policy:
                     own.copy_(other)
         self.engine.forget()
 
-    @contextmanager
-    def answering(self) -> Iterator[None]:
-        """Within it the decoder does what it does when it answers: no dropout, no noise."""
-        training = self._model.training
-        if self._twin is None:
-            self._model.eval()
-        try:
-            yield
-        finally:
-            if self._twin is None:
-                self._model.train(training)
+    def answering(self) -> AbstractContextManager[None]:
+        """Within it the decoder does what it does when it answers (no dropout, no noise), if it is the one that
+        answers: a copy of its weights may be asked by another thread while it trains."""
+        return _at_rest(self._model) if self._direct else nullcontext()
+
+
+@contextmanager
+def _at_rest(model: Decoder) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _refused(model: Decoder) -> str | None:

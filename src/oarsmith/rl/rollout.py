@@ -142,10 +142,12 @@ class Sampler:
                     going.append((asked, written, other, room))
             if not going:
                 return
-            # The shortest room bounds all of a turn: the others have as much left in their next one.
-            limit = min(sampling.max_new_tokens, *(room for *_, room in going))
-            step = replace(sampling, n=1, seed=seed + turn, max_new_tokens=limit)
-            answers = self.policy.engine.generate([[*asked.ids, *written.ids] for asked, written, _, _ in going], step)
+            step = replace(sampling, n=1, seed=seed + turn)
+            limits = [min(sampling.max_new_tokens, room) for *_, room in going]
+            answers = self.policy.engine.generate(
+                [[*asked.ids, *written.ids] for asked, written, _, _ in going],
+                [replace(step, max_new_tokens=limit) for limit in limits],
+            )
             active = []
             for (asked, written, other, _), generated in zip(going, answers, strict=True):
                 start = len(written.ids)

@@ -17,7 +17,7 @@ from torch import Tensor
 from oarsmith.data.batch import Batch
 from oarsmith.data.order import permutation, require_same_plan
 from oarsmith.data.policy_batch import Learned, make_policy_batch
-from oarsmith.losses.policy.weights import Aggregation
+from oarsmith.losses.policy.weights import Aggregation, count_of
 from oarsmith.rl.collect import Collector
 from oarsmith.rl.experience import Experience, Scored, from_tensors, to_tensors
 from oarsmith.rl.pending import KEY, Pending, scored_from_tensor, scored_to_tensor
@@ -173,8 +173,7 @@ class RolloutBatches(KeepingBatches):
         return found
 
     def state(self) -> dict[str, Any]:
-        """The place, and what the plan depends on. A rollout on its way is waited for: it comes next in any case."""
-        self._pending.look()
+        """The place, and what the plan depends on; a rollout on its way is none of it."""
         return {
             "epoch": self._epoch,
             "position": self._position,
@@ -206,6 +205,7 @@ class RolloutBatches(KeepingBatches):
         self._rewind(self._updates)
 
     def state_tensors(self) -> dict[str, Tensor]:
+        """What is left of a rollout, and the one on its way, which is waited for: it comes next in any case."""
         found: dict[str, Tensor] = {}
         if self._left and self._experience is not None:
             found |= to_tensors(self._experience)
@@ -222,17 +222,12 @@ class RolloutBatches(KeepingBatches):
         if KEY in tensors:
             self._pending.put(scored_from_tensor(tensors[KEY], lambda number: self._order.take(number, 1)[0]))
 
-    def close(self) -> None:
-        """End the thread of rollouts."""
-        self._pending.close()
+    def wait(self) -> None:
+        """Until no rollout is on its way, so that the engine is free."""
+        self._pending.look()
 
 
 def _count(answers: list[Learned], plan: Plan) -> float:
-    """The part of the step's divisor that answers have; see ``token_weights``."""
-    match plan.aggregation:
-        case "token-mean":
-            return float(sum(int(np.count_nonzero(answer.weights)) for answer in answers))
-        case "seq-mean-token-sum-norm":
-            return float(len(answers) * plan.longest)
-        case _:
-            return float(len(answers))
+    """The part of the step's divisor that answers have."""
+    num_used = sum(int(np.count_nonzero(answer.weights)) for answer in answers)
+    return count_of(plan.aggregation, num_used, len(answers), plan.longest)

@@ -111,14 +111,14 @@ def facts_of(scored: Scored, groups: Groups, *, passing: float) -> dict[str, flo
     known = rewards[~np.isnan(rewards)]
     lengths = np.array([written.num_own for written in answers])
     # Where a prompt has one answer, all of the rollout are compared with one another.
-    spreads = groups.spreads if max(groups.sizes) > 1 else Groups(rewards, (len(rewards),)).spreads
+    varied = groups.varied if max(groups.sizes) > 1 else Groups(rewards, (len(rewards),)).varied
     found = {
         "reward": float(known.mean()) if len(known) else 0.0,
         "reward_std": float(known.std()) if len(known) else 0.0,
         "pass_rate": float((known >= passing).mean()) if len(known) else 0.0,
         "length": float(lengths.mean()),
         "truncated": float(np.mean([written.truncated for written in answers])),
-        "no_variance": float(np.mean([spread <= 1e-9 for spread in spreads])),
+        "no_variance": 1.0 - float(np.mean(varied)),
         "prompts_drawn": float(scored.drawn),
     }
     if len(scored.scores.parts) > 1:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from oarsmith.config.policy import PRESETS
 from oarsmith.losses.policy.divergence import corrected_kl, estimate_kl, sampling_correction
 from oarsmith.losses.policy.surrogates import SURROGATES, SurrogateOptions, log_ratios
 from oarsmith.losses.policy.value import value_loss
@@ -66,6 +67,32 @@ def test_grpo_family_as_trl(name: str, level: str, how: str) -> None:
     torch.testing.assert_close(
         values.grad, tensor(case["expected"]["grad_per_token_logps"])[mask], rtol=1e-5, atol=1e-8
     )
+
+
+def test_rloo_as_its_definition() -> None:
+    """mean over answers of -min(r A, clip(r) A), r = exp(sum of log p - log p_old): Ahmadian et al. 2024, TRL's
+    RLOOTrainer."""
+    draw = torch.Generator().manual_seed(3)
+    sizes, advantages = [2, 5, 1], tensor([0.7, -1.1, 0.4])
+    values = torch.randn(8, generator=draw, dtype=torch.float64).requires_grad_()
+    old = values.detach() + 0.05 * torch.randn(8, generator=draw, dtype=torch.float64)
+    ratios = torch.stack([part.sum() for part in (values - old).split(sizes)]).exp()
+    expected = -torch.minimum(ratios * advantages, ratios.clamp(0.8, 1.2) * advantages).mean()
+    (expected_grad,) = torch.autograd.grad(expected, values, retain_graph=True)
+    preset = PRESETS["rloo"]
+    loss = loss_of(
+        values,
+        old,
+        advantages.repeat_interleave(torch.tensor(sizes)),
+        sizes,
+        level=preset.level,
+        how=preset.aggregation,
+        options=SurrogateOptions(clip_low=preset.clip_low, clip_high=preset.clip_high),
+    )
+    (grad,) = torch.autograd.grad(loss, values)
+    # Weights of tokens are float32.
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-6, atol=1e-9)
 
 
 def test_dual_clip_as_verl() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from oarsmith.losses.policy.surrogates import log_ratios
 
 Estimator = Literal["k1", "abs", "k2", "k3"]
 
@@ -40,7 +43,7 @@ def corrected_kl(kl_N: Tensor, ratio_N: Tensor) -> Tensor:
     return kl_N * ratio_N
 
 
-def sampling_correction(old_N: Tensor, sampled_N: Tensor, sizes: list[int], how: str, most: float) -> Tensor:
+def sampling_correction(old_N: Tensor, sampled_N: Tensor, sizes: Sequence[int], how: str, most: float) -> Tensor:
     """Importance weights [N], without gradient, for tokens drawn by another implementation than the one that trains.
 
     Args:
@@ -48,11 +51,8 @@ def sampling_correction(old_N: Tensor, sampled_N: Tensor, sizes: list[int], how:
         how: ``token_truncate``, ``token_mask``, ``sequence_truncate`` or ``sequence_mask``: the ratio of a token, or of
             its whole answer; cut at ``most``, or 0 above it.
     """
-    ratio_N = (old_N - sampled_N).detach()
     level, _, rule = how.partition("_")
     assert level in ("token", "sequence") and rule in ("truncate", "mask"), how
-    if level == "sequence":
-        sums = torch.stack([part.sum() for part in ratio_N.split(sizes)])
-        ratio_N = sums.repeat_interleave(torch.tensor(sizes, device=sums.device))
-    weight_N = ratio_N.exp()
+    ratio_N = log_ratios(old_N, sampled_N, sizes, "sequence_sum" if level == "sequence" else "token")
+    weight_N = ratio_N.detach().exp()
     return weight_N.clamp(max=most) if rule == "truncate" else torch.where(weight_N > most, 0.0, weight_N)

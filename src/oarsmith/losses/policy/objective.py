@@ -15,6 +15,7 @@ from oarsmith.data.policy_batch import PolicyBatch
 from oarsmith.losses.policy.divergence import Estimator, corrected_kl, estimate_kl, sampling_correction
 from oarsmith.losses.policy.scoring import PolicyScores, score_policy
 from oarsmith.losses.policy.surrogates import SURROGATES, Level, Surrogate, SurrogateOptions, log_ratios
+from oarsmith.losses.policy.weights import weighted_sums
 from oarsmith.models.decoder import Decoder
 from oarsmith.training.objective import Outcome
 
@@ -63,9 +64,8 @@ class PolicyLoss:
         found = SURROGATES[self.surrogate](logprobs_N, ratio_N, advantages_N, self.options)
         loss_N = self.pg_coef * found.loss_N
         if self.correction != "none":
-            sizes = list(batch.sizes)
             loss_N = loss_N * sampling_correction(
-                old_N, batch.sampled_N.to(on), sizes, self.correction, self.correction_cap
+                old_N, batch.sampled_N.to(on), batch.sizes, self.correction, self.correction_cap
             )
         kl_N: Tensor | None = None
         if not bool(batch.reference_N[:1].isnan()):
@@ -101,8 +101,5 @@ class PolicyLoss:
             sampled_N = batch.sampled_N.to(logprobs_N.device)
             if bool(batch.old_N[:1].isnan()) and self.temperature == 1.0:
                 named["mismatch"] = (logprobs_N - sampled_N).abs()
-            # What a step's mean is of differs with the rule; metrics are means over tokens in any case.
-            share = batch.num_trained / max(float(weights_N.sum()), 1e-12)
-            totals = torch.stack([(values * weights_N).sum() for values in named.values()]).tolist()
-        sums = {name: total * share for name, total in zip(named, totals, strict=True)}
+        sums = weighted_sums(named, weights_N, batch.num_trained)
         return sums | {name: value * batch.num_trained for name, value in batch.facts.items()}

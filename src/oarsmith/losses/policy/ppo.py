@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from oarsmith.data.batch import Batch
@@ -17,6 +16,7 @@ from oarsmith.losses.answers import answer_hidden
 from oarsmith.losses.policy.objective import PolicyLoss
 from oarsmith.losses.policy.scoring import score_hidden
 from oarsmith.losses.policy.value import value_loss
+from oarsmith.losses.policy.weights import weighted_sums
 from oarsmith.losses.token import token_cross_entropy
 from oarsmith.models.decoder import Decoder
 from oarsmith.training.objective import Outcome
@@ -59,11 +59,8 @@ class PpoLoss:
         old_N, returns_N, weights_N = (x.to(on) for x in (batch.values_N, batch.returns_N, batch.token_weights_N))
         loss_N, cut_N = value_loss(values_N, old_N, returns_N, self.value_clip)
         value_total = (loss_N * weights_N).sum()
-        with torch.no_grad():
-            share = batch.num_trained / max(float(weights_N.sum()), 1e-12)
-            found = {"value_loss": loss_N, "value_clip_share": cut_N, "value": values_N}
-            totals = torch.stack([(values.detach() * weights_N).sum() for values in found.values()]).tolist()
-        sums |= {name: value * share for name, value in zip(found, totals, strict=True)}
+        found = {"value_loss": loss_N, "value_clip_share": cut_N, "value": values_N}
+        sums |= weighted_sums(found, weights_N, batch.num_trained)
         whole = total + self.value_coef * value_total.to(total.device)
         if batch.companion is not None:
             texts = token_cross_entropy(model, batch.companion, 1.0 / batch.companion.num_trained)

@@ -6,7 +6,7 @@ however it is split into passes. Shapes: N sampled tokens, A answers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -37,6 +37,22 @@ def token_weights(
         for use, size in zip(used, sizes, strict=True)
     ]
     weights_N = torch.tensor(each, dtype=torch.float32).repeat_interleave(torch.tensor(list(sizes), dtype=torch.int64))
+    num_used = sum(size for use, size in zip(used, sizes, strict=True) if use)
+    return weights_N, count_of(how, num_used, len(sizes), longest)
+
+
+def count_of(how: Aggregation, num_used: int, num_answers: int, longest: int) -> float:
+    """What weighted losses are divided by: of ``num_answers`` answers, ``num_used`` of whose tokens have a weight."""
     if how == "token-mean":
-        return weights_N, float(sum(size for use, size in zip(used, sizes, strict=True) if use))
-    return weights_N, float(len(sizes) * (longest if how == "seq-mean-token-sum-norm" else 1))
+        return float(num_used)
+    return float(num_answers * (longest if how == "seq-mean-token-sum-norm" else 1))
+
+
+def weighted_sums(values: Mapping[str, Tensor], weights_N: Tensor, count: float) -> dict[str, float]:
+    """Weighted means of values [N], as a step adds them up: times the ``count`` that it divides by in the end.
+
+    What a step's mean is of differs with the rule; metrics are means under the same weights in any case.
+    """
+    share = count / max(float(weights_N.sum()), 1e-12)
+    totals = torch.stack([(each.detach() * weights_N).sum() for each in values.values()]).tolist()
+    return {name: total * share for name, total in zip(values, totals, strict=True)}

@@ -9,6 +9,7 @@ from typing import Literal
 
 from oarsmith.rl.environments.environment import Environment, EpisodeError, Message, Turn
 from oarsmith.rl.environments.suffix import SuffixEncoder
+from oarsmith.rl.rewards.locate import line_of
 
 Over = Literal["done", "turns", "length", "truncated"]
 
@@ -146,8 +147,4 @@ def _shorter(turn: Turn, size: int, most: int) -> Turn:
 
 
 def _failed(what: str, error: Exception) -> EpisodeError:
-    line = error.__traceback__
-    while line is not None and line.tb_next is not None:
-        line = line.tb_next
-    where = f"{line.tb_frame.f_code.co_filename}:{line.tb_lineno}" if line is not None else None
-    return EpisodeError(f"the environment failed in {what}: {type(error).__name__}: {error}", where=where)
+    return EpisodeError(f"the environment failed in {what}: {type(error).__name__}: {error}", where=line_of(error))

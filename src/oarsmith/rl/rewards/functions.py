@@ -13,7 +13,7 @@ from pydantic import Field
 
 from oarsmith.errors import ConfigError
 from oarsmith.rl.completion import Completion
-from oarsmith.rl.rewards.locate import find_function
+from oarsmith.rl.rewards.locate import find_function, line_of
 from oarsmith.rl.rewards.options import RewardOptions
 from oarsmith.rl.rewards.values import Reward, RewardError, Value, checked, place, same_length
 from oarsmith.rl.rewards.watch import Watch
@@ -141,11 +141,7 @@ class FunctionReward(Reward):
             raise self._failed(error, where) from error
 
     def _failed(self, error: Exception, where: str) -> RewardError:
-        line = error.__traceback__
-        while line is not None and line.tb_next is not None:
-            line = line.tb_next
-        at = f" ({line.tb_frame.f_code.co_filename}:{line.tb_lineno})" if line is not None else ""
-        what = f"reward '{self.name}' failed: {type(error).__name__}: {error}{at}"
+        what = f"reward '{self.name}' failed: {type(error).__name__}: {error} ({line_of(error)})"
         return RewardError(what, where=where, fix="repair the function, or give it on_error: none")
 
     def _checked_many(self, value: object, batch: Sequence[Completion]) -> list[Value | RewardError]:

@@ -67,9 +67,13 @@ def _from_name(source: str) -> ModuleType:
 
 
 def _failed(source: str, error: Exception) -> ConfigError:
+    what = f"{source} cannot be imported: {type(error).__name__}: {error}"
+    return ConfigError(what, where=line_of(error) or source, fix="make it importable by itself: python -c 'import ...'")
+
+
+def line_of(error: BaseException) -> str | None:
+    """file:line that raised an error; None: it was not raised."""
     line = error.__traceback__
     while line is not None and line.tb_next is not None:
         line = line.tb_next
-    where = f"{line.tb_frame.f_code.co_filename}:{line.tb_lineno}" if line is not None else source
-    what = f"{source} cannot be imported: {type(error).__name__}: {error}"
-    return ConfigError(what, where=where, fix="make it importable by itself: python -c 'import ...'")
+    return None if line is None else f"{line.tb_frame.f_code.co_filename}:{line.tb_lineno}"

@@ -43,8 +43,7 @@ class ServerOptions(RewardOptions):
     on_failure: Literal["raise", "zeros", "none"] = Field(
         "raise",
         description="When the server does not give scores: raise ends the run and says why; zeros gives 0 to the "
-        "answers "
-        "of that request (as PaddleNLP does), none no score; both are counted and reported.",
+        "answers of that request (as PaddleNLP does), none no score; both are counted and reported.",
     )
 
 

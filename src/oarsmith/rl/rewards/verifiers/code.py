@@ -51,8 +51,7 @@ class CodeOptions(RewardOptions):
     allow_weaker: bool = Field(
         False,
         description="Where a whole sandbox is not allowed (containers without user namespaces), run programs with "
-        "limits "
-        "and without network, but not apart from this machine's files and processes.",
+        "limits and without network, but not apart from this machine's files and processes.",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
@@ -60,6 +61,21 @@ class LengthReward(Verifier):
         return 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Overlong:
+    """Soft punishment of long answers (DAPO, Yu et al. 2025, equation 13): nothing up to ``longest - buffer`` tokens,
+    then along a line to ``-penalty`` at ``longest``."""
+
+    longest: int
+    buffer: int
+    penalty: float
+
+    def of(self, length: int) -> float:
+        """What is added to the reward of an answer of so many tokens."""
+        over = length - (self.longest - self.buffer)
+        return -self.penalty * min(max(over / self.buffer, 0.0), 1.0)
+
+
 class OverlongOptions(RewardOptions):
     """Options of ``overlong``."""
 
@@ -69,8 +85,7 @@ class OverlongOptions(RewardOptions):
 
 
 class OverlongReward(Verifier):
-    """DAPO's soft overlong punishment (Yu et al. 2025, equation 13): 0 up to ``max_length - buffer`` tokens, then
-    linear down to ``-penalty`` at ``max_length``.
+    """See `Overlong`.
 
     Raises:
         ConfigError: the buffer is longer than the answer may be.
@@ -81,12 +96,10 @@ class OverlongReward(Verifier):
         if options.buffer > options.max_length:
             what = f"buffer {options.buffer} is more than max_length {options.max_length}"
             raise ConfigError(what, where="reward 'overlong'", fix="give a smaller buffer")
-        self._options = options
+        self._overlong = Overlong(longest=options.max_length, buffer=options.buffer, penalty=options.penalty)
 
     def check(self, one: Completion, where: str) -> Value:
-        options = self._options
-        over = _own_tokens(one) - (options.max_length - options.buffer)
-        return -options.penalty * min(1.0, max(0.0, over / options.buffer))
+        return self._overlong.of(_own_tokens(one))
 
 
 class RepetitionOptions(RewardOptions):
