@@ -107,6 +107,21 @@ def test_a_resumed_run_is_the_run(inputs: Inputs, tmp_path: Path, changes: dict[
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_the_best_step_has_its_own_critic(inputs: Inputs, tmp_path: Path) -> None:
+    """Where every evaluation gives the same, the first is the best: policy and critic are those of a run that ended
+    there."""
+    (tmp_path / "same.py").write_text("def reward(prompt, completion, **row):\n    return 1.0\n")
+    often = {"evaluation_strategy": "steps", "eval_steps": 1, "save_steps": 1, "eval_split_ratio": 0.5}
+    rest = {"rewards": f"{tmp_path / 'same.py'}:reward", "critic": "separate", "critic_learning_rate": 1e-2}
+    constant = {"lr_scheduler_type": "constant", "critic_lr_scheduler_type": "constant"}
+    changes = often | rest | constant | {"load_best_model_at_end": "true"}
+    assert ppo(inputs, tmp_path / "long", **changes, max_steps=3) == 0
+    assert ppo(inputs, tmp_path / "short", **changes, max_steps=1) == 0
+    for name in ("model", "critic"):
+        long, short = (tmp_path / run / name / "model.safetensors" for run in ("long", "short"))
+        assert long.read_bytes() == short.read_bytes(), name
+
+
 def test_critic_and_rewards_from_a_reward_model(inputs: Inputs, reward_model: Path, tmp_path: Path) -> None:
     changes = {"rewards": reward_model, "critic_model_name_or_path": reward_model, "max_steps": 3}
     assert ppo(inputs, tmp_path / "run", **changes, critic_learning_rate=1e-2) == 0

@@ -109,12 +109,13 @@ class Loop:
         return state
 
     def return_to(self, step: int) -> None:
-        """Take back the weights of a checkpoint (with their average), to end with them."""
+        """Take back the weights of a checkpoint, with their average and what the method keeps beside them."""
         path = self.saver.store.path(step)
         self.ranks.load_model(self.model, self.load_model, path)
+        tensors, _ = read_checkpoint(path)
         if self.ema is not None:
-            tensors, _ = read_checkpoint(path)
             self.ema.load_state(self.ranks.own(_part(tensors, _EMA)))
+        self.hooks.load_state(_part(tensors, _HOOKS))
 
     def evaluate_now(self, step: int) -> dict[str, float]:
         """An evaluation, logged."""
